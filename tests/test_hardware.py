@@ -1,0 +1,149 @@
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from toolchain import hardware
+from toolchain.errors import InputError
+from toolchain.hardware import Availability
+from toolchain.spec import Budget, Device
+
+ROOT = Path(__file__).parent.parent
+
+
+def _write(folder, content, name="board"):
+    (folder / f"{name}.yaml").write_text(content)
+    return folder
+
+
+def test_this_machine_is_described_reachable_and_has_threads():
+    local = hardware.load("local")
+    assert local in hardware.list_devices()
+    assert hardware.reachable(local) == Availability(True)
+    assert 1 <= hardware.thread_count(local) <= os.cpu_count()
+    assert hardware.thread_count(Device("board", threads=3)) == 3
+
+
+def test_a_device_of_ones_own_is_one_file(tmp_path):
+    content = "name: board\ntitle: a board\nthreads: 4\nmeter: none\nbudgets:\n  tight:\n    memory_mb: 20\n    latency_ms: 5\n"
+    expected = Device("board", "a board", threads=4, budgets={"tight": Budget(2e7, None, 5.0, name="tight")})
+    assert hardware.load("board", _write(tmp_path, content)) == expected
+    assert hardware.load(str(tmp_path / "board.yaml")) == expected
+    assert hardware.list_devices(tmp_path) == (expected,)
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "words"),
+    [
+        ("name: other\n", 1, "file's own name, 'board'"),
+        ("title: x\n", 1, "got no name"),
+        ("name: board\ncolour: red\n", 2, "got 'colour'"),
+        ("name: board\n\nthreads: two\n", 3, "got 'two'"),
+        ("name: board\nthreads: true\n", 2, "got True"),
+        ("name: board\ntransport: telepathy\n", 2, "one of local"),
+        ("name: board\nmeter: [rapl]\n", 2, "got \\['rapl'\\]"),
+        ("name: board\nprovider: CPU\n", 2, "CPUExecutionProvider"),
+        ("name: board\nthreads: 1\nthreads: 2\n", 3, "twice"),
+        ("name: board\nbudgets:\n  low: 5\n", 3, "mapping of limits"),
+        ("name: board\nbudgets:\n  low: {}\n", 3, "at least one limit"),
+        ("name: board\nbudgets:\n  low:\n    memory_mb: 9\n    speed: 5\n", 5, "'speed'"),
+        ("name: board\nbudgets:\n  low:\n    latency_ms: -1\n", 4, "positive"),
+        ("name: board\nbudgets:\n  1:\n    latency_ms: .nan\n", 4, "positive"),
+        ("name: board\n  title: [\n", 2, "expected YAML"),
+        ("name: !!python/object/apply:os.getcwd []\n", 1, "expected YAML"),
+        ("- name\n", 1, "a mapping"),
+        ("", 1, "a mapping"),
+        ("name: board\nbudgets: &a\n  x: *a\n", 3, "expected a budget with keys"),
+    ],
+)
+def test_a_wrong_device_file_is_named_with_its_line(tmp_path, content, line, words):
+    with pytest.raises(InputError, match=words) as caught:
+        hardware.load("board", _write(tmp_path, content))
+    assert f"board.yaml, line {line}:" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["toaster", "../hardware/local", "", "absent.yaml"])
+def test_an_unknown_device_is_refused(name):
+    with pytest.raises(InputError, match="expected a") as caught:
+        hardware.load(name)
+    assert "local" in str(caught.value) or "absent.yaml" in str(caught.value)
+
+
+def test_budgets_have_names_presets_and_files(tmp_path):
+    own = Budget(latency_ms=3.0, name="low")
+    device = Device("board", budgets={"low": own})
+    assert hardware.named_budget("low", device) == own
+    assert hardware.named_budget("high", device) is None
+    assert hardware.named_budget("absent/low", device) is None
+    assert hardware.named_budget("sources/low", device) == Budget(100e6, 1e9, 10.0, 1.0, name="sources/low")
+    assert hardware.named_budget("sources/high", device) == Budget(2e9, 20e9, 200.0, 100.0, name="sources/high")
+    with pytest.raises(InputError, match="sources/medium"):
+        hardware.named_budget("sources/huge", device)
+    (tmp_path / "mine.json").write_text('{"memory_mb": 12,\n "gflop": 0.5}')
+    assert hardware.read_budget(tmp_path / "mine.json") == Budget(12e6, 0.5e9, name="mine")
+    (tmp_path / "mine.json").write_text('{"memory_mb": 12,\n "gflop": "0.5"}')
+    with pytest.raises(InputError, match=r"mine\.json, line 2: expected a positive"):
+        hardware.read_budget(tmp_path / "mine.json")
+    with pytest.raises(InputError, match="No such file"):
+        hardware.read_budget(tmp_path / "absent.yaml")
+
+
+def test_a_provider_that_the_runtime_lacks_is_not_reachable():
+    found = hardware.reachable(Device("gpu", provider="ImaginaryExecutionProvider"))
+    assert not found.usable
+    assert "ImaginaryExecutionProvider" in found.reason
+    assert "CPUExecutionProvider" in found.reason
+
+
+def test_rapl_is_usable_only_where_its_counter_can_be_read(tmp_path):
+    absent = hardware.meter_states(tmp_path)["rapl"]
+    assert not absent.usable
+    assert "no RAPL counter" in absent.reason
+    counter = tmp_path / "intel-rapl:0" / "energy_uj"
+    counter.mkdir(parents=True)  # a folder cannot be read as a file, not even by root
+    unreadable = hardware.meter_states(tmp_path)["rapl"]
+    assert not unreadable.usable
+    assert "sudo chmod" in unreadable.reason
+    counter.rmdir()
+    counter.write_text("123456\n")
+    assert hardware.meter_states(tmp_path)["rapl"].usable
+
+
+@pytest.mark.parametrize(
+    ("meter", "provider", "expected", "words"),
+    [
+        ("none", "CPUExecutionProvider", "none", "says meter: none"),
+        ("auto", "CPUExecutionProvider", "rapl", ""),
+        ("rapl", "CPUExecutionProvider", "rapl", ""),
+        ("auto", "CUDAExecutionProvider", "none", "no energy meter: no driver"),
+        ("rapl", "CUDAExecutionProvider", "none", "cannot see"),
+        ("nvml", "CPUExecutionProvider", "none", "cannot see"),
+    ],
+)
+def test_a_meter_is_taken_only_for_what_it_sees(meter, provider, expected, words):
+    states = {"rapl": Availability(True), "nvml": Availability(False, "no driver")}
+    name, reason = hardware.meter(Device("board", provider=provider, meter=meter), lambda: states)
+    assert name == expected
+    assert words in reason
+    assert bool(reason) == (expected == "none")
+
+
+def test_an_installed_package_finds_what_the_checkout_has_beside_it(tmp_path):
+    """Lays the files out as the wheel does (pyproject's force-include) and imports from there."""
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    ignore = shutil.ignore_patterns("models", "__pycache__")
+    for package in build["packages"]:
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=ignore)
+    for source, target in build["force-include"].items():
+        shutil.copytree(ROOT / source, tmp_path / target)
+    code = "from toolchain import hardware as h; print(h.shipped('profiles')); "
+    code += "print(h.named_budget('sources/low', h.load('local')).latency_ms)"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(tmp_path / "toolchain" / "_profiles"), "10.0"]
+    assert (tmp_path / "toolchain" / "_profiles" / "README.md").is_file()

@@ -1,0 +1,18 @@
+import inspect
+
+from toolchain import check, errors, evaluate, hardware, spec
+
+
+def test_public_names():
+    def names(module):
+        return " ".join(sorted(name for name, it in vars(module).items() if inspect.getmodule(it) is module and name[0] != "_"))
+
+    assert names(spec) == "Budget Cost Device Estimate Kernel Measurement Policy Unit Verdict Workload"
+    assert names(check) == "decide exit_code junit median_interval overall"
+    assert names(hardware).startswith(
+        "Availability list_devices load meter meter_states named_budget reachable read_budget shipped"
+    )
+    assert {"BittailorError", "InfeasibleBudgetError", "InputError", "MissingCostError", "StaleTableError"} <= {
+        *names(errors).split()
+    }
+    assert evaluate.__all__ == ["Fidelity", "fidelity", "perplexity"]

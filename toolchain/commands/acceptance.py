@@ -1,0 +1,74 @@
+"""The acceptance test of a package on its device: measure, hold against the budget, say within, over or could not tell.
+
+Imports nothing of the training stack: this is what a device with onnxruntime and numpy runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from toolchain import check
+from toolchain.errors import InputError
+from toolchain.hardware import meter, thread_count
+from toolchain.package.manifest import Package, open_package
+from toolchain.profiler.measure import measure_package
+from toolchain.spec import Budget, Device, Measurement, Verdict
+
+SLOWER = 1.15
+"""From this ratio of the reference kernel's time on, a broken latency limit may be the machine's doing: "could not tell"."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A package's verdicts with what they rest on."""
+
+    verdict: str
+    limits: tuple[Verdict, ...]
+    measured: Mapping[str, Measurement]
+    predicted: Mapping[str, Any] | None
+    reference_ratio: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "verdict": self.verdict,
+            "limits": [verdict.to_json() for verdict in self.limits],
+            "measured": {
+                name: {key: value for key, value in seen.to_json().items() if key != "trials"}
+                for name, seen in self.measured.items()
+            },
+            "predicted": self.predicted,
+            "reference_ratio": self.reference_ratio,
+        }
+
+
+def check_package(directory: Path, device: Device, limits: Mapping[str, float]) -> Checked:
+    """Measure a package on the device and hold it against its budget, or the limits given instead."""
+    package = open_package(directory)
+    budget = Budget.from_json(limits) if limits else package.budget
+    if budget is None:
+        raise InputError("expected a package with a budget or limits, got neither", "type for example: --latency-ms 20")
+    seen = measure_package(directory, package.workload, device, thread_count(device), package.vocabulary)
+    measurements = {**seen.measurements, **_counted(package, device)}
+    ratio = seen.reference_ns / package.data["reference_ns"] if package.data.get("reference_ns") and not limits else None
+    verdicts = tuple(_excuse(verdict, ratio) for verdict in check.decide(budget, measurements))
+    return Checked(check.overall(verdicts), verdicts, measurements, package.data["predicted"], ratio)
+
+
+def _counted(package: Package, device: Device) -> dict[str, Measurement]:
+    """What is not sampled: operations are counted, energy needs a meter."""
+    flop = (package.data["predicted"] or {}).get("compute_flop", {}).get("value")
+    counted = Measurement(flop, 0.0, 1, flop is not None, (flop,) if flop else (), "" if flop else "not counted at export")
+    name, reason = meter(device)
+    why = reason or f"the meter {name} is there, but this version does not read it"
+    return {"compute_flop": counted, "energy_mj": Measurement(None, reason=why)}
+
+
+def _excuse(verdict: Verdict, ratio: float | None) -> Verdict:
+    """A latency over its limit on a machine that is slower than when the table was made is no proof against the package."""
+    if verdict.name != "latency_ms" or verdict.verdict != check.OVER or ratio is None or ratio < SLOWER:
+        return verdict
+    reason = f"the machine runs its reference kernel {ratio:.2f} times slower than when the cost table was measured"
+    return replace(verdict, verdict=check.COULD_NOT_TELL, reason=reason)

@@ -1,0 +1,61 @@
+"""`bittailor evaluate`: a package's or model's quality on the user's text, measured through the runtime that will serve it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from toolchain.errors import InputError
+from toolchain.evaluate.fidelity import fidelity
+from toolchain.evaluate.perplexity import perplexity
+from toolchain.hardware import load, thread_count
+from toolchain.package.manifest import is_package, open_package
+from toolchain.session import cache_slots, open_session
+from toolchain.text import documents, load_tokenizer, record, separator_id, windows
+
+
+def evaluate(what: str, text: Sequence[Path], window: int, reference: str | None) -> dict[str, Any]:
+    """{"perplexity", "tokens"} of a decoder or {"cosine", "relative_mse", "tokens"} of an encoder, with the text it was measured on."""
+    if window < 2:
+        raise InputError(f"expected windows of 2 tokens or more, got {window}")
+    threads = thread_count(load("local"))
+    with _folder(what) as directory:
+        tokens = windows(load_tokenizer(directory), documents(text), window, separator_id(directory))
+        description = record(", ".join(path.name for path in text), documents(text), tokens)
+        result: dict[str, Any] = {
+            "what": what,
+            "text": description.description,
+            "text_sha256": description.sha256,
+            "window": window,
+        }
+        if cache_slots(open_session(directory, threads)):
+            value, count = perplexity(directory, tokens, threads)
+            return {**result, "perplexity": value, "tokens": count}
+        with _folder(reference or _source_of(directory)) as reference_directory:
+            seen = fidelity(directory, reference_directory, tokens, threads)
+        return {**result, "cosine": seen.cosine, "relative_mse": seen.relative_mse, "tokens": seen.tokens}
+
+
+@contextmanager
+def _folder(what: str) -> Iterator[Path]:
+    """A folder with model.onnx: the package itself, or the fp32 graph built from a model."""
+    if is_package(Path(what)):
+        yield open_package(Path(what)).directory
+        return
+    from toolchain.commands.workflow import opened
+
+    with opened(what) as source:
+        yield source.graph.directory
+
+
+def _source_of(directory: Path) -> str:
+    if not is_package(directory):
+        raise InputError(
+            "expected a package to compare with its fp32 model, got the model itself", "type: --reference MODEL to compare it"
+        )
+    name = str(open_package(directory, verify=False).data["model"]["source"])
+    if not Path(name).exists():
+        raise InputError(f"expected the encoder's fp32 model {name!r} to compare with, found none here", "type: --reference MODEL")
+    return name

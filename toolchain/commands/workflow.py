@@ -1,0 +1,235 @@
+"""From what the user typed to a package: open a model or supernet, find its cost model, choose a policy, cut.
+
+Owns the order in which rooms are called; refuses to print results and to parse arguments.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolchain.costs.encoding import encode
+from toolchain.costs.model import CostModel, cost_model, flops
+from toolchain.costs.table import CostTable, find_table, open_table, refuse_if_stale
+from toolchain.errors import InfeasibleBudgetError, InputError, MissingCostError
+from toolchain.files import write_atomic
+from toolchain.graph.assemble import Weights, round_to_nearest
+from toolchain.graph.build import build
+from toolchain.graph.model import Graph
+from toolchain.hardware import meter, named_budget, read_budget, shipped, thread_count
+from toolchain.kernels import uniform, validate
+from toolchain.package.export import export_package
+from toolchain.package.manifest import Package
+from toolchain.policy import budgets, projection, proposal
+from toolchain.policy.solver import measured_limits
+from toolchain.profiler.probe import working_kernels
+from toolchain.profiler.profile import check_workload, current_header, default_workload, profile
+from toolchain.progress import note
+from toolchain.spec import Budget, Device, Policy, Workload
+
+if TYPE_CHECKING:
+    from toolchain.supernet.store import SupernetFolder
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a command was pointed at: a graph, its weights, and the supernet folder if it is one."""
+
+    graph: Graph
+    weights: Weights
+    supernet: SupernetFolder | None
+
+
+@contextmanager
+def opened(source: str) -> Iterator[Source]:
+    """A SUPERNET folder, or a MODEL whose fp32 graph is built in a temporary folder and gone afterwards."""
+    if (Path(source) / "supernet.yaml").is_file():
+        from toolchain.supernet.store import SupernetFolder
+
+        folder = SupernetFolder.open(Path(source))
+        yield Source(Graph.open(folder.graph_directory), folder.quantized, folder)
+        return
+    with tempfile.TemporaryDirectory(prefix="bittailor-") as scratch:
+        out = Path(scratch) / "graph"
+        out.mkdir()
+        graph = build(source, out)
+        yield Source(graph, round_to_nearest(graph), None)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """A cost model with the table it came from."""
+
+    model: CostModel
+    table: CostTable
+    path: Path
+
+
+def profile_folders(given: str | None) -> list[Path]:
+    """Where tables are looked for: --profiles, or profiles/ here and then the tables that are shipped."""
+    return [Path(given)] if given else [Path("profiles"), shipped("profiles")]
+
+
+def find_costs(graph: Graph, device: Device, folders: Sequence[Path], workload: Workload | None) -> Costs:
+    """The cost model of a graph from the device's table. Raises MissingCostError, StaleTableError, DamagedFileError, InputError."""
+    workload = workload or default_workload(graph)
+    check_workload(graph, workload)
+    path = find_table(device.name, folders)
+    table = open_table(path)
+    if device.transport == "local":
+        refuse_if_stale(table, current_header(device, thread_count(device)))
+    return Costs(_cost_model(graph, table, workload), table, path)
+
+
+def _cost_model(graph: Graph, table: CostTable, workload: Workload) -> CostModel:
+    flop = flops(graph.units, workload, graph.layers, graph.hidden)
+    return cost_model(graph.units, graph.fingerprint, table, workload, flop, table.header.cache_bytes)
+
+
+def measure_costs(graph: Graph, device: Device, folder: Path, workload: Workload | None, command: str, renew: bool) -> Costs:
+    """Profile what is missing into `folder`/<device>/ and write the derived budgets beside the table."""
+    path = folder / device.name / "table.jsonl"
+    workload = workload or default_workload(graph)
+    name, reason = meter(device)
+    header = current_header(device, thread_count(device), f"none: {reason}" if reason else name, command)
+    table = profile(graph, header, device, workload, path, renew)
+    costs = Costs(_cost_model(graph, table, workload), table, path)
+    derived = {name: budget.to_json() for name, budget in budgets.derive(costs.model).items()}
+    write_atomic(_budget_file(path, graph, workload), json.dumps({"workload": str(workload), **derived}, indent=1) + "\n")
+    return costs
+
+
+def _budget_file(table: Path, graph: Graph, workload: Workload) -> Path:
+    text = str(workload).replace(":", "-")
+    return table.with_name(f"budgets-{graph.fingerprint[:12]}-{text}.json")
+
+
+def find_budget(text: str | None, limits: Mapping[str, float], graph: Graph, costs: Costs | None, device: Device) -> Budget | None:
+    """--budget NAME|FILE with the limits given beside it on top. None if neither is given.
+
+    A name is one of the device's own, of a preset (sources/low), or low/medium/high derived from the cost table.
+    """
+    budget: Budget | None = None
+    if text:
+        budget = named_budget(text, device)
+        if budget is None and Path(text).is_file():
+            budget = read_budget(Path(text))
+        if budget is None and text in budgets.FRACTIONS:
+            if costs is None:
+                raise MissingCostError(
+                    f"expected a cost table to derive the budget {text!r} from, found none", "type: bittailor profile MODEL"
+                )
+            stored = _budget_file(costs.path, graph, costs.model.workload)
+            if stored.is_file():
+                budget = Budget.from_json(json.loads(stored.read_text())[text], text)
+            else:
+                budget = budgets.derive(costs.model)[text]
+        if budget is None:
+            raise InputError(
+                f"expected a budget file or one of {', '.join(budgets.FRACTIONS)}, got {text!r}",
+                "type for example: --budget medium",
+            )
+    if limits:
+        extra = Budget.from_json(limits)
+        budget = replace(budget, **extra.limits, name=f"{budget.name} with limits") if budget else extra
+    return budget
+
+
+def read_policy(text: str, graph: Graph) -> Policy:
+    """--policy: a kernel name, or a JSON/YAML file {"units": {name: kernel}}. Raises PolicyError or InputError."""
+    path = Path(text)
+    if not path.is_file():
+        return uniform(text, graph.units, working_kernels())
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text())
+        units = {str(unit): str(kernel) for unit, kernel in data["units"].items()}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        what = " ".join(str(error).split())[:120]
+        raise InputError(
+            f'expected a policy file {{"units": {{name: kernel}}}} in {path}, got {type(error).__name__}: {what}'
+        ) from error
+    return validate(units, graph.units, working_kernels())
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A policy, by whom it was chosen, and its relative excess of predicted loss over the exact optimum (None without sensitivities)."""
+
+    policy: Policy
+    chosen_by: str
+    gap_to_optimum: float | None
+
+
+def choose(source: Source, costs: Costs, budget: Budget) -> Choice:
+    """The meta-network's proposal for the budget, projected onto it exactly. Needs a supernet.
+
+    Plans with room for the prediction's spread; where only a policy without that room exists, says so and takes it.
+    """
+    folder = source.supernet
+    if folder is None:
+        raise InputError(
+            "expected a supernet to choose a policy from, got a model",
+            "type: bittailor train MODEL --out SUPERNET, or add --policy",
+        )
+    model = _restricted(costs.model, folder)
+    _, unmeasured = measured_limits(model, budget)
+    for resource in unmeasured:
+        note(f"bittailor: {resource} is not measured on {model.device!r}: the policy is chosen without that limit")
+    log_probabilities = proposal.log_probabilities(folder.meta_network, encode(budget, model))
+    plan = budgets.planned(budget, model)
+    try:
+        policy = projection.project(log_probabilities, model, plan)
+    except InfeasibleBudgetError:
+        policy, plan = projection.project(log_probabilities, model, budget), budget
+        note("bittailor: no policy keeps this budget with room for the prediction's spread; taking one without")
+    gap = projection.gap_to_optimum(policy, model, folder.sensitivity, plan)
+    return Choice(policy, "meta-network, projected", gap)
+
+
+def _restricted(model: CostModel, folder: SupernetFolder) -> CostModel:
+    """The cost model over the kernels that the supernet's meta-network knows."""
+    known = {unit: set(names) for unit, names in proposal.read(folder.meta_network)[0].items()}
+    if set(known) != set(model.kernels):
+        raise InputError(
+            "expected a cost table of the supernet's own units, got another model's", "type: bittailor profile SUPERNET"
+        )
+    kernels = {unit: tuple(name for name in names if name in known[unit]) for unit, names in model.kernels.items()}
+    return replace(model, kernels=kernels)
+
+
+def cut(
+    source: Source, choice: Choice, out: Path, device: Device, budget: Budget | None, costs: Costs | None, workload: Workload
+) -> Package:
+    """Export a policy as a package. Without a budget the package promises its own prediction, if there is one."""
+    predicted = costs.model.predict(choice.policy) if costs else None
+    if budget is None and costs is not None:
+        budget = budgets.promise(costs.model.totals(choice.policy), costs.model)
+    training = dict(source.supernet.description.get("training", {})) if source.supernet else None
+    evidence: dict[str, Any] = {
+        "chosen_by": choice.chosen_by,
+        "training": training or "none: round-to-nearest of the model's weights",
+    }
+    if costs:
+        evidence["reference_ns"] = costs.table.header.reference_ns
+        evidence["threads"] = costs.table.header.threads
+    runtime = costs.table.header.runtime if costs else "not measured"
+    return export_package(
+        source.graph,
+        choice.policy,
+        source.weights,
+        out,
+        workload=workload,
+        device=device.name,
+        budget=budget,
+        predicted=predicted,
+        gap_to_optimum=choice.gap_to_optimum,
+        runtime=runtime,
+        evidence=evidence,
+    )

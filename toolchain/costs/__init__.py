@@ -1,0 +1,1 @@
+"""The cost table (`table`), policy → cost (`model`), budget → constraint encoding (`encoding`)."""

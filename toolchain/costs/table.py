@@ -1,0 +1,215 @@
+"""The one reader, writer and validator of `profiles/<device>/table.jsonl`.
+
+First line: the header (device, runtime, provider, threads, CPU, protocol, date, command, sha256 of the rows). Every other line is one
+row, sorted by its key: text that diffs well. A row is a measurement; its key is a unit's shape, so models of equal shapes share rows.
+Refuses to know how rows were measured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from toolchain.errors import DamagedFileError, MissingCostError, StaleTableError
+from toolchain.files import write_atomic
+from toolchain.spec import Unit
+
+FORMAT = "bittailor cost table 1"
+FILE_NAME = "table.jsonl"
+
+
+@dataclass(frozen=True)
+class Header:
+    """What was measured on, by which protocol. A table speaks only for a runtime that agrees in `identity`."""
+
+    device: str
+    cpu: str
+    provider: str
+    threads: int
+    runtime: str
+    protocol: str
+    meter: str
+    reference_ns: float = 0.0
+    date: str = ""
+    command: str = ""
+    kernels: tuple[str, ...] = ()
+    cache_bytes: int = 0
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("cpu", "provider", "threads", "runtime", "protocol")}
+
+
+@dataclass(frozen=True)
+class UnitRow:
+    """Time of one execution of a unit of this shape under a kernel, `tokens` in flight.
+
+    working_set "cached": the weights between two uses of the same unit fit the last-level cache; "streamed": they do not.
+    latency_ms: median over n interleaved trials, corrected for the machine's drift by the reference kernel; spread_ms: half the
+    distance between the 10th and the 90th percentile.
+    """
+
+    op: str
+    K: int
+    N: int
+    kernel: str
+    tokens: int
+    working_set: str
+    latency_ms: float
+    spread_ms: float
+    n: int
+    valid: bool
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return ("unit", self.op, self.K, self.N, self.working_set, self.tokens, self.kernel)
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    """Rise of a fresh process's peak resident set per unit of this shape and kernel, loading and running included."""
+
+    op: str
+    K: int
+    N: int
+    kernel: str
+    peak_bytes: float
+    packed_bytes: int
+    copies: int
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return ("memory", self.op, self.K, self.N, self.kernel)
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """One whole model measured under one policy: what the sum of its units leaves over is the model's remainder.
+
+    latency_ms per generated token (or per inference of an encoder), first_token_ms None for encoders. policy: a kernel name
+    (uniform) or unit → kernel.
+    """
+
+    model: str
+    workload: str
+    policy: str
+    units: Mapping[str, str] = field(default_factory=dict)
+    latency_ms: float = 0.0
+    latency_spread_ms: float = 0.0
+    first_token_ms: float | None = None
+    first_token_spread_ms: float | None = None
+    peak_memory_bytes: float = 0.0
+    package_bytes: int = 0
+    n: int = 0
+    valid: bool = False
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return ("model", self.model, self.workload, self.policy)
+
+
+Row = UnitRow | MemoryRow | ModelRow
+_KINDS: dict[str, type[Row]] = {"unit": UnitRow, "memory": MemoryRow, "model": ModelRow}
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """All rows of one device. Adding rows returns a new table; `save` writes it whole, under a temporary name first."""
+
+    header: Header
+    rows: Mapping[tuple[Any, ...], Row]
+
+    def adding(self, rows: Iterable[Row]) -> CostTable:
+        return replace(self, rows={**self.rows, **{row.key: row for row in rows}})
+
+    def of(self, kind: type) -> list[Any]:
+        return [row for row in self.rows.values() if isinstance(row, kind)]
+
+    def unit(self, unit: Unit, kernel: str, tokens: int, working_set: str) -> UnitRow:
+        """The row for a unit. Raises MissingCostError naming the command that measures it."""
+        row = self.rows.get(("unit", *unit.shape, working_set, tokens, kernel))
+        if row is None:
+            raise missing(f"{unit.op} {unit.K}x{unit.N} {kernel} at {tokens} tokens ({working_set})", self.header.device)
+        assert isinstance(row, UnitRow)
+        return row
+
+    def memory(self, unit: Unit, kernel: str) -> MemoryRow:
+        """The memory row for a unit. Raises MissingCostError naming the command that measures it."""
+        row = self.rows.get(("memory", *unit.shape, kernel))
+        if row is None:
+            raise missing(f"memory of {unit.op} {unit.K}x{unit.N} {kernel}", self.header.device)
+        assert isinstance(row, MemoryRow)
+        return row
+
+    def save(self, path: Path) -> None:
+        """Write header and sorted rows to `path`, atomically."""
+        lines = [_line(row) for _, row in sorted(self.rows.items(), key=lambda item: json.dumps(item[0]))]
+        body = "".join(f"{line}\n" for line in lines)
+        head = {"format": FORMAT, **asdict(self.header), "sha256": hashlib.sha256(body.encode()).hexdigest()}
+        write_atomic(path, json.dumps(head) + "\n" + body)
+
+
+def _line(row: Row) -> str:
+    return json.dumps({"row": row.key[0], **asdict(row)})
+
+
+def missing(what: str, device: str) -> MissingCostError:
+    return MissingCostError(
+        f"expected {what} in the cost table of {device!r}, found no row", f"type: bittailor profile MODEL --device {device}"
+    )
+
+
+def open_table(path: Path) -> CostTable:
+    """Read a table back, whole or not at all. Raises DamagedFileError naming the line."""
+    try:
+        head_line, _, body = path.read_text().partition("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DamagedFileError(f"expected a cost table in {path}, got {error}") from error
+    remedy = f"restore it, or delete {path} and type: bittailor profile MODEL"
+    try:
+        head = json.loads(head_line)
+        digest, form = head.pop("sha256"), head.pop("format")
+        if form != FORMAT:
+            raise ValueError(f"format {form!r} instead of {FORMAT!r}")
+        header = Header(**{**head, "kernels": tuple(head["kernels"])})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedFileError(f"expected the header of a cost table in line 1 of {path}, got {error}", remedy) from error
+    rows: dict[tuple[Any, ...], Row] = {}
+    for number, line in enumerate(body.splitlines(), start=2):
+        try:
+            data = json.loads(line)
+            row = _KINDS[data.pop("row")](**data)
+        except (ValueError, KeyError, TypeError) as error:
+            raise DamagedFileError(
+                f"expected a row in line {number} of {path}, got {type(error).__name__}: {error}", remedy
+            ) from error
+        rows[row.key] = row
+    if hashlib.sha256(body.encode()).hexdigest() != digest:
+        raise DamagedFileError(f"expected rows that match the header's sha256 in {path}, got others (edited or cut short)", remedy)
+    return CostTable(header, rows)
+
+
+def refuse_if_stale(table: CostTable, current: Header) -> None:
+    """Raise StaleTableError if the table was measured on another CPU, runtime, provider, thread count or protocol."""
+    for name, value in current.identity.items():
+        if table.header.identity[name] != value:
+            raise StaleTableError(
+                f"expected a cost table for {name} {value!r}, got one measured with {table.header.identity[name]!r}",
+                f"type: bittailor profile MODEL --device {current.device} --renew",
+            )
+
+
+def find_table(device: str, folders: Iterable[Path]) -> Path:
+    """The first `<folder>/<device>/table.jsonl` that exists. Raises MissingCostError."""
+    tried = [folder / device / FILE_NAME for folder in folders]
+    for path in tried:
+        if path.is_file():
+            return path
+    raise MissingCostError(
+        f"expected a cost table of device {device!r} in {' or '.join(str(path.parent) for path in tried)}, found none",
+        f"type: bittailor profile MODEL --device {device}",
+    )

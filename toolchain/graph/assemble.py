@@ -1,0 +1,80 @@
+"""Policy → kernels in the graph: the fp32 graph with every unit's node replaced, streamed to model.onnx + model.onnx.data.
+
+requires: a Graph, a policy valid for its units, a source of quantised weights
+ensures:  the folder runs on stock onnxruntime; equal tensors are stored once; same inputs give the same bytes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import onnx
+from onnx import helper
+
+from toolchain.graph.external import DATA_NAME, MODEL_NAME, DataWriter, load_array, read_model
+from toolchain.graph.model import Graph
+from toolchain.graph.nodes import quantised_node
+from toolchain.kernels import CATALOGUE
+from toolchain.quantize.affine import Quantized, quantize
+from toolchain.spec import Kernel, Unit
+
+Weights = Callable[[Unit, Kernel], Quantized]
+
+
+def round_to_nearest(graph: Graph) -> Weights:
+    """The weights of a model nobody trained: min-max round-to-nearest of the graph's own."""
+    return lambda unit, kernel: quantize(graph.weight(unit), kernel)
+
+
+def assemble(graph: Graph, policy: Mapping[str, str], weights: Weights, out: Path) -> None:
+    """Write model.onnx and model.onnx.data for `policy` into `out`. The policy is assumed valid (`kernels.validate`)."""
+    model = read_model(graph.directory)
+    units = {unit.node: unit for unit in graph.units}
+    arrays = {tensor.name: tensor for tensor in model.graph.initializer}
+    quantised = [unit for unit in graph.units if CATALOGUE[policy[unit.name]].quantised]
+    fp32_weights = {unit.weight for unit in graph.units if unit not in quantised}
+    # A tied fp32 embedding reads the head's weight through a Transpose; that holds only while both are fp32.
+    untied = any(unit.tied_to for unit in quantised)
+    nodes = []
+    with DataWriter(out / DATA_NAME) as writer:
+        initializers = [
+            writer.tensor(name, load_array(tensor, graph.directory))
+            for name, tensor in arrays.items()
+            if name in fp32_weights or name not in {unit.weight for unit in graph.units}
+        ]
+        for node in model.graph.node:
+            unit = units.get(node.name)
+            if unit is None:
+                nodes.append(node)
+            elif CATALOGUE[policy[unit.name]].quantised:
+                kernel = CATALOGUE[policy[unit.name]]
+                data = node.input[1] if unit.op == "Gather" else node.input[0]
+                made, tensors = quantised_node(unit, kernel, weights(unit, kernel), data, node.output[0], node.name)
+                nodes.append(made)
+                initializers += [writer.tensor(name, array) for name, array in tensors]
+            elif unit.op == "Gather" and unit.tied_to and untied:
+                name = f"{unit.name}.weight"
+                nodes.append(helper.make_node("Gather", [name, node.input[1]], node.output, name=node.name))
+                initializers.append(writer.tensor(name, graph.weight(unit)))
+            else:
+                nodes.append(node)
+    _drop_dead(nodes, {output.name for output in model.graph.output})
+    used = {name for node in nodes for name in node.input}
+    del model.graph.node[:], model.graph.initializer[:]
+    model.graph.node.extend(nodes)
+    model.graph.initializer.extend(tensor for tensor in initializers if tensor.name in used)
+    if not any(opset.domain == "com.microsoft" for opset in model.opset_import):
+        model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    model.producer_name, model.producer_version = "bittailor", ""
+    onnx.save(model, out / MODEL_NAME)
+
+
+def _drop_dead(nodes: list[onnx.NodeProto], outputs: set[str]) -> None:
+    """Remove, in place, nodes that nothing reads any more (the Transpose of an untied embedding)."""
+    while True:
+        used = outputs | {name for node in nodes for name in node.input}
+        alive = [node for node in nodes if any(name in used for name in node.output)]
+        if len(alive) == len(nodes):
+            return
+        nodes[:] = alive

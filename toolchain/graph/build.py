@@ -1,0 +1,112 @@
+"""MODEL → `Graph`: checks that nothing untrusted would run, picks the builder for the architecture, marks the units.
+
+A decoder's graph is made by onnxruntime-genai's builder (fused attention: the fastest CPU decoder graph we measured), an encoder's
+by optimum. Both are only asked for an fp32 graph; quantisation is ours. Nothing here keeps a pickle or remote code in reach.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from toolchain.errors import InputError, UnknownArchitectureError, UnsafeModelError, require
+from toolchain.files import sha256
+from toolchain.graph.model import Graph
+
+EMBEDDED = "pocket-llama-6m"
+DECODERS = ("LlamaForCausalLM", "Qwen2ForCausalLM", "MistralForCausalLM")
+ENCODERS = ("Bert", "Roberta", "DistilBert", "XLMRoberta")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
+
+
+def resolve(source: str) -> Path:
+    """Local folder of MODEL (a folder, a hub id, or the embedded model's name), checked by `_check`. Raises InputError."""
+    folder = Path(source)
+    if not folder.exists() and source == EMBEDDED:
+        folder = Path(str(resources.files("toolchain") / "models" / EMBEDDED))
+    if not folder.exists() and _HUB_ID.fullmatch(source):
+        folder = _download(source)
+    if not folder.is_dir():
+        raise InputError(
+            f"expected a model folder, a hub id or {EMBEDDED!r}, got {source!r}, which does not exist",
+            f"type for example: bittailor units {EMBEDDED}",
+        )
+    _check(folder)
+    return folder
+
+
+def _download(hub_id: str) -> Path:
+    hub = require("huggingface_hub")
+    try:
+        return Path(hub.snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+    except Exception as error:  # the hub client raises many types; offline, unknown and forbidden are all input errors here
+        raise InputError(
+            f"expected a hub id that can be fetched, got {hub_id!r} ({type(error).__name__})", "name a local folder"
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json as a dict. Raises InputError."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except FileNotFoundError:
+        raise InputError(f"expected config.json in {folder}, found none", "name a folder saved by save_pretrained") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"expected JSON in {folder / 'config.json'}, got {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("architectures"), list) or not config["architectures"]:
+        raise InputError(f'expected "architectures" in {folder / "config.json"}, found none', "save the model with save_pretrained")
+    return config
+
+
+def _check(folder: Path) -> None:
+    """Refuse what could only be loaded by running or unpickling it, and architectures that no builder knows."""
+    config = read_config(folder)
+    if "auto_map" in config:
+        raise UnsafeModelError(f"expected a model that transformers loads itself, got one that brings its own code ({folder})")
+    if not any(folder.glob("*.safetensors")):
+        pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+        got = f"only {pickles[0]}, which may run code when it is opened" if pickles else "no weights"
+        raise UnsafeModelError(
+            f"expected safetensors weights in {folder}, got {got}",
+            "load it where you trust it and type: model.save_pretrained(FOLDER, safe_serialization=True)",
+        )
+    kind_of(config["architectures"][0])
+
+
+def kind_of(architecture: str) -> str:
+    """ "decoder" or "encoder". Raises UnknownArchitectureError."""
+    if architecture in DECODERS:
+        return "decoder"
+    if architecture.startswith(ENCODERS) and not architecture.endswith("LMHeadModel"):
+        return "encoder"
+    raise UnknownArchitectureError(
+        f"expected one of {', '.join(DECODERS)} or a {'/'.join(ENCODERS)} encoder, got architecture {architecture}",
+    )
+
+
+def build(source: str, out: Path) -> Graph:
+    """Write MODEL's fp32 graph into the existing empty folder `out` and return it. Raises InputError and its kin."""
+    folder = resolve(source)
+    config = read_config(folder)
+    architecture = config["architectures"][0]
+    require("torch")
+    if kind_of(architecture) == "decoder":
+        from toolchain.graph.decoder import build_decoder as builder
+    else:
+        from toolchain.graph.encoder import build_encoder as builder
+    graph = builder(folder, config, source, fingerprint(folder), out)
+    graph.save()
+    return graph
+
+
+def fingerprint(folder: Path) -> str:
+    """sha256 over config.json and the weight files: which model a table, supernet or package speaks of."""
+    digest = hashlib.sha256()
+    for path in (folder / "config.json", *sorted(folder.glob("*.safetensors"))):
+        digest.update(f"{path.name}:{sha256(path)}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,96 @@
+"""Decoders: onnxruntime-genai's builder makes the fp32 graph; here its linears, embedding and head become units.
+
+Refuses to know kernels. The builder merges q, k and v into one MatMul, so the three are one unit and share a kernel.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from toolchain.errors import InputError, UnknownArchitectureError, require
+from toolchain.graph.model import Graph
+from toolchain.graph.normalise import save_normalised
+from toolchain.graph.quiet import quiet
+from toolchain.spec import Unit
+
+_LAYER = re.compile(r"/model/layers\.(\d+)/(attn|mlp)/(\w+_proj)/MatMul")
+
+
+def build_decoder(folder: Path, config: dict[str, Any], source: str, fingerprint: str, out: Path) -> Graph:
+    """fp32 graph of a decoder folder, written to `out`. Raises UnknownArchitectureError where the builder gives up."""
+    with quiet():
+        builder = require("onnxruntime_genai.models.builder")
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp") as scratch:
+        made = Path(scratch) / "graph"
+        has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+        try:
+            with quiet():
+                builder.create_model("", str(folder), str(made), "fp32", "cpu", str(Path(scratch) / "cache"), hf_remote=False)
+        except OSError:
+            raise
+        except Exception as error:
+            # The tokenizer files are saved last: without a tokenizer the builder fails there, its graph complete.
+            if has_tokenizer or not (made / "genai_config.json").is_file():
+                raise UnknownArchitectureError(
+                    f"expected a model that onnxruntime-genai's builder can export, got {source!r} ({type(error).__name__}: {error})"
+                ) from error
+        model = onnx.load(made / "model.onnx", load_external_data=False)
+        units = _units(model)
+        save_normalised(model, made, out)
+        for path in made.iterdir():
+            if path.suffix in (".json", ".txt", ".jinja", ".model"):
+                (out / path.name).write_bytes(path.read_bytes())
+    heads = int(config["num_attention_heads"])
+    hidden = int(config["hidden_size"])
+    return Graph(
+        directory=out,
+        units=units,
+        kind="decoder",
+        architecture=config["architectures"][0],
+        layers=int(config["num_hidden_layers"]),
+        kv_heads=int(config.get("num_key_value_heads") or heads),
+        head_dim=int(config.get("head_dim") or hidden // heads),
+        hidden=hidden,
+        vocabulary=int(config["vocab_size"]),
+        context=int(config["max_position_embeddings"]),
+        inputs=tuple(value.name for value in model.graph.input),
+        source=source,
+        fingerprint=fingerprint,
+    )
+
+
+def _units(model: onnx.ModelProto) -> tuple[Unit, ...]:
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    transposed = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Transpose"}
+    units = []
+    head_weight = next((node.input[1] for node in model.graph.node if node.name == "/lm_head/MatMul"), "")
+    for node in model.graph.node:
+        if node.op_type == "Gather" and node.name == "/model/embed_tokens/Gather":
+            weight = transposed.get(node.input[0], node.input[0])
+            tied = weight == head_weight
+            rows, width = reversed(shapes[weight]) if tied else shapes[weight]
+            units.append(
+                Unit(
+                    "embed_tokens", "Gather", width, rows, "embedding", ("model.embed_tokens",), node.name, weight, "lm_head" * tied
+                )
+            )
+        elif node.op_type == "MatMul" and node.input[1] in shapes:
+            K, N = shapes[node.input[1]]
+            if node.name == "/lm_head/MatMul":
+                tied_to = "embed_tokens" if any(unit.weight == head_weight for unit in units) else ""
+                units.append(Unit("lm_head", "MatMul", K, N, "head", ("lm_head",), node.name, head_weight, tied_to))
+                continue
+            match = _LAYER.fullmatch(node.name)
+            if match is None:
+                raise InputError(f"expected the builder's layer names, got a linear layer named {node.name!r}")
+            layer, block, name = match.groups()
+            path = f"model.layers.{layer}." + ("self_attn" if block == "attn" else "mlp")
+            parts = ("q_proj", "k_proj", "v_proj") if name == "qkv_proj" else (name,)
+            modules = tuple(f"{path}.{part}" for part in parts)
+            units.append(Unit(f"layers.{layer}.{block}.{name}", "MatMul", K, N, "linear", modules, node.name, node.input[1]))
+    return tuple(units)

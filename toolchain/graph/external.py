@@ -1,0 +1,93 @@
+"""External data of an ONNX model: tensors of 1 KiB and more live in `model.onnx.data`, which the runtime maps instead of reading.
+
+By hand, because a package's tensors are streamed one at a time (the model need not fit in memory twice), tensors with equal bytes
+are stored once (a tied embedding and head then share their packed codes though their shapes differ), and the location of every
+tensor is checked to stay inside the folder before it is opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from toolchain.errors import DamagedFileError
+from toolchain.files import inside
+
+INLINE_BELOW_BYTES = 1024
+ALIGNMENT_BYTES = 64
+DATA_NAME = "model.onnx.data"
+MODEL_NAME = "model.onnx"
+
+
+class DataWriter:
+    """Writes tensors to one data file in call order; `tensor` returns the TensorProto that refers to them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._stream = open(path, "wb")  # noqa: SIM115 - closed by __exit__: the writer is the context manager
+        self._offset = 0
+        self._written: dict[bytes, tuple[int, int]] = {}
+
+    def __enter__(self) -> DataWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+        self._stream.close()
+
+    def tensor(self, name: str, array: np.ndarray) -> TensorProto:
+        """A TensorProto named `name` for `array`: inline when small, else in the data file (once per distinct content)."""
+        array = np.ascontiguousarray(array)
+        if array.nbytes < INLINE_BELOW_BYTES:
+            return numpy_helper.from_array(array, name)
+        view = array.reshape(-1).view(np.uint8).data
+        digest = hashlib.blake2b(view, digest_size=16).digest()
+        if digest not in self._written:
+            padding = -self._offset % ALIGNMENT_BYTES
+            self._stream.write(b"\0" * padding)
+            self._offset += padding
+            self._stream.write(view)
+            self._written[digest] = (self._offset, array.nbytes)
+            self._offset += array.nbytes
+        offset, length = self._written[digest]
+        proto = TensorProto(name=name, dims=array.shape, data_type=helper.np_dtype_to_tensor_dtype(array.dtype))
+        proto.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", self.path.name), ("offset", offset), ("length", length)):
+            proto.external_data.add(key=key, value=str(value))
+        return proto
+
+
+def load_array(tensor: TensorProto, folder: Path) -> np.ndarray:
+    """The tensor's values; external data is mapped read-only. Raises DamagedFileError when the data file is short or outside."""
+    if tensor.data_location != TensorProto.EXTERNAL:
+        return numpy_helper.to_array(tensor)
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    path = inside(folder, entries["location"])
+    dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    shape = tuple(tensor.dims)
+    offset = int(entries.get("offset", 0))
+    needed = offset + int(np.prod(shape)) * dtype.itemsize
+    if not path.is_file() or path.stat().st_size < needed:
+        raise DamagedFileError(
+            f"expected {needed} bytes or more in {path}, got {path.stat().st_size if path.is_file() else 'no file'}"
+        )
+    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
+
+
+def read_model(folder: Path, name: str = MODEL_NAME) -> onnx.ModelProto:
+    """The graph without its external data. Raises DamagedFileError if it does not parse."""
+    path = folder / name
+    try:
+        return onnx.load(path, load_external_data=False)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DamagedFileError(f"expected an ONNX model in {path}, got {error}") from error
+    except Exception as error:  # protobuf's DecodeError has no public base class
+        raise DamagedFileError(f"expected an ONNX model in {path}, got {type(error).__name__}") from error

@@ -1,0 +1,83 @@
+"""`Graph`: an fp32 ONNX model in a folder with its units marked (`graph.json`), and read access to the units' weights.
+
+Owns the layout of that folder. Refuses to know how the graph was made (`build.py`) and what kernels will replace the units.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from toolchain.errors import DamagedFileError
+from toolchain.files import write_atomic
+from toolchain.spec import Unit
+
+DESCRIPTION = "graph.json"
+
+
+@dataclass(frozen=True)
+class Graph:
+    """kind "decoder" has KV-cache inputs and logits over the vocabulary; "encoder" has neither. `context` is the longest sequence.
+
+    `source` is what the user typed; `fingerprint` is a sha256 over the config and the weights; `inputs` are the graph's inputs in order.
+    """
+
+    directory: Path
+    units: tuple[Unit, ...]
+    kind: str
+    architecture: str
+    layers: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    vocabulary: int
+    context: int
+    inputs: tuple[str, ...]
+    source: str
+    fingerprint: str
+
+    @classmethod
+    def open(cls, directory: Path) -> Graph:
+        """Read the folder back. Raises DamagedFileError."""
+        try:
+            data = json.loads((directory / DESCRIPTION).read_text())
+            units = tuple(Unit(**{**unit, "modules": tuple(unit["modules"])}) for unit in data.pop("units"))
+            inputs = tuple(data.pop("inputs"))
+            return cls(directory=directory, units=units, inputs=inputs, **data)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DamagedFileError(f"expected a graph folder with {DESCRIPTION} in {directory}, got {error}") from error
+
+    def save(self) -> None:
+        data = asdict(self)
+        data.pop("directory")
+        write_atomic(self.directory / DESCRIPTION, json.dumps(data, indent=1) + "\n")
+
+    def companions(self) -> list[Path]:
+        """Files that a package carries besides the model: tokenizer and generation settings, by name."""
+        own = {DESCRIPTION, "model.onnx", "model.onnx.data"}
+        return sorted(path for path in self.directory.iterdir() if path.is_file() and path.name not in own)
+
+    def unit(self, name: str) -> Unit:
+        return next(unit for unit in self.units if unit.name == name)
+
+    def weight(self, unit: Unit) -> np.ndarray:
+        """float32 [N, K]: one row per output of a linear, one row per token of an embedding."""
+        from toolchain.graph.external import load_array
+
+        tensor = self._initializers[unit.weight]
+        array = load_array(tensor, self.directory)
+        rows_first = array.shape == (unit.N, unit.K) and unit.op == "Gather" and not self._shared_with_head(unit)
+        return np.ascontiguousarray(array if rows_first else array.T, dtype=np.float32)
+
+    def _shared_with_head(self, unit: Unit) -> bool:
+        return any(other.weight == unit.weight for other in self.units if other.name != unit.name)
+
+    @cached_property
+    def _initializers(self) -> dict:
+        from toolchain.graph.external import read_model
+
+        return {tensor.name: tensor for tensor in read_model(self.directory).graph.initializer}

@@ -1,0 +1,41 @@
+"""One unit under one kernel → its ONNX node and tensors. What the numbers mean is `quantize/affine.py`; the layout is the runtime's.
+
+MatMulNBits            B uint8 [N, G, g·bits/8], scales [N, G], zero points packed [N, ceil(G·bits/8)], accuracy_level 4
+GatherBlockQuantized   the same bytes as [N, K·bits/8]: a tied head and embedding of one kernel share them in the data file
+DynamicQuantizeMatMul  B int8 [K, N], one scale per column, zero point 0
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from onnx import NodeProto, helper
+
+from toolchain.kernels import node_op
+from toolchain.quantize.affine import SYMMETRIC_ZERO, Quantized
+from toolchain.quantize.packing import pack
+from toolchain.spec import Kernel, Unit
+
+Tensors = list[tuple[str, np.ndarray]]
+
+
+def quantised_node(unit: Unit, kernel: Kernel, weights: Quantized, data: str, output: str, name: str) -> tuple[NodeProto, Tensors]:
+    """Node `name` computing `output` from `data` (activations, or token ids of a Gather), and the tensors it reads."""
+    op = node_op(unit.op, kernel)
+    if op == "DynamicQuantizeMatMul":
+        codes = (weights.codes[:, 0].astype(np.int16) - SYMMETRIC_ZERO).astype(np.int8)
+        tensors: Tensors = [(f"{name}.weight_int8", codes.T), (f"{name}.scales", weights.scales[:, 0])]
+        inputs = [data, *(tensor for tensor, _ in tensors)]
+        return helper.make_node(op, inputs, [output], name=name, domain="com.microsoft"), tensors
+    bits = kernel.container_bits
+    packed = pack(weights.codes, bits)
+    zero_points = pack(weights.zero_points, bits)
+    names = [f"{name}.weight_q{bits}", f"{name}.scales", f"{name}.zero_points"]
+    if op == "GatherBlockQuantized":
+        packed = packed.reshape(unit.N, -1)
+        attributes = {"bits": bits, "block_size": kernel.group_size, "gather_axis": 0, "quantize_axis": 1}
+        inputs = [names[0], data, *names[1:]]
+    else:
+        attributes = {"K": unit.K, "N": unit.N, "bits": bits, "block_size": kernel.group_size, "accuracy_level": 4}
+        inputs = [data, *names]
+    node = helper.make_node(op, inputs, [output], name=name, domain="com.microsoft", **attributes)
+    return node, list(zip(names, (packed, weights.scales, zero_points), strict=True))

@@ -1,0 +1,102 @@
+"""The kernel catalogue for ONNX Runtime's CPU provider, and which unit may have which kernel.
+
+A new bit-width or runtime op is one new line in CATALOGUE. What a line means in numbers is `quantize/affine.py`; what it means
+in nodes is `graph/nodes.py`; whether this runtime computes it right is asked of the runtime itself (`profiler/probe.py`).
+
+- MatMulNBits takes 2, 4 and 8 bits only: 3-bit codes ride in a 4-bit container (quality of 3, cost of 4).
+- accuracy_level 4 (int8 activations per group) everywhere: level 0 was measured up to 230 times slower.
+- w8a8 keeps its weights within ±63: at ±127 the AVX2 path saturates 16-bit sums of u8 × s8 products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from toolchain.errors import PolicyError
+from toolchain.spec import Kernel, Policy, Unit
+
+
+def _nbits(bits: int, group_size: int, container: int | None = None) -> Kernel:
+    return Kernel(f"w{bits}g{group_size}", bits, container or bits, group_size, symmetric=False, activation="int8_group")
+
+
+CATALOGUE: Mapping[str, Kernel] = {
+    kernel.name: kernel
+    for kernel in (
+        Kernel("fp32", 32, 32, 0, symmetric=True, activation="fp32"),
+        Kernel("w8a8", 8, 8, 0, symmetric=True, activation="int8_tensor"),
+        _nbits(8, 32),
+        _nbits(8, 128),
+        _nbits(4, 32),
+        _nbits(4, 128),
+        _nbits(3, 32, container=4),
+        _nbits(2, 32),
+        _nbits(2, 128),
+    )
+}
+
+
+def node_op(unit_op: str, kernel: Kernel) -> str:
+    """The ONNX op that executes a unit of this op with this kernel."""
+    if not kernel.quantised:
+        return unit_op
+    if unit_op == "Gather":
+        return "GatherBlockQuantized"
+    return "DynamicQuantizeMatMul" if kernel.activation == "int8_tensor" else "MatMulNBits"
+
+
+def legal(unit: Unit, kernel: Kernel) -> bool:
+    """Whether the catalogue has this kernel for this unit (not yet whether this runtime runs it)."""
+    if unit.op == "Gather":
+        return kernel.activation != "int8_tensor" and (not kernel.quantised or unit.K % kernel.group_size == 0)
+    # A group wider than the layer is all padding: it would cost more than per-row scales and gain nothing.
+    return kernel.group_size <= unit.K
+
+
+def candidates(unit: Unit, available: Iterable[str] = CATALOGUE) -> tuple[str, ...]:
+    """Names of the kernels a unit may have, in catalogue order, among `available`."""
+    allowed = set(available)
+    return tuple(name for name, kernel in CATALOGUE.items() if name in allowed and legal(unit, kernel))
+
+
+def uniform(name: str, units: Sequence[Unit], available: Iterable[str] = CATALOGUE) -> Policy:
+    """The policy a bare kernel name means: that kernel on every linear, the legal one of the same bits on embedding and head.
+
+    Raises PolicyError for an unknown name, or a unit with no kernel of these bits.
+    """
+    if name not in CATALOGUE:
+        raise PolicyError(f"expected a kernel among {', '.join(CATALOGUE)}, got {name!r}", "or name a policy file that exists")
+    available = tuple(available)
+    choice = {}
+    for unit in units:
+        names = candidates(unit, available)
+        same_bits = [other for other in names if CATALOGUE[other].weight_bits == CATALOGUE[name].weight_bits]
+        if name in names:
+            choice[unit.name] = name
+        elif same_bits:
+            choice[unit.name] = same_bits[0]
+        else:
+            raise PolicyError(f"unit {unit.name!r} ({unit.op} {unit.K}x{unit.N}) has no {name} kernel on this runtime")
+    return Policy.of(choice)
+
+
+def validate(policy: Mapping[str, str], units: Sequence[Unit], available: Iterable[str] = CATALOGUE) -> Policy:
+    """Check that a policy names exactly these units and kernels they may have. Raises PolicyError naming the first offence."""
+    names = {unit.name for unit in units}
+    available = tuple(available)
+    if unknown := sorted(set(policy) - names):
+        raise PolicyError(f"expected units of this model, got unknown unit {unknown[0]!r}", "type: bittailor units MODEL")
+    if missing := sorted(names - set(policy)):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise PolicyError(f"expected a kernel for every unit, got none for {missing[0]!r}{more}", "type: bittailor units MODEL")
+    for unit in units:
+        allowed = candidates(unit, available)
+        if policy[unit.name] not in allowed:
+            raise PolicyError(f"expected a kernel among {', '.join(allowed)} for unit {unit.name!r}, got {policy[unit.name]!r}")
+    return Policy.of(policy)
+
+
+def mean_bits(policy: Mapping[str, str], units: Sequence[Unit]) -> float:
+    """Weight bits per parameter, averaged over all units' parameters (scales and zero points not counted)."""
+    total = sum(unit.parameters for unit in units)
+    return sum(CATALOGUE[policy[unit.name]].weight_bits * unit.parameters for unit in units) / total

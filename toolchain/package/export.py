@@ -1,0 +1,65 @@
+"""Graph + policy + weights → a package folder, whole or not at all: model.onnx, its data, tokenizer, manifest.yaml.
+
+Owns the order of things: tensors are streamed to a temporary folder, the manifest is written last, the folder is renamed. The same
+inputs give the same bytes: no date, no path, no random name is in a package. Refuses to know budgets' origin and measuring.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import toolchain
+from toolchain.files import replace_folder
+from toolchain.graph.assemble import Weights, assemble
+from toolchain.graph.model import Graph
+from toolchain.kernels import mean_bits
+from toolchain.package.manifest import FILE_NAME, Package, open_package, write_manifest
+from toolchain.spec import Budget, Cost, Policy, Workload
+
+
+def export_package(
+    graph: Graph,
+    policy: Policy,
+    weights: Weights,
+    out: Path,
+    *,
+    workload: Workload,
+    device: str,
+    budget: Budget | None,
+    predicted: Cost | None,
+    gap_to_optimum: float | None,
+    runtime: str,
+    evidence: Mapping[str, Any],
+) -> Package:
+    """Write the package and open it again, verified. `evidence`: how the weights came about (text, training) and the table's reference.
+
+    Raises InputError if `out` exists and is not an earlier package.
+    """
+    with replace_folder(out, FILE_NAME) as folder:
+        assemble(graph, policy, weights, folder)
+        for path in graph.companions():
+            shutil.copyfile(path, folder / path.name)
+        manifest = {
+            "model": {
+                "source": Path(graph.source).name,
+                "architecture": graph.architecture,
+                "kind": graph.kind,
+                "fingerprint": graph.fingerprint,
+                "vocabulary": graph.vocabulary,
+                "context": graph.context,
+            },
+            "device": device,
+            "workload": str(workload),
+            "budget": budget.to_json() if budget else None,
+            "predicted": predicted.to_json() if predicted else None,
+            "gap_to_optimum": gap_to_optimum,
+            "mean_bits": round(mean_bits(policy, graph.units), 4),
+            "policy": dict(policy.items()),
+            **evidence,
+            "versions": {"bittailor": toolchain.__version__, "runtime": runtime},
+        }
+        write_manifest(folder, manifest)
+    return open_package(out)

@@ -1,0 +1,83 @@
+"""`manifest.yaml`: what a package is, for which device and budget it was cut, what it was predicted to cost, sha256 of every file.
+
+Owns reading, writing and verifying it. Refuses to know how packages are made and measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from toolchain.errors import DamagedFileError, InputError
+from toolchain.files import inside, sha256, write_atomic
+from toolchain.spec import Budget, Policy, Workload
+
+FORMAT = "bittailor package 1"
+FILE_NAME = "manifest.yaml"
+
+
+@dataclass(frozen=True)
+class Package:
+    """An opened package: its folder and what its manifest says."""
+
+    directory: Path
+    data: Mapping[str, Any]
+
+    @property
+    def policy(self) -> Policy:
+        return Policy.of(self.data["policy"])
+
+    @property
+    def workload(self) -> Workload:
+        return Workload.parse(self.data["workload"])
+
+    @property
+    def budget(self) -> Budget | None:
+        """The budget it was cut for, or None."""
+        found = self.data["budget"]
+        return Budget.from_json(found) if found else None
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.data["model"]["vocabulary"])
+
+
+def write_manifest(directory: Path, data: Mapping[str, Any]) -> None:
+    """Write the manifest of a folder whose other files are complete; adds the format and every file's sha256."""
+    files = {path.name: sha256(path) for path in sorted(directory.iterdir()) if path.name != FILE_NAME}
+    text = yaml.safe_dump({"format": FORMAT, **data, "files": files}, sort_keys=False, allow_unicode=True, width=120)
+    write_atomic(directory / FILE_NAME, text)
+
+
+def is_package(directory: Path) -> bool:
+    return (directory / FILE_NAME).is_file()
+
+
+def open_package(directory: Path, verify: bool = True) -> Package:
+    """Read a package and verify its files' sha256. Raises InputError for another kind of folder, DamagedFileError for a damaged one."""
+    if not is_package(directory):
+        raise InputError(
+            f"expected a package folder with {FILE_NAME}, got {directory}", "make one: bittailor export MODEL --out PACKAGE"
+        )
+    path = directory / FILE_NAME
+    remedy = "export the package again"
+    try:
+        data = yaml.safe_load(path.read_text())
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise ValueError(f"no format {FORMAT!r}")
+        package = Package(directory, data)
+        _ = (package.policy, package.workload, package.budget, package.vocabulary)
+        files = dict(data["files"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise DamagedFileError(f"expected a package manifest in {path}, got {type(error).__name__}: {error}", remedy) from error
+    for name, digest in files.items() if verify else ():
+        file = inside(directory, name)
+        if not file.is_file():
+            raise DamagedFileError(f"expected {name} in {directory}, which the manifest lists, found none", remedy)
+        if sha256(file) != digest:
+            raise DamagedFileError(f"expected {name} in {directory} to have the sha256 of the manifest, got another", remedy)
+    return package

@@ -1,0 +1,241 @@
+"""The on-device agent: `python -m toolchain.profiler.agent REQUEST.json` → one JSON object on stdout. onnxruntime and numpy only.
+
+    settle          warm-up         windows of ≥ 200 ms: rounds R A B C   R B C A   R C A B     valid or not
+    |--------------|---------------|-----------|-----------|--- ... ---|-----------------------|------------|
+    wait until      every subject   a round is one run of every subject, the order turned by    ≥ 5 clean
+    others use      runs twice,     one, after R, the reference kernel; a window's medians are  windows; fewer:
+    < 15% of the    untimed         one trial. A window in which others used > 15% of the CPUs  not valid, what-
+    CPUs (≤ 10 s)                   is dropped and repeated, at most twice as often as wanted   ever the numbers
+
+A window, not a run, is a trial, because neighbouring runs share the machine's mood: their number says nothing about its drift.
+All sessions share one thread pool (pools spin after work: with one each, subjects would steal each other's cores). R's time tells
+how fast the machine is now: rows are scaled by (R when the table began) / (R in these windows). Refuses to know budgets and policies.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, Protocol
+
+import numpy as np
+
+from toolchain.decoding import Decoder
+from toolchain.errors import BittailorError, InputError
+from toolchain.profiler.contention import Watch
+from toolchain.session import open_session, token_feeds
+
+PROTOCOL = "interleaved windows, drift-corrected, 1"
+WINDOW_SECONDS = 0.2
+BUSY = 0.15
+VALID_WINDOWS = 5
+SETTLE_SECONDS = 10.0
+REFERENCE = Path(__file__).with_name("graphs") / "reference"
+_INSTRUCTION_SETS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
+BARE = Path(__file__).with_name("graphs") / "bare"
+
+
+def main(arguments: list[str]) -> int:
+    """Carry out one request file. Exit code 0, or 2 with {"error": line} for a request or model that is no good."""
+    actions: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"identify": identify, "time": time_subjects, "peak": peak}
+    try:
+        request = json.loads(Path(arguments[0]).read_text())
+        answer = actions[request["action"]](request)
+    except BittailorError as error:
+        sys.stdout.write(json.dumps({"error": str(error)}))
+        return 2
+    sys.stdout.write(json.dumps(answer))
+    return 0
+
+
+def identify(request: dict[str, Any]) -> dict[str, Any]:
+    """What a table's header says of the machine: CPU, cache, runtime."""
+    import onnxruntime
+
+    return {
+        "cpu": cpu_name(),
+        "cache_bytes": last_level_cache_bytes(),
+        "runtime": f"onnxruntime {onnxruntime.__version__}",
+        "protocol": PROTOCOL,
+    }
+
+
+def cpu_name() -> str:
+    """Model, family and the instruction sets that decide which kernels run, as the system names them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    flags = fields.get("flags", fields.get("Features", "")).split()
+    sets = [name for name in _INSTRUCTION_SETS if name in flags]
+    name = fields.get("model name", platform.machine())
+    return f"{name} family {fields.get('cpu family', '?')} model {fields.get('model', '?')} ({' '.join(sets)})"
+
+
+def last_level_cache_bytes() -> int:
+    """Size of the largest cache that CPU 0 sees; 32 MiB where the system does not tell."""
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        sizes.append(int(text[:-1]) * {"K": 1024, "M": 1024**2}.get(text[-1], 1))
+    return max(sizes, default=32 * 1024**2)
+
+
+class _Subject(Protocol):
+    """Something to time: one trial → nanoseconds by phase."""
+
+    def trial(self) -> dict[str, float]: ...
+
+
+class _Unit:
+    """A one-unit graph: a trial is one run over all its copies."""
+
+    def __init__(self, subject: dict[str, Any], threads: int, shared_pool: bool) -> None:
+        self._session = open_session(Path(subject["folder"]), threads, shared_pool=shared_pool)
+        rng = np.random.default_rng(0)
+        value = self._session.get_inputs()[0]
+        if value.type == "tensor(int64)":
+            feed = rng.integers(0, subject["rows"], subject["tokens"])
+        else:
+            feed = rng.standard_normal((subject["tokens"], value.shape[1]), dtype=np.float32)
+        self._binding = self._session.io_binding()
+        self._binding.bind_cpu_input(value.name, feed)
+        for output in self._session.get_outputs():
+            self._binding.bind_output(output.name)
+
+    def trial(self) -> dict[str, float]:
+        start = time.perf_counter_ns()
+        self._session.run_with_iobinding(self._binding)
+        return {"run_ns": time.perf_counter_ns() - start}
+
+
+class _Generate:
+    """A decoder: a trial is one prefill and `new_tokens` greedy steps. decode_ns is the mean step."""
+
+    def __init__(self, subject: dict[str, Any], threads: int, shared_pool: bool) -> None:
+        self._new = int(subject["new_tokens"])
+        self._decoder = Decoder(Path(subject["folder"]), threads, subject["tokens"] + self._new, shared_pool)
+        self._ids = np.random.default_rng(0).integers(0, subject["rows"], subject["tokens"])
+
+    def trial(self) -> dict[str, float]:
+        start = time.perf_counter_ns()
+        token = int(self._decoder.prefill(self._ids).argmax())
+        middle = time.perf_counter_ns()
+        for _ in range(self._new):
+            token = int(self._decoder.step(token).argmax())
+        return {"prefill_ns": middle - start, "decode_ns": (time.perf_counter_ns() - middle) / self._new}
+
+
+class _Encode:
+    """An encoder: a trial is one inference of [batch, tokens]."""
+
+    def __init__(self, subject: dict[str, Any], threads: int, shared_pool: bool) -> None:
+        self._session = open_session(Path(subject["folder"]), threads, shared_pool=shared_pool)
+        ids = np.random.default_rng(0).integers(0, subject["rows"], (subject["batch"], subject["tokens"]))
+        self._feeds = token_feeds(self._session, ids)
+
+    def trial(self) -> dict[str, float]:
+        start = time.perf_counter_ns()
+        self._session.run(None, self._feeds)
+        return {"encode_ns": time.perf_counter_ns() - start}
+
+
+_SUBJECTS: dict[str, Callable[[dict[str, Any], int, bool], _Subject]] = {"unit": _Unit, "generate": _Generate, "encode": _Encode}
+
+
+def time_subjects(request: dict[str, Any]) -> dict[str, Any]:
+    """Time the subjects in rotation with the reference; {"trials": {name: [{phase_ns}]}, "reference_ns": [], "dropped", "valid"}.
+
+    request: threads, subjects [{name, kind, folder, tokens, ...}], windows (clean ones wanted).
+    """
+    import onnxruntime
+
+    threads, wanted = int(request["threads"]), max(VALID_WINDOWS, int(request["windows"]))
+    onnxruntime.set_global_thread_pool_sizes(threads, 1)
+    reference = _Unit({"folder": REFERENCE, "tokens": 1, "rows": 1}, threads, shared_pool=True)
+    subjects = {item["name"]: _SUBJECTS[item["kind"]](item, threads, True) for item in request["subjects"]}
+    _settle()
+    for _ in range(2):
+        for subject in (reference, *subjects.values()):
+            subject.trial()
+    clean: list[_Window] = []
+    disturbed: list[_Window] = []
+    while len(clean) < wanted and len(disturbed) < 2 * wanted:
+        watch = Watch()
+        window = _window(reference, subjects, len(clean) + len(disturbed), watch)
+        others = watch.usage().others
+        (disturbed if others is not None and others > BUSY else clean).append(window)
+    valid = len(clean) >= VALID_WINDOWS
+    shown = clean if valid else clean + disturbed  # not valid: all of them, so that somebody can see how disturbed
+    return {
+        "trials": {name: [window.trials[name] for window in shown] for name in subjects},
+        "reference_ns": [window.reference_ns for window in shown],
+        "dropped": len(disturbed),
+        "valid": valid,
+    }
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Medians over the window's rounds, per subject and phase, and of the reference."""
+
+    trials: dict[str, dict[str, float]]
+    reference_ns: float
+
+
+def _window(reference: _Subject, subjects: Mapping[str, _Subject], turn: int, watch: Watch) -> _Window:
+    names = list(subjects)
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    references: list[float] = []
+    while not references or watch.usage().seconds < WINDOW_SECONDS:
+        references.append(reference.trial()["run_ns"])
+        start = (turn + len(references)) % len(names)
+        for name in names[start:] + names[:start]:
+            runs[name].append(subjects[name].trial())
+    trials = {name: {phase: median(run[phase] for run in done) for phase in done[0]} for name, done in runs.items()}
+    return _Window(trials, median(references))
+
+
+def _settle() -> None:
+    """Wait until others use less than 15% of the CPUs for half a second, at most 10 s."""
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while time.monotonic() < deadline:
+        watch = Watch()
+        time.sleep(0.5)
+        others = watch.usage().others
+        if others is None or others < BUSY:
+            return
+
+
+def peak(request: dict[str, Any]) -> dict[str, Any]:
+    """Rise of this process's peak resident set, loading and two trials included, over a bare runtime process. Needs a fresh process."""
+    threads = int(request["threads"])
+    subject = request["subject"]
+    _Unit({"folder": BARE, "tokens": 1, "rows": 1}, threads, shared_pool=False).trial()
+    before = _peak_bytes()
+    try:
+        running = _SUBJECTS[subject["kind"]](subject, threads, False)
+        running.trial()
+        running.trial()
+    except MemoryError as error:
+        raise InputError(f"expected the model to fit in this device's memory, it did not: {error}") from error
+    return {"peak_bytes": _peak_bytes() - before}
+
+
+def _peak_bytes() -> int:
+    """VmHWM: unlike getrusage's figure, it does not inherit the peak of the process that started this one."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise InputError("expected VmHWM in /proc/self/status, found none: this system cannot tell peak memory")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,65 @@
+"""Host side of the agent: one request, one fresh process, one answer. The transport "local" starts the process here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from toolchain.errors import BittailorError, InputError
+from toolchain.spec import Device
+
+TIMEOUT_SECONDS = 1800
+
+
+@dataclass(frozen=True)
+class Host:
+    """A device as the profiler sees it. Subjects are the agent's descriptions of what to run (`agent.py`)."""
+
+    device: Device
+    threads: int
+
+    def identify(self) -> dict[str, Any]:
+        """{"cpu", "cache_bytes", "runtime", "protocol"}."""
+        return self._ask({"action": "identify"})
+
+    def time(self, subjects: Sequence[dict[str, Any]], windows: int) -> dict[str, Any]:
+        """{"trials": {name: [{phase_ns}]}, "reference_ns": [...], "dropped", "valid"}, all subjects in rotation in one process."""
+        return self._ask({"action": "time", "threads": self.threads, "subjects": list(subjects), "windows": windows})
+
+    def peak(self, subject: dict[str, Any]) -> int:
+        """Rise of a fresh process's peak resident set, in bytes."""
+        return int(self._ask({"action": "peak", "threads": self.threads, "subject": subject})["peak_bytes"])
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Raises InputError for a transport we do not have, BittailorError for what the agent refuses or dies of."""
+        if self.device.transport != "local":
+            raise InputError(
+                f"expected a device with transport 'local', got {self.device.transport!r}", "this version reaches no other"
+            )
+        with tempfile.TemporaryDirectory(prefix="bittailor-") as folder:
+            path = Path(folder) / "request.json"
+            path.write_text(json.dumps(request))
+            # The package's own folder goes first, so that the agent is this version whatever the working directory holds.
+            done = subprocess.run(
+                [sys.executable, "-m", "toolchain.profiler.agent", str(path)],
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT_SECONDS,
+                env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+                check=False,
+            )
+        try:
+            answer = json.loads(done.stdout)
+        except ValueError:
+            last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            raise BittailorError(f"expected an answer from the agent on {self.device.name!r}, it died: {last[:300]}") from None
+        if "error" in answer:
+            raise BittailorError(answer["error"])
+        return answer

@@ -1,0 +1,66 @@
+"""A package on a device → measurements: latency from timed trials, memory from fresh processes, energy from a meter or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from toolchain.profiler.ask import Host
+from toolchain.spec import Device, Measurement, Workload
+
+MEMORY_TRIALS = 3
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What was seen of one package: resource → measurement, and the reference kernel's time meanwhile."""
+
+    measurements: Mapping[str, Measurement]
+    reference_ns: float
+    dropped: int
+
+
+def summarise(trials: Iterable[float], valid: bool) -> Measurement:
+    """Median and half the distance between the 10th and the 90th percentile; valid needs two trials and the protocol's consent."""
+    values = tuple(trials)
+    if not values:
+        return Measurement(None, reason="no trial was completed")
+    ordered = sorted(values)
+    low, high = (ordered[round(share * (len(ordered) - 1))] for share in (0.1, 0.9))
+    reason = "" if valid else "other processes used the CPU during the trials"
+    return Measurement(median(values), (high - low) / 2, len(values), valid and len(values) > 1, values, reason)
+
+
+def subject(name: str, folder: Path, workload: Workload, vocabulary: int) -> dict[str, Any]:
+    """The agent's description of a whole model to run."""
+    return {
+        "name": name,
+        "kind": workload.kind,
+        "folder": str(folder),
+        "batch": workload.batch,
+        "tokens": workload.prompt_tokens,
+        "new_tokens": workload.new_tokens,
+        "rows": vocabulary,
+    }
+
+
+def latencies(trials: Sequence[Mapping[str, float]], valid: bool) -> dict[str, Measurement]:
+    """latency_ms, and first_token_ms of a decoder, from the agent's trials."""
+    names = {"decode_ns": "latency_ms", "encode_ns": "latency_ms", "prefill_ns": "first_token_ms"}
+    present = trials[0] if trials else {}
+    return {names[phase]: summarise((trial[phase] / 1e6 for trial in trials), valid) for phase in present}
+
+
+def measure_package(
+    folder: Path, workload: Workload, device: Device, threads: int, vocabulary: int, windows: int = 25
+) -> Observation:
+    """Measure one package: `windows` clean trials of 200 ms or more, and the peak memory of three fresh processes."""
+    what = subject("package", folder, workload, vocabulary)
+    host = Host(device, threads)
+    answer = host.time([what], windows)
+    measured = latencies(answer["trials"]["package"], answer["valid"])
+    measured["peak_memory_bytes"] = summarise((float(host.peak(what)) for _ in range(MEMORY_TRIALS)), valid=True)
+    return Observation(measured, median(answer["reference_ns"]), answer["dropped"])

@@ -1,0 +1,54 @@
+"""Which kernels this runtime loads and computes right: each is run on a small unit and held against the numpy reference.
+
+A kernel that is refused, falls back to something wrong, or saturates is not offered. Tolerance 1e-3 relative: the simulated int8
+activations agree to about 3e-7, and a saturating kernel is off by 1e-2.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from toolchain.errors import DamagedFileError
+from toolchain.graph.oneunit import random_weights, write_one_unit
+from toolchain.kernels import CATALOGUE, legal
+from toolchain.quantize.affine import Quantized, dequantize, quantize_activation
+from toolchain.session import open_session
+from toolchain.spec import Kernel, Unit
+
+TOLERANCE = 1e-3
+_UNITS = (Unit("probe", "MatMul", 256, 48), Unit("probe", "Gather", 256, 48))
+
+
+@cache
+def working_kernels() -> tuple[str, ...]:
+    """Names of the catalogue's kernels that load and compute right here, in catalogue order."""
+    return tuple(
+        name
+        for name, kernel in CATALOGUE.items()
+        if all(relative_error(unit, kernel) < TOLERANCE for unit in _UNITS if legal(unit, kernel))
+    )
+
+
+def relative_error(unit: Unit, kernel: Kernel) -> float:
+    """‖runtime − reference‖ / ‖reference‖ for random weights and inputs; infinite where the runtime refuses the kernel."""
+    rng = np.random.default_rng(0)
+    weights = random_weights(unit, kernel)
+    plain = dequantize(weights) if isinstance(weights, Quantized) else weights
+    x: np.ndarray
+    if unit.op == "Gather":
+        x = rng.integers(0, unit.N, 5)
+        expected = plain[x]
+    else:
+        x = rng.standard_normal((5, unit.K), dtype=np.float32)
+        expected = quantize_activation(x, kernel) @ plain.T
+    with tempfile.TemporaryDirectory(prefix="bittailor-") as folder:
+        write_one_unit(unit, kernel, weights, 1, Path(folder))
+        try:
+            got = open_session(Path(folder), threads=1).run(None, {"x": x})[0]
+        except DamagedFileError:
+            return float("inf")
+    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))

@@ -1,0 +1,124 @@
+"""MODEL on a device → its cost table: what is missing is measured, and saved shape by shape, so a killed run resumes.
+
+Three kinds of rows: the time of each unit shape and kernel, their memory (`unit_rows`), and a few whole models (`model_rows`), whose
+difference from the sum of their units is the remainder: attention, norms, cache, per-run overhead. Times are scaled to the speed the
+machine had when the table began, by the reference kernel. Refuses to know budgets and training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+
+from toolchain.costs.model import working_set
+from toolchain.costs.table import CostTable, Header, ModelRow, Row, UnitRow, open_table, refuse_if_stale
+from toolchain.errors import InputError
+from toolchain.graph.model import Graph
+from toolchain.kernels import candidates
+from toolchain.profiler import model_rows, unit_rows
+from toolchain.profiler.ask import Host
+from toolchain.profiler.probe import working_kernels
+from toolchain.progress import track
+from toolchain.spec import Device, Unit, Workload
+
+
+def current_header(device: Device, threads: int, meter: str = "", command: str = "") -> Header:
+    """The header of a table measured now: what the agent says of its machine, and the kernels that work there."""
+    answer = Host(device, threads).identify()
+    return Header(
+        device=device.name,
+        cpu=answer["cpu"],
+        provider=device.provider,
+        threads=threads,
+        runtime=answer["runtime"],
+        protocol=answer["protocol"],
+        meter=meter,
+        date=datetime.now(UTC).strftime("%Y-%m-%d"),
+        command=command,
+        kernels=working_kernels(),
+        cache_bytes=answer["cache_bytes"],
+    )
+
+
+def default_workload(graph: Graph) -> Workload:
+    return Workload.parse("generate:64+32" if graph.kind == "decoder" else "encode:1x128")
+
+
+def check_workload(graph: Graph, workload: Workload) -> None:
+    """Raise InputError for a workload this model cannot run."""
+    default = default_workload(graph)
+    if workload.kind != default.kind:
+        raise InputError(
+            f"expected a workload {default.kind}:... for this {graph.kind}, got {workload}", f"type: --workload {default}"
+        )
+    if workload.prompt_tokens + workload.new_tokens > graph.context:
+        raise InputError(f"expected at most {graph.context} tokens, the model's context, got {workload}")
+
+
+def profile(graph: Graph, header: Header, device: Device, workload: Workload, path: Path, renew: bool = False) -> CostTable:
+    """Measure what the table at `path` lacks for this model and workload, and return the whole table.
+
+    header: `current_header`, the machine as it is now. renew: start over instead of refusing a stale table.
+    Raises StaleTableError, DamagedFileError, InputError.
+    """
+    check_workload(graph, workload)
+    table = CostTable(header, {})
+    if path.exists() and not renew:
+        table = open_table(path)
+        refuse_if_stale(table, header)
+    jobs = list(_jobs(graph, Host(device, header.threads), workload, table))
+    for job in track(jobs, len(jobs), f"profile {Path(graph.source).name}"):
+        rows, references = job()
+        table = _adding(table, rows, references)
+        table.save(path)
+    return table
+
+
+Job = Callable[[], tuple[list[Row], list[float]]]
+
+
+def _jobs(graph: Graph, host: Host, workload: Workload, table: CostTable) -> Iterator[Job]:
+    """One job per distinct unit shape that lacks a row, and one for the whole models. Units first: their table is what is shared."""
+    for unit in {unit.shape: unit for unit in graph.units}.values():
+        names = candidates(unit, table.header.kernels)
+        sets = {name: working_set(graph.units, name, table.header.cache_bytes) for name in names}
+        wanted = unit_rows.cases(graph, unit, sets, workload, table.header.cache_bytes)
+        times, memory = unit_rows.missing(unit, wanted, table)
+        if times or memory:
+            yield _unit_job(host, unit, times, memory)
+    if not model_rows.complete(graph, workload, table):
+        yield lambda: _model_job(host, graph, workload, table.header)
+
+
+def _unit_job(host: Host, unit: Unit, times: list[unit_rows.Case], memory: list[unit_rows.Case]) -> Job:
+    return lambda: unit_rows.measure(host, unit, times, memory)
+
+
+def _model_job(host: Host, graph: Graph, workload: Workload, header: Header) -> tuple[list[Row], list[float]]:
+    rows, references = model_rows.measure(host, graph, workload, header.kernels)
+    return [*rows], references
+
+
+def _adding(table: CostTable, rows: list[Row], references: list[float]) -> CostTable:
+    """The table with rows scaled to the speed the machine had when it began, which its header keeps."""
+    if not references:
+        return table.adding(rows)
+    now = median(references)
+    if not table.header.reference_ns:
+        table = replace(table, header=replace(table.header, reference_ns=now))
+    scale = table.header.reference_ns / now
+    return table.adding(_scaled(row, scale) for row in rows)
+
+
+def _scaled(row: Row, scale: float) -> Row:
+    if isinstance(row, UnitRow):
+        return replace(row, latency_ms=row.latency_ms * scale, spread_ms=row.spread_ms * scale)
+    if isinstance(row, ModelRow):
+        first = row.first_token_ms and row.first_token_ms * scale
+        first_spread = row.first_token_spread_ms and row.first_token_spread_ms * scale
+        latency, spread = row.latency_ms * scale, row.latency_spread_ms * scale
+        return replace(row, latency_ms=latency, latency_spread_ms=spread, first_token_ms=first, first_token_spread_ms=first_spread)
+    return row

@@ -1,0 +1,101 @@
+"""Opening an ONNX folder on stock onnxruntime, and reading from the session itself what a decoder's cache looks like.
+
+Knows onnxruntime and numpy only: no graph library, no config files. What it is fed is read from the session's own inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from toolchain.errors import DamagedFileError, InputError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+@dataclass(frozen=True)
+class CacheSlot:
+    """One KV tensor of a decoder: its input and output name, heads H, head width D and dtype; the tensor is [1, H, T, D]."""
+
+    past: str
+    present: str
+    heads: int
+    width: int
+    dtype: np.dtype
+
+    def zeros(self, capacity: int) -> np.ndarray:
+        return np.zeros((1, self.heads, capacity, self.width), self.dtype)
+
+
+def open_session(
+    directory: Path, threads: int = 0, provider: str = "CPUExecutionProvider", shared_pool: bool = False
+) -> onnxruntime.InferenceSession:
+    """A session on `directory/model.onnx`; threads 0 = onnxruntime's own choice.
+
+    shared_pool: use the process's one thread pool (`set_global_thread_pool_sizes` must have been called) instead of an own one. Pools
+    spin for a while after work, so sessions timed in rotation would steal each other's cores if each had its own.
+
+    Raises InputError for a folder without model.onnx, DamagedFileError for one that onnxruntime cannot load.
+    """
+    import onnxruntime
+
+    path = Path(directory) / "model.onnx"
+    if not path.is_file():
+        raise InputError(f"expected a folder with model.onnx, got {directory}", "make one: bittailor export MODEL --out PACKAGE")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.use_per_session_threads = not shared_pool
+    options.log_severity_level = 3  # errors only: warnings would go to stderr in the middle of a progress line
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=[provider])
+    except Exception as error:  # onnxruntime's exceptions share no other base class
+        raise DamagedFileError(f"expected {path} to load in onnxruntime {onnxruntime.__version__}, got: {error}") from error
+
+
+def cache_slots(session: onnxruntime.InferenceSession) -> tuple[CacheSlot, ...]:
+    """The KV tensors of a decoder, in the graph's order; empty for an encoder.
+
+    Raises InputError for a cache that is not [batch, heads, tokens, width] with outputs named present.* for past_key_values.*.
+    """
+    outputs = {output.name for output in session.get_outputs()}
+    slots = []
+    for item in session.get_inputs():
+        if not item.name.startswith("past_key_values."):
+            continue
+        present = item.name.replace("past_key_values.", "present.", 1)
+        shape = item.shape
+        if present not in outputs or len(shape) != 4 or not isinstance(shape[1], int) or not isinstance(shape[3], int):
+            raise InputError(f"expected a cache input [batch, heads, tokens, width] with output {present}, got {item.name} {shape}")
+        if item.type not in _DTYPES:
+            raise InputError(f"expected a float cache, got {item.name} of {item.type}")
+        slots.append(CacheSlot(item.name, present, shape[1], shape[3], np.dtype(_DTYPES[item.type])))
+    return tuple(slots)
+
+
+def token_feeds(session: onnxruntime.InferenceSession, ids: np.ndarray, past: int = 0) -> dict[str, np.ndarray]:
+    """What the session wants besides its cache, for tokens ids [B, T] after `past` earlier ones: only inputs that it has.
+
+    Raises InputError for an input that we do not know how to fill.
+    """
+    B, T = ids.shape
+    known = {
+        "input_ids": ids,
+        "attention_mask": np.ones((B, past + T), np.int64),
+        "position_ids": np.broadcast_to(np.arange(past, past + T, dtype=np.int64), (B, T)),
+        "token_type_ids": np.zeros((B, T), np.int64),
+    }
+    feeds = {}
+    for item in session.get_inputs():
+        if item.name.startswith("past_key_values."):
+            continue
+        if item.name not in known:
+            raise InputError(f"expected a graph with inputs among {', '.join(known)} and a cache, got {item.name!r}")
+        kind = np.int32 if item.type == "tensor(int32)" else np.int64
+        feeds[item.name] = np.ascontiguousarray(known[item.name], kind)
+    return feeds

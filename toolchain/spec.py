@@ -1,0 +1,282 @@
+"""The nouns that cross every border: frozen, standard library only, round-trip through JSON, hashable.
+
+A cost (predicted) and a measurement (observed) are different types on purpose: nothing that takes one accepts the other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from toolchain.errors import InputError, PolicyError
+
+RESOURCES = ("peak_memory_bytes", "compute_flop", "latency_ms", "energy_mj")
+"""The four limits of a budget, in the order of the constraint encoding (MetaQuantLLM, section 4.2)."""
+
+_BUDGET_KEYS = {  # what people write in a budget file or on the command line → (resource, factor)
+    "memory_mb": ("peak_memory_bytes", 1e6),
+    "gflop": ("compute_flop", 1e9),
+    **{name: (name, 1.0) for name in RESOURCES},
+}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way the runtime executes a unit. The profiler measures it, the supernet trains it, the exporter writes it.
+
+    weight_bits      what the codes need (3 for w3g32)
+    container_bits   what the runtime stores per code (4 for w3g32); 32 for fp32
+    group_size       inputs that share one scale; 0 = one scale per output row, and for fp32
+    symmetric        zero point fixed in the middle of the range
+    activation       "fp32" | "int8_group" (int8 per row and group, inside MatMulNBits) | "int8_tensor" (uint8 per tensor)
+    """
+
+    name: str
+    weight_bits: int
+    container_bits: int
+    group_size: int
+    symmetric: bool
+    activation: str
+
+    @property
+    def quantised(self) -> bool:
+        """False for the fp32 kernel only."""
+        return self.container_bits < 32
+
+    @property
+    def levels(self) -> int:
+        """Number of codes the kernel uses (127 for int8 dynamic, which keeps to ±63: see `kernels.py`)."""
+        return 127 if self.activation == "int8_tensor" else 2**self.weight_bits
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One thing that gets a kernel: a linear layer, a fused group of them (q,k,v), the embedding, the head.
+
+    op         "MatMul" or "Gather"
+    K, N       inner width (the axis that groups run along) and number of rows: a linear maps K → N, an embedding has N rows of K
+    role       "linear" | "embedding" | "head"
+    modules    the model's own names of the layers inside, in the order their rows are stacked
+    node       name of the ONNX node; weight: its fp32 initializer
+    tied_to    the unit whose tensor this one is (embedding ↔ head), or ""
+    """
+
+    name: str
+    op: str
+    K: int
+    N: int
+    role: str = "linear"
+    modules: tuple[str, ...] = ()
+    node: str = ""
+    weight: str = ""
+    tied_to: str = ""
+
+    @property
+    def parameters(self) -> int:
+        return self.K * self.N
+
+    @property
+    def shape(self) -> tuple[str, int, int]:
+        """What a row of the cost table is keyed by."""
+        return (self.op, self.K, self.N)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one inference is: `generate:P+N` (prefill of P tokens, N decode steps) or `encode:BxT`. Every cost is for one."""
+
+    kind: str
+    batch: int
+    prompt_tokens: int
+    new_tokens: int
+
+    @classmethod
+    def parse(cls, text: str) -> Workload:
+        """Read `generate:64+32` or `encode:1x128`. Raises InputError."""
+        if match := re.fullmatch(r"generate:(\d+)\+(\d+)", text):
+            prompt, new = int(match[1]), int(match[2])
+            if prompt >= 1 and new >= 1:
+                return cls("generate", 1, prompt, new)
+        elif match := re.fullmatch(r"encode:(\d+)x(\d+)", text):
+            batch, tokens = int(match[1]), int(match[2])
+            if batch >= 1 and tokens >= 1:
+                return cls("encode", batch, tokens, 0)
+        raise InputError(
+            f"expected a workload as generate:P+N or encode:BxT with positive numbers, got {text!r}",
+            "type for example: --workload generate:64+32",
+        )
+
+    def __str__(self) -> str:
+        if self.kind == "generate":
+            return f"generate:{self.prompt_tokens}+{self.new_tokens}"
+        return f"encode:{self.batch}x{self.prompt_tokens}"
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """Tokens in flight of each phase: {"prefill": P, "decode": 1} or {"encode": B·T}."""
+        if self.kind == "generate":
+            return {"prefill": self.prompt_tokens, "decode": 1}
+        return {"encode": self.batch * self.prompt_tokens}
+
+
+@dataclass(frozen=True)
+class Policy(Mapping[str, str]):
+    """Unit name → kernel name, for a whole model: the only "architecture dict". An immutable mapping."""
+
+    items_: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def of(cls, mapping: Mapping[str, str]) -> Policy:
+        return cls(tuple(sorted(mapping.items())))
+
+    def __getitem__(self, unit: str) -> str:
+        try:
+            return self._lookup[unit]
+        except KeyError:
+            raise PolicyError(f"the policy has no kernel for unit {unit!r}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return (unit for unit, _ in self.items_)
+
+    def __len__(self) -> int:
+        return len(self.items_)
+
+    @property
+    def _lookup(self) -> dict[str, str]:
+        cached = self.__dict__.get("_cache")
+        if cached is None:
+            cached = dict(self.items_)
+            object.__setattr__(self, "_cache", cached)
+        return cached
+
+    def __hash__(self) -> int:
+        return hash(self.items_)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"units": dict(self.items_)}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A predicted number: value and spread (half-width of the interval that held most residuals), in the unit of its field."""
+
+    value: float | None
+    spread: float | None = None
+    reason: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        if self.value is None:
+            return {"value": None, "reason": self.reason}
+        return {"value": self.value, "spread": self.spread}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Predicted cost of one policy for one workload on one device. Never a measurement.
+
+    latency_ms is per generated token (generate) or per inference (encode); first_token_ms is the prefill (generate only).
+    compute_flop and energy_mj are for one whole inference of the workload.
+    """
+
+    latency_ms: Estimate
+    first_token_ms: Estimate
+    peak_memory_bytes: Estimate
+    package_bytes: Estimate
+    compute_flop: Estimate
+    energy_mj: Estimate
+    workload: Workload
+    device: str
+
+    def to_json(self) -> dict[str, Any]:
+        out: dict[str, Any] = {
+            item.name: getattr(self, item.name).to_json() for item in fields(self) if item.name not in ("workload", "device")
+        }
+        return {**out, "workload": str(self.workload), "device": self.device}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Observed: median of `trials`, spread = half the distance between their 10th and 90th percentile, n = number of trials.
+
+    `value` is None where nothing could measure it; `reason` says why. `valid` is False for fewer than two clean trials.
+    """
+
+    value: float | None
+    spread: float | None = None
+    n: int = 0
+    valid: bool = False
+    trials: tuple[float, ...] = ()
+    reason: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "trials": list(self.trials)}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Upper limits for one inference of a workload. An absent limit is None: absent, not infinite."""
+
+    peak_memory_bytes: float | None = None
+    compute_flop: float | None = None
+    latency_ms: float | None = None
+    energy_mj: float | None = None
+    name: str = "custom"
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The limits that are set, in the order of RESOURCES."""
+        return {name: value for name in RESOURCES if (value := getattr(self, name)) is not None}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], name: str = "custom") -> Budget:
+        """Read {latency_ms, memory_mb | peak_memory_bytes, gflop | compute_flop, energy_mj}. Raises InputError."""
+        values: dict[str, float] = {}
+        for key, raw in data.items():
+            if key in ("name", "workload"):
+                continue
+            if key not in _BUDGET_KEYS:
+                raise InputError(f"expected a budget with keys among {', '.join(_BUDGET_KEYS)}, got {key!r}")
+            if isinstance(raw, bool) or not isinstance(raw, int | float) or not raw > 0 or raw == float("inf"):
+                raise InputError(f"expected a positive finite number for the limit {key}, got {raw!r}")
+            resource, factor = _BUDGET_KEYS[key]
+            values[resource] = float(raw) * factor
+        if not values:
+            raise InputError("expected a budget with at least one limit, got none", "type for example: --memory-mb 100")
+        return cls(**values, name=str(data.get("name", name)))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, **self.limits}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One limit held against one measurement: "within", "over" or "could not tell"."""
+
+    name: str
+    limit: float
+    measured: float | None
+    low: float | None
+    high: float | None
+    verdict: str
+    reason: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Device:
+    """One file in `hardware/`: how to reach a device, what runs there, what measures its energy. Says nothing about models."""
+
+    name: str
+    title: str = ""
+    transport: str = "local"
+    provider: str = "CPUExecutionProvider"
+    threads: int = 0
+    meter: str = "none"
+    budgets: Mapping[str, Budget] = field(default_factory=dict)
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.transport, self.provider, self.threads, self.meter))

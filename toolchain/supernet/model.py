@@ -1,0 +1,272 @@
+"""The supernet in torch: a frozen Hugging Face model and, per kernel and layer, a LoRA adapter and clip factors.
+
+Owns the forward pass of a policy and the codes it used. The merge is quantisation-aware: the forward pass uses
+
+    Ŵ = Q_b(W + (alpha/r)·B·A; sigmoid(low), sigmoid(high))        straight-through gradient to A and B, true gradient to the clip logits
+
+so what is exported is a plain integer kernel and equals what was trained (method: LLM-QFA's decoupled adapters, arXiv:2405.20202, with
+OmniQuant's clipping, arXiv:2308.13137). Adapters are separate per kernel: no interference between bit-widths.
+
+There is no active subnet: a policy is an argument of every call, weights are passed in by `functional_call`, and the hooks that quantise
+activations live as long as one call. A tied embedding and head have one adapter per kernel, hence the same codes where kernels agree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from toolchain.errors import InputError, UnsafeModelError
+from toolchain.kernels import CATALOGUE, candidates
+from toolchain.quantize.affine import Quantized, groups
+from toolchain.quantize.fake import codes, fake_quantise, fake_quantise_activation
+from toolchain.spec import Kernel, Policy, Unit
+from toolchain.supernet.clipping import clips, search
+
+RANK = 32
+
+
+def load_model(folder: Path) -> nn.Module:
+    """The Hugging Face model of a local folder in float32, in evaluation mode. Never runs or unpickles what the folder ships.
+
+    A config whose architecture ends in ForCausalLM is loaded with its head, anything else as an encoder (hidden states).
+    Raises UnsafeModelError where there are no safetensors, InputError for anything else that does not load.
+    """
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    if not any(folder.glob("*.safetensors")):
+        raise UnsafeModelError(f"expected *.safetensors in {folder}, got none", "convert the checkpoint to safetensors first")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        decoder = any(name.endswith("ForCausalLM") for name in config.architectures or ())
+        loader = AutoModelForCausalLM if decoder else AutoModel
+        model = loader.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, attn_implementation="sdpa", local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(f"expected a model that transformers loads in {folder}, got: {error}") from error
+    return model.eval()
+
+
+class Supernet:
+    """model: frozen here. units: what gets kernels. kernels: names, those not legal for a unit are skipped for it.
+
+    parameters   every trained tensor, "kernel/module/part" with part in A [r, K], B [N, r], low, high [N, G]
+    kernels      unit → its kernel names, in catalogue order
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        units: Sequence[Unit],
+        kernels: Iterable[str],
+        rank: int = RANK,
+        alpha: float | None = None,
+        seed: int = 0,
+        importance: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """importance: module → mean square of each input [K] (`input_importance`), which weighs the search for the first clip factors."""
+        self.model = model.requires_grad_(False)
+        self.units = tuple(units)
+        self.rank, self.alpha = rank, float(rank if alpha is None else alpha)
+        available = tuple(kernels)
+        self.kernels = {unit.name: candidates(unit, available) for unit in self.units}
+        self._owner = self._owners()
+        self.parameters: dict[str, nn.Parameter] = {}
+        generator = torch.Generator().manual_seed(seed)
+        for name in dict.fromkeys(name for names in self.kernels.values() for name in names):
+            kernel = CATALOGUE[name]
+            for unit in self.units:
+                if name in self.kernels[unit.name] and kernel.quantised:
+                    for module in unit.modules:
+                        self._start(kernel, self._owner[module], generator, importance or {})
+
+    def _owners(self) -> dict[str, str]:
+        """module → the first module with the same weight tensor, whose adapters both use. Checks that layers are what units say."""
+        first: dict[int, str] = {}
+        owner = {}
+        for unit in self.units:
+            rows = 0
+            for module in unit.modules:
+                try:
+                    layer = self.model.get_submodule(module)
+                except AttributeError:
+                    raise InputError(f"expected a layer {module!r} for unit {unit.name!r}, the model has none of that name") from None
+                if not isinstance(layer, nn.Linear | nn.Embedding):
+                    raise InputError(f"expected a linear or embedding layer at {module!r}, got {type(layer).__name__}")
+                rows += layer.weight.shape[0]
+                owner[module] = first.setdefault(id(layer.weight), module)
+                if layer.weight.shape[1] != unit.K:
+                    raise InputError(f"expected K={unit.K} at {module!r}, got {layer.weight.shape[1]}")
+            if rows != unit.N:
+                raise InputError(f"expected {unit.N} rows in unit {unit.name!r}, its layers have {rows}")
+        return owner
+
+    def _start(self, kernel: Kernel, module: str, generator: torch.Generator, importance: Mapping[str, Tensor]) -> None:
+        """A: uniform as in PEFT, B: 0 (the adapter starts as nothing); clip logits from the search."""
+        if f"{kernel.name}/{module}/A" in self.parameters:
+            return
+        weight = self._weight(module)
+        N, K = weight.shape
+        bound = math.sqrt(3 / K)
+        start = {"A": (torch.rand(self.rank, K, generator=generator) * 2 - 1) * bound, "B": torch.zeros(N, self.rank)}
+        if clips(kernel):
+            low, high = search(weight, kernel, importance.get(module))
+            start |= {"low": torch.logit(low), "high": torch.logit(high)}
+        for part, tensor in start.items():
+            self.parameters[f"{kernel.name}/{module}/{part}"] = nn.Parameter(tensor)
+
+    def _weight(self, module: str) -> Tensor:
+        return self.model.get_submodule(module).get_parameter("weight")
+
+    def _quantiser_inputs(self, module: str, kernel: Kernel) -> tuple[Tensor, Kernel, Tensor | None, Tensor | None]:
+        """The arguments of `fake_quantise` and of `codes`: computed in this one place, so the two cannot differ."""
+        stem = f"{kernel.name}/{self._owner[module]}"
+        get = self.parameters
+        merged = torch.addmm(self._weight(module), get[f"{stem}/B"], get[f"{stem}/A"], alpha=self.alpha / self.rank)
+        if f"{stem}/low" not in get:
+            return merged, kernel, None, None
+        return merged, kernel, get[f"{stem}/low"].sigmoid(), get[f"{stem}/high"].sigmoid()
+
+    def parameters_of(self, policy: Mapping[str, str]) -> dict[str, nn.Parameter]:
+        """The trained tensors that this policy's forward pass uses."""
+        stems = {f"{policy[unit.name]}/{self._owner[module]}/" for unit in self.units for module in unit.modules}
+        return {name: tensor for name, tensor in self.parameters.items() if name[: name.rindex("/") + 1] in stems}
+
+    def weights(self, policy: Mapping[str, str]) -> dict[str, Tensor]:
+        """parameter name of the model → the weight that the policy's kernels make of it (fp32: the plain one)."""
+        made: dict[tuple[str, str], Tensor] = {}
+        out = {}
+        for unit in self.units:
+            kernel = CATALOGUE[policy[unit.name]]
+            for module in unit.modules:
+                key = (self._owner[module], kernel.name)
+                if key not in made:
+                    made[key] = fake_quantise(*self._quantiser_inputs(module, kernel)) if kernel.quantised else self._weight(module)
+                out[f"{module}.weight"] = made[key]
+        return out
+
+    def __call__(
+        self,
+        policy: Mapping[str, str],
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        activations: bool = True,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Logits [B, T, V] (decoder) or last hidden state [B, T, H] (encoder) of this policy's subnet.
+
+        activations: also quantise layers' inputs as the kernels do at run time. weights: the result of `weights(policy)` where the
+        caller has it already.
+        """
+        from torch.func import functional_call
+
+        hooks = self._activation_hooks(policy) if activations else []
+        try:
+            arguments = {"input_ids": input_ids, "attention_mask": attention_mask, **self._quiet()}
+            effective = dict(self.weights(policy) if weights is None else weights)
+            return _output(functional_call(self.model, effective, (), arguments, tie_weights=False))
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _quiet(self) -> dict[str, Any]:
+        return {"use_cache": False} if getattr(self.model.config, "use_cache", False) else {}
+
+    def _activation_hooks(self, policy: Mapping[str, str]) -> list[Any]:
+        """One forward-pre-hook per linear whose kernel quantises its input. Layers fed the same tensor (q, k, v) share the work."""
+        last: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+
+        def quantise(kernel: Kernel) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+            grid = (kernel.activation, kernel.group_size)
+
+            def hook(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+                x, *rest = inputs
+                seen = last.get(grid)
+                if seen is None or seen[0] is not x:
+                    seen = last[grid] = (x, fake_quantise_activation(x, kernel))
+                return (seen[1], *rest)
+
+            return hook
+
+        return [
+            self.model.get_submodule(module).register_forward_pre_hook(quantise(kernel))
+            for unit in self.units
+            if unit.op == "MatMul" and (kernel := CATALOGUE[policy[unit.name]]).activation != "fp32"
+            for module in unit.modules
+        ]
+
+    @torch.no_grad()
+    def teacher(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The full-precision model's output."""
+        return _output(self.model(input_ids=input_ids, attention_mask=attention_mask, **self._quiet()))
+
+    @torch.no_grad()
+    def quantized(self, unit: Unit, kernel: Kernel) -> Quantized:
+        """Codes of the whole unit, its modules' rows stacked: `affine.dequantize` of them is exactly what the forward pass uses."""
+        parts = [codes(*self._quantiser_inputs(module, kernel)) for module in unit.modules]
+        stacked = [np.concatenate([getattr(part, name) for part in parts]) for name in ("codes", "scales", "zero_points")]
+        return Quantized(stacked[0], stacked[1], stacked[2], unit.K)
+
+    def policy(self, kernel: str) -> Policy:
+        """The uniform policy of a kernel name (see `kernels.uniform`)."""
+        from toolchain.kernels import uniform
+
+        return uniform(kernel, self.units, dict.fromkeys(name for names in self.kernels.values() for name in names))
+
+    def load(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Take over trained tensors by the names of `parameters`. Raises InputError where one is missing or has another shape."""
+        for name, parameter in self.parameters.items():
+            if name not in arrays or arrays[name].shape != tuple(parameter.shape):
+                got = f"shape {arrays[name].shape}" if name in arrays else "none"
+                raise InputError(f"expected {name} of shape {tuple(parameter.shape)}, got {got}")
+            parameter.data.copy_(torch.from_numpy(np.asarray(arrays[name])))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """A copy of every trained tensor, by the names of `parameters`."""
+        return {name: parameter.detach().numpy().copy() for name, parameter in self.parameters.items()}
+
+
+def _output(result: Any) -> Tensor:
+    logits = getattr(result, "logits", None)
+    return result.last_hidden_state if logits is None else logits
+
+
+@torch.no_grad()
+def input_importance(model: nn.Module, units: Iterable[Unit], windows: Tensor, batch: int = 8) -> dict[str, Tensor]:
+    """module → mean square of each of its inputs [K] over windows [n, T]: what an error in that column of the weight costs.
+
+    An embedding's columns count alike. Where a head shares the embedding's tensor, the head's inputs decide.
+    """
+    sums: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def add(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            square = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).square().mean(0)
+            sums[name] = sums.get(name, torch.zeros_like(square)) + square
+
+        return add
+
+    linears = [module for unit in units if unit.op == "MatMul" for module in unit.modules]
+    handles = [model.get_submodule(module).register_forward_pre_hook(hook(module)) for module in linears]
+    try:
+        for start in range(0, len(windows), batch):
+            model(input_ids=windows[start : start + batch])
+    finally:
+        for handle in handles:
+            handle.remove()
+    by_tensor = {id(model.get_submodule(module).weight): module for module in linears}
+    shared = {
+        module: sums[by_tensor[key]]
+        for unit in units
+        if unit.op != "MatMul"
+        for module in unit.modules
+        if (key := id(model.get_submodule(module).weight)) in by_tensor
+    }
+    return sums | shared

@@ -1,0 +1,126 @@
+"""The numbers that training makes small.
+
+    supernet      α(π) · D(teacher, student) + β(π) · R(θ_π)          interference-aware loss (MetaQuantLLM)
+    D             decoder: KL(teacher ‖ student) per token, nats;  encoder: 1 − cosine + relative squared error of the hidden states
+    α(π), β(π)    (b_max / b̄(π))^a normalised to mean 1 over the sampler;  0.1 · b̄(π)/b_max
+    R             mean square of the subnet's adapter entries (not of the clip logits: their zero means nothing)
+    meta-network  Σ_r max(0, expected cost_r / budget_r − 1)          the cost table's pull under the budget
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from toolchain.costs.model import CostModel
+from toolchain.spec import Budget, Unit
+from toolchain.train.sampler import mean_bits_of
+
+BALANCE = 0.1
+
+
+def divergence_of(kind: str, teacher: Tensor, student: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """Scalar distance of a student's output to the teacher's, averaged over the tokens that the mask keeps.
+
+    kind "decoder": outputs are logits [B, T, V]; "encoder": hidden states [B, T, H].
+    """
+    if kind == "decoder":
+        log_teacher = torch.log_softmax(teacher, -1)
+        per_token = (log_teacher.exp() * (log_teacher - torch.log_softmax(student, -1))).sum(-1)
+    else:
+        cosine = F.cosine_similarity(teacher, student, dim=-1)
+        squared = (teacher - student).square().sum(-1) / teacher.square().sum(-1).clamp_min(1e-12)
+        per_token = 1 - cosine + squared
+    return _masked_mean(per_token, attention_mask)
+
+
+class Target:
+    """A teacher's output, prepared once for the several students of a step: `distance(student)` equals `divergence_of`."""
+
+    def __init__(self, kind: str, teacher: Tensor, attention_mask: Tensor | None = None) -> None:
+        self.kind, self.teacher, self.mask = kind, teacher, attention_mask
+        if kind == "decoder":
+            log_probabilities = torch.log_softmax(teacher, -1)
+            self.probabilities = log_probabilities.exp()
+            self.entropy = -_masked_mean((self.probabilities * log_probabilities).sum(-1), attention_mask)
+
+    def distance(self, student: Tensor) -> Tensor:
+        if self.kind != "decoder":
+            return divergence_of(self.kind, self.teacher, student, self.mask)
+        if self.mask is None:
+            crossed = F.cross_entropy(student.flatten(0, -2), self.probabilities.flatten(0, -2))
+        else:
+            crossed = _masked_mean(-(self.probabilities * torch.log_softmax(student, -1)).sum(-1), self.mask)
+        return crossed - self.entropy
+
+
+def _masked_mean(per_token: Tensor, mask: Tensor | None) -> Tensor:
+    return per_token.mean() if mask is None else (per_token * mask).sum() / mask.sum().clamp_min(1)
+
+
+class Interference:
+    """α(π) and β(π), normalised over policies the sampler drew (`sampled`)."""
+
+    def __init__(self, units: Sequence[Unit], sampled: Iterable[Mapping[str, str]], a: float = 1.0, balance: float = BALANCE) -> None:
+        self.units, self.a, self.balance = tuple(units), a, balance
+        means = [mean_bits_of(policy, self.units) for policy in sampled]
+        self.most = max(means)
+        self.norm = sum((self.most / mean) ** a for mean in means) / len(means)
+
+    def alpha(self, policy: Mapping[str, str]) -> float:
+        """Weight of the distance: rises as the mean bit-width falls; mean 1 over the sampler."""
+        return (self.most / mean_bits_of(policy, self.units)) ** self.a / self.norm
+
+    def beta(self, policy: Mapping[str, str]) -> float:
+        """Weight of the penalty: rises with the mean bit-width."""
+        return self.balance * mean_bits_of(policy, self.units) / self.most
+
+
+def penalty(parameters: Mapping[str, Tensor]) -> Tensor:
+    """R(θ_π): mean square over the adapter entries (names ending in /A or /B) of one subnet; 0 for none."""
+    adapters = [tensor for name, tensor in parameters.items() if name.endswith(("/A", "/B"))]
+    if not adapters:
+        return torch.zeros(())
+    return torch.stack([tensor.square().sum() for tensor in adapters]).sum() / sum(tensor.numel() for tensor in adapters)
+
+
+class ExpectedCost:
+    """Σ_r max(0, E_p[cost_r]/budget_r − 1) for probabilities [U, C] of a meta-network's units and candidates.
+
+    Ties: both ends taking a kernel has probability p_a·p_b, which is exact for independent units.
+    """
+
+    def __init__(self, cost_model: CostModel, candidates: Mapping[str, Sequence[str]]) -> None:
+        self.cost_model = cost_model
+        self.candidates = {unit: tuple(kernels) for unit, kernels in candidates.items()}
+        most = max(len(kernels) for kernels in self.candidates.values())
+        self.tables = {
+            resource: torch.tensor(
+                [[table[unit][kernel] for kernel in kernels] + [0.0] * (most - len(kernels)) for unit, kernels in self.candidates.items()],
+                dtype=torch.float64,
+            )
+            for resource, table in cost_model.per_unit.items()
+        }
+
+    def expected(self, resource: str, probabilities: Tensor) -> Tensor:
+        """E[cost] of one resource, in its unit."""
+        total = (self.tables[resource] * probabilities.double()).sum() + self.cost_model.fixed[resource]
+        rows = list(self.candidates)
+        for tie in self.cost_model.ties:
+            for kernel, savings in tie.savings.items():
+                ends = [(rows.index(unit), self.candidates[unit].index(kernel)) for unit in tie.units if kernel in self.candidates[unit]]
+                if len(ends) == 2 and savings.get(resource):
+                    total = total - savings[resource] * probabilities[ends[0]] * probabilities[ends[1]]
+        return total
+
+    def excess(self, budget: Budget, probabilities: Tensor) -> Tensor:
+        """Summed relative excess over the measured limits; 0 inside the budget."""
+        parts = [
+            torch.relu(self.expected(resource, probabilities) / limit - 1)
+            for resource, limit in budget.limits.items()
+            if resource in self.tables
+        ]
+        return torch.stack(parts).sum().float() if parts else torch.zeros(())
