@@ -35,7 +35,9 @@ def bytes_and_time(units: Sequence[Unit], kernels: Sequence[str]) -> CostModel:
         memory = {}
         for name in names[unit.name]:
             kernel = CATALOGUE[name]
-            memory[name] = unit.parameters * kernel.container_bits / 8 + (4 * unit.parameters / kernel.group_size if kernel.group_size else 0)
+            memory[name] = unit.parameters * kernel.container_bits / 8 + (
+                4 * unit.parameters / kernel.group_size if kernel.group_size else 0
+            )
         table["peak_memory_bytes"][unit.name] = memory
         table["latency_ms"][unit.name] = {name: 0.01 + cost / 2e7 for name, cost in memory.items()}
     ties = []

@@ -33,7 +33,9 @@ def _weights(shape: tuple[int, int], seed: int) -> np.ndarray:
 @pytest.mark.parametrize("kernel", QUANTISED, ids=lambda kernel: kernel.name)
 @settings(max_examples=25, deadline=None)
 @given(shape=shapes, seed=seeds, clipped=st.booleans())
-def test_forward_codes_and_numpy_reference_are_bit_for_bit_equal(kernel: Kernel, shape: tuple[int, int], seed: int, clipped: bool) -> None:
+def test_forward_codes_and_numpy_reference_are_bit_for_bit_equal(
+    kernel: Kernel, shape: tuple[int, int], seed: int, clipped: bool
+) -> None:
     w = _weights(shape, seed)
     clip: tuple[np.ndarray | None, np.ndarray | None] = (None, None)
     if clipped:
@@ -98,10 +100,12 @@ def test_without_clip_factors_the_gradient_is_the_identity() -> None:
     weight = torch.randn(4, 32, requires_grad=True)
     upstream = torch.randn(4, 32)
     fake_quantise(weight, CATALOGUE["w2g32"]).backward(upstream)
-    assert weight.grad is not None and torch.equal(weight.grad, upstream)
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, upstream)
     x = torch.randn(2, 5, 32, requires_grad=True)
     fake_quantise_activation(x, CATALOGUE["w8a8"]).sum().backward()
-    assert x.grad is not None and torch.equal(x.grad, torch.ones_like(x))
+    assert x.grad is not None
+    assert torch.equal(x.grad, torch.ones_like(x))
 
 
 def test_fp32_passes_through_and_codes_refuses_it_and_nan() -> None:

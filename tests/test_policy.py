@@ -106,9 +106,12 @@ def test_infeasible_names_the_limit_and_by_how_much() -> None:
         {"latency_ms": 1.0, "peak_memory_bytes": 1e6},
     )
     value = {"a": {"w2g32": 1.0, "w4g32": 0.0}}
-    with pytest.raises(InfeasibleBudgetError, match=r"latency_ms must be at least 5 ms, got 4 ms \(1 ms or 25% too low\)") as caught:
+    with pytest.raises(
+        InfeasibleBudgetError, match=r"latency_ms must be at least 5 ms, got 4 ms \(1 ms or 25% too low\)"
+    ) as caught:
         solve(costs, value, Budget(latency_ms=4.0, peak_memory_bytes=1e9))
-    assert "memory" not in str(caught.value) and "\n" not in str(caught.value)
+    assert "memory" not in str(caught.value)
+    assert "\n" not in str(caught.value)
     with pytest.raises(InfeasibleBudgetError, match=r"peak_memory_bytes must be at least 4 MB, got 2 MB"):
         solve(costs, value, Budget(peak_memory_bytes=2e6))
 
@@ -197,16 +200,21 @@ def test_meta_network_proposes_only_candidates_and_learns() -> None:
     probabilities = network(torch.tensor([[0.1, 0.2, 0.3, 1.0], [1.0, 1.0, 1.0, 1.0]])).exp()
     assert probabilities.shape == (2, 3, 3)
     torch.testing.assert_close(probabilities.sum(-1), torch.ones(2, 3))
-    assert probabilities[:, 0, 2].abs().max() == 0 and probabilities[:, 2, 1:].abs().max() == 0
+    assert probabilities[:, 0, 2].abs().max() == 0
+    assert probabilities[:, 2, 1:].abs().max() == 0
     low, high = torch.tensor([0.0, 0, 0, 0]), torch.ones(4)
-    wanted = {"low": Policy.of({"a": "w2g32", "b": "w3g32", "c": "fp32"}), "high": Policy.of({"a": "w4g32", "b": "w4g32", "c": "fp32"})}
+    wanted = {
+        "low": Policy.of({"a": "w2g32", "b": "w3g32", "c": "fp32"}),
+        "high": Policy.of({"a": "w4g32", "b": "w4g32", "c": "fp32"}),
+    }
     targets = torch.stack([network.one_hot(wanted["low"]), network.one_hot(wanted["high"])])
     optimiser = torch.optim.Adam(network.parameters(), 1e-3)
     for _ in range(60):
         optimiser.zero_grad()
         (-(targets * network(torch.stack([low, high])).clamp_min(-50)).sum(-1).mean()).backward()
         optimiser.step()
-    assert network.policy(network(low)) == wanted["low"] and network.policy(network(high)) == wanted["high"]
+    assert network.policy(network(low)) == wanted["low"]
+    assert network.policy(network(high)) == wanted["high"]
 
 
 def test_gumbel_samples_follow_the_distribution_and_are_differentiable() -> None:

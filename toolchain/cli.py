@@ -271,14 +271,14 @@ def _cost_lines(data: dict[str, Any]) -> str:
 
 def _train(arguments: argparse.Namespace) -> int:
     from toolchain import hardware
-    from toolchain.commands import training
+    from toolchain.commands import training, workflow
 
     device = hardware.load(arguments.device)
     text = [Path(name) for name in arguments.text] if arguments.text else None
     data = training.train_supernet(
         arguments.model,
         device,
-        arguments.profiles,
+        workflow.profile_folders(arguments.profiles),
         _workload(arguments),
         text,
         Path(arguments.out),
@@ -370,10 +370,10 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _quickstart(arguments: argparse.Namespace) -> int:
-    from toolchain import quickstart
     from toolchain.check import exit_code
+    from toolchain.quickstart import quickstart
 
-    data, text = quickstart.quickstart(Path(arguments.out), arguments.steps)
+    data, text = quickstart(Path(arguments.out), arguments.steps)
     _show(arguments, data, text)
     return exit_code(data["verdict"])
 

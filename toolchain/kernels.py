@@ -36,6 +36,16 @@ CATALOGUE: Mapping[str, Kernel] = {
 }
 
 
+def runs_as(name: str) -> str:
+    """The kernel whose node and bytes a kernel shares, so that one measurement serves both: w3g32 runs as w4g32."""
+    kernel = CATALOGUE[name]
+    return next(
+        other.name
+        for other in CATALOGUE.values()
+        if (other.weight_bits, other.group_size, other.activation) == (kernel.container_bits, kernel.group_size, kernel.activation)
+    )
+
+
 def node_op(unit_op: str, kernel: Kernel) -> str:
     """The ONNX op that executes a unit of this op with this kernel."""
     if not kernel.quantised:

@@ -49,8 +49,10 @@ def open_session(
     if not path.is_file():
         raise InputError(f"expected a folder with model.onnx, got {directory}", "make one: bittailor export MODEL --out PACKAGE")
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.use_per_session_threads = not shared_pool
+    if shared_pool:
+        options.use_per_session_threads = False
+    else:
+        options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors only: warnings would go to stderr in the middle of a progress line
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=[provider])

@@ -16,7 +16,7 @@ from itertools import product
 from statistics import median
 
 from toolchain.costs.table import CostTable, ModelRow, missing
-from toolchain.kernels import CATALOGUE, candidates
+from toolchain.kernels import CATALOGUE, candidates, runs_as
 from toolchain.quantize.packing import packed_bytes
 from toolchain.spec import Cost, Estimate, Unit, Workload
 
@@ -130,11 +130,11 @@ def cost_model(
         times = per_unit.setdefault(phases[phase], {})
         for unit in units:
             times[unit.name] = {
-                kernel: table.unit(unit, kernel, tokens, working_set(units, kernel, cache_bytes)).latency_ms
+                kernel: table.unit(unit, runs_as(kernel), tokens, working_set(units, kernel, cache_bytes)).latency_ms
                 for kernel in kernels[unit.name]
             }
     for unit in units:
-        rows = {kernel: table.memory(unit, kernel) for kernel in kernels[unit.name]}
+        rows = {kernel: table.memory(unit, runs_as(kernel)) for kernel in kernels[unit.name]}
         per_unit["peak_memory_bytes"][unit.name] = {kernel: row.peak_bytes for kernel, row in rows.items()}
         per_unit["package_bytes"][unit.name] = {kernel: float(row.packed_bytes) for kernel, row in rows.items()}
         per_unit["compute_flop"][unit.name] = dict.fromkeys(rows, 0.0)

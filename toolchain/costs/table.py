@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from toolchain.errors import DamagedFileError, MissingCostError, StaleTableError
 from toolchain.files import write_atomic
@@ -163,6 +164,27 @@ def missing(what: str, device: str) -> MissingCostError:
     )
 
 
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "str": str,
+    "int": int,
+    "bool": bool,
+    "float": (int, float),
+    "float | None": (int, float, type(None)),
+    "Mapping[str, str]": dict,
+}
+_Typed = TypeVar("_Typed", bound="Header | UnitRow | MemoryRow | ModelRow")
+
+
+def _typed(made: _Typed) -> _Typed:
+    """`made`, if its fields hold what their annotations say, and finite numbers only. Raises ValueError."""
+    for item in fields(made):
+        value, wanted = getattr(made, item.name), _TYPES.get(str(item.type), object)
+        right = isinstance(value, wanted) and isinstance(value, bool) == (wanted is bool)
+        if not right or (isinstance(value, float) and not math.isfinite(value)):
+            raise ValueError(f"{item.name} {value!r} instead of {item.type}")
+    return made
+
+
 def open_table(path: Path) -> CostTable:
     """Read a table back, whole or not at all. Raises DamagedFileError naming the line."""
     try:
@@ -175,19 +197,19 @@ def open_table(path: Path) -> CostTable:
         digest, form = head.pop("sha256"), head.pop("format")
         if form != FORMAT:
             raise ValueError(f"format {form!r} instead of {FORMAT!r}")
-        header = Header(**{**head, "kernels": tuple(head["kernels"])})
+        header = _typed(Header(**{**head, "kernels": tuple(head["kernels"])}))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedFileError(f"expected the header of a cost table in line 1 of {path}, got {error}", remedy) from error
     rows: dict[tuple[Any, ...], Row] = {}
     for number, line in enumerate(body.splitlines(), start=2):
         try:
             data = json.loads(line)
-            row = _KINDS[data.pop("row")](**data)
-        except (ValueError, KeyError, TypeError) as error:
+            row = _typed(_KINDS[data.pop("row")](**data))
+            rows[row.key] = row
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedFileError(
                 f"expected a row in line {number} of {path}, got {type(error).__name__}: {error}", remedy
             ) from error
-        rows[row.key] = row
     if hashlib.sha256(body.encode()).hexdigest() != digest:
         raise DamagedFileError(f"expected rows that match the header's sha256 in {path}, got others (edited or cut short)", remedy)
     return CostTable(header, rows)

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.errors import InputError, UnknownArchitectureError, UnsafeModelError, require
-from toolchain.files import sha256
+from toolchain.files import inside, sha256
 from toolchain.graph.model import Graph
 
 EMBEDDED = "pocket-llama-6m"
 DECODERS = ("LlamaForCausalLM", "Qwen2ForCausalLM", "MistralForCausalLM")
 ENCODERS = ("Bert", "Roberta", "DistilBert", "XLMRoberta")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_BASE = re.compile(r"^(model|bert|roberta|distilbert)\.")  # a checkpoint may be of the model inside: without its task's head
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 
 
@@ -58,7 +59,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"expected config.json in {folder}, found none", "name a folder saved by save_pretrained") from None
     except (OSError, ValueError) as error:
         raise InputError(f"expected JSON in {folder / 'config.json'}, got {error}") from error
-    if not isinstance(config, dict) or not isinstance(config.get("architectures"), list) or not config["architectures"]:
+    names = config.get("architectures") if isinstance(config, dict) else None
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise InputError(f'expected "architectures" in {folder / "config.json"}, found none', "save the model with save_pretrained")
     return config
 
@@ -68,14 +70,33 @@ def _check(folder: Path) -> None:
     config = read_config(folder)
     if "auto_map" in config:
         raise UnsafeModelError(f"expected a model that transformers loads itself, got one that brings its own code ({folder})")
-    if not any(folder.glob("*.safetensors")):
+    if (folder / "adapter_config.json").exists():  # transformers would load the model that it names, from anywhere
+        raise UnsafeModelError(f"expected a whole model, got an adapter ({folder})", "merge it into its model and save that")
+    if not _weight_files(folder):
         pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
         got = f"only {pickles[0]}, which may run code when it is opened" if pickles else "no weights"
         raise UnsafeModelError(
-            f"expected safetensors weights in {folder}, got {got}",
+            f"expected safetensors weights (model.safetensors, or its index and parts) in {folder}, got {got}",
             "load it where you trust it and type: model.save_pretrained(FOLDER, safe_serialization=True)",
         )
     kind_of(config["architectures"][0])
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files transformers will load: model.safetensors, else the parts its index names, all inside the folder; [] if neither.
+
+    Any other .safetensors file does not keep transformers from falling back to a pickle beside it.
+    """
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return []
+    try:
+        parts = sorted({inside(folder, name) for name in json.loads(index.read_text())["weight_map"].values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"expected an index of weights in {index}, got {type(error).__name__}: {error}") from error
+    return parts if parts and all(path.suffix == ".safetensors" and path.is_file() for path in parts) else []
 
 
 def kind_of(architecture: str) -> str:
@@ -99,9 +120,32 @@ def build(source: str, out: Path) -> Graph:
         from toolchain.graph.decoder import build_decoder as builder
     else:
         from toolchain.graph.encoder import build_encoder as builder
-    graph = builder(folder, config, source, fingerprint(folder), out)
+    try:
+        graph = builder(folder, config, source, fingerprint(folder), out)
+    except KeyError as error:
+        raise InputError(
+            f"expected {error} in {folder / 'config.json'}, found none", "save the model with save_pretrained"
+        ) from error
+    _check_complete(folder, graph)
     graph.save()
     return graph
+
+
+def _check_complete(folder: Path, graph: Graph) -> None:
+    """Refuse a checkpoint that lacks a unit's weights: transformers would fill them in at random, and only warn."""
+    safetensors = require("safetensors")
+    stored: set[str] = set()
+    for path in _weight_files(folder):
+        with safetensors.safe_open(path, "np") as tensors:
+            stored.update(_BASE.sub("", key) for key in tensors.keys())  # noqa: SIM118 - not a dict
+    for unit in graph.units:
+        if unit.role == "head" and (unit.tied_to or graph.kind == "encoder"):
+            continue  # it is the embedding's tensor, which is stored once
+        for module in unit.modules:
+            if _BASE.sub("", f"{module}.weight") not in stored:
+                raise InputError(
+                    f"expected weights of every layer in {folder}, found none of {module!r}", "save the whole model again"
+                )
 
 
 def fingerprint(folder: Path) -> str:

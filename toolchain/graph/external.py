@@ -70,12 +70,14 @@ def load_array(tensor: TensorProto, folder: Path) -> np.ndarray:
     if tensor.data_location != TensorProto.EXTERNAL:
         return numpy_helper.to_array(tensor)
     entries = {entry.key: entry.value for entry in tensor.external_data}
-    path = inside(folder, entries["location"])
+    try:
+        path, offset = inside(folder, entries["location"]), int(entries.get("offset", 0))
+    except (KeyError, ValueError) as error:
+        raise DamagedFileError(f"expected location and offset of tensor {tensor.name!r} in {folder}, got {entries}") from error
     dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
     shape = tuple(tensor.dims)
-    offset = int(entries.get("offset", 0))
     needed = offset + int(np.prod(shape)) * dtype.itemsize
-    if not path.is_file() or path.stat().st_size < needed:
+    if offset < 0 or not path.is_file() or path.stat().st_size < needed:
         raise DamagedFileError(
             f"expected {needed} bytes or more in {path}, got {path.stat().st_size if path.is_file() else 'no file'}"
         )

@@ -12,11 +12,12 @@ import numpy as np
 import onnx
 from onnx import helper
 
+from toolchain.errors import InputError
 from toolchain.graph.external import DATA_NAME, MODEL_NAME, DataWriter, load_array
 
 
 def save_normalised(model: onnx.ModelProto, folder: Path, out: Path) -> None:
-    """Write the normalised model to `out` (model.onnx + model.onnx.data). `model` is changed in place."""
+    """Write the normalised model to `out` (model.onnx + model.onnx.data). `model` is changed in place. InputError for NaN or infinity."""
     arrays = {tensor.name: tensor for tensor in model.graph.initializer}
     transposed = _gemm_to_matmul(model, set(arrays))
     del model.graph.initializer[:]
@@ -24,6 +25,10 @@ def save_normalised(model: onnx.ModelProto, folder: Path, out: Path) -> None:
     with DataWriter(out / DATA_NAME) as writer:
         for name, tensor in arrays.items():
             array = load_array(tensor, folder)
+            if array.dtype == np.float32 and not np.isfinite(array).all():
+                raise InputError(
+                    f"expected finite weights, got NaN or infinity in {name!r}", "the checkpoint is damaged: save it again"
+                )
             if name in transposed:
                 array = np.ascontiguousarray(array.T)
             model.graph.initializer.append(writer.tensor(name, array))

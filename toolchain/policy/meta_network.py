@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ class MetaNetwork(nn.Module):
         self.most = max(len(kernels) for kernels in self.candidates.values())
         U = len(self.candidates)
         widths = [len(RESOURCES), width, width, width, U * self.most]
-        self.layers = nn.ModuleList(nn.utils.skip_init(nn.Linear, a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.layers = nn.ModuleList(nn.utils.skip_init(nn.Linear, a, b) for a, b in pairwise(widths))
         assert len(self.layers) == LAYERS
         generator = torch.Generator().manual_seed(seed)
         for layer in self.layers:  # He initialisation from our own generator: the global one stays untouched

@@ -36,7 +36,7 @@ def read(path: Path) -> tuple[dict[str, tuple[str, ...]], dict[str, np.ndarray]]
 
 
 def log_probabilities(path: Path, encoding: Sequence[float]) -> dict[str, dict[str, float]]:
-    """unit → kernel → log-probability for an encoding in [0, 1]^4: `MetaNetwork.log_probabilities` of the same file, to float32 rounding."""
+    """unit → kernel → log-probability for an encoding in [0, 1]^4: as `MetaNetwork.log_probabilities`, to float32 rounding."""
     candidates, arrays = read(path)
     x = np.asarray(encoding, np.float32)
     for index in range(LAYERS):

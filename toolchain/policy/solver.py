@@ -109,7 +109,9 @@ class _Programme:
             if found.status == _INFEASIBLE:
                 return None
             if found.x is None or found.status not in (_OPTIMAL, _STOPPED):
-                raise BittailorError(f"expected an answer from the solver within {seconds:g} s, got: {found.message}", "raise --seconds")
+                raise BittailorError(
+                    f"expected an answer from the solver within {seconds:g} s, got: {found.message}", "raise --seconds"
+                )
             policy = self.policy(found.x)
             totals = self.costs.totals(policy) if limits and not relax else {}
             if all(totals[resource] <= limit * (1 + 2 * _ROOM) for resource, limit in limits.items() if not relax):
@@ -151,14 +153,16 @@ def solve(cost_model: CostModel, value: Values, budget: Budget, seconds: float =
         unit, kernel = programme.choices[int(np.argmin(np.isfinite(objective)))]
         raise InputError(f"expected finite values, got {value[unit][kernel]} for kernel {kernel} of unit {unit!r}")
     shifted = objective.copy()  # only differences within a unit matter; without the offsets the solver's scale fits the differences
-    position = {}
+    position: dict[str, list[int]] = {}
     for index, (unit, _) in enumerate(programme.choices):
         position.setdefault(unit, []).append(index)
     for columns in position.values():
         shifted[columns] -= objective[columns].min()
     found = programme.minimise(shifted, limits, seconds)
     if found is None:
-        raise InfeasibleBudgetError(_explain(programme, limits, seconds), "raise that limit, or type: bittailor predict to see costs")
+        raise InfeasibleBudgetError(
+            _explain(programme, limits, seconds), "raise that limit, or type: bittailor predict to see costs"
+        )
     policy, _, optimal = found
     return Solution(policy, float(sum(value[unit][kernel] for unit, kernel in policy.items())), optimal, unmeasured)
 

@@ -17,7 +17,7 @@ from toolchain.costs.model import working_set
 from toolchain.costs.table import CostTable, Header, ModelRow, Row, UnitRow, open_table, refuse_if_stale
 from toolchain.errors import InputError
 from toolchain.graph.model import Graph
-from toolchain.kernels import candidates
+from toolchain.kernels import candidates, runs_as
 from toolchain.profiler import model_rows, unit_rows
 from toolchain.profiler.ask import Host
 from toolchain.profiler.probe import working_kernels
@@ -83,7 +83,7 @@ Job = Callable[[], tuple[list[Row], list[float]]]
 def _jobs(graph: Graph, host: Host, workload: Workload, table: CostTable) -> Iterator[Job]:
     """One job per distinct unit shape that lacks a row, and one for the whole models. Units first: their table is what is shared."""
     for unit in {unit.shape: unit for unit in graph.units}.values():
-        names = candidates(unit, table.header.kernels)
+        names = dict.fromkeys(runs_as(name) for name in candidates(unit, table.header.kernels))
         sets = {name: working_set(graph.units, name, table.header.cache_bytes) for name in names}
         wanted = unit_rows.cases(graph, unit, sets, workload, table.header.cache_bytes)
         times, memory = unit_rows.missing(unit, wanted, table)

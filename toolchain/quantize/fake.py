@@ -68,7 +68,7 @@ class _FakeQuantise(torch.autograd.Function):
         return _ungrouped(offset, weight.shape[1])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if not any(ctx.clipped):
             return gradient, None, None, None
         weight, least, most, low, scales, bottom, top = ctx.saved_tensors
@@ -123,7 +123,9 @@ def codes(weight: Tensor, kernel: Kernel, clip_low: Tensor | None = None, clip_h
     offset = (grouped / scales[..., None]).round_()
     offset = torch.minimum(torch.maximum(offset, bottom[..., None]), top[..., None])
     values = offset + zero[..., None]
-    return Quantized(values.to(torch.uint8).numpy(), scales.numpy().astype(np.float32), zero.to(torch.uint8).numpy(), weight.shape[1])
+    return Quantized(
+        values.to(torch.uint8).numpy(), scales.numpy().astype(np.float32), zero.to(torch.uint8).numpy(), weight.shape[1]
+    )
 
 
 class _FakeQuantiseActivation(torch.autograd.Function):
@@ -144,12 +146,12 @@ class _FakeQuantiseActivation(torch.autograd.Function):
         return (x / scale).round_().add_(zero).clamp_(0, 255).sub_(zero).mul_(scale)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
 
 
 def fake_quantise_activation(x: Tensor, kernel: Kernel) -> Tensor:
-    """What the kernel's own int8 quantiser makes of its input x [..., K], dequantised; gradient 1. Numbers of `affine.quantize_activation`."""
+    """What the kernel's own int8 quantiser makes of its input x [..., K], dequantised; gradient 1. As `affine.quantize_activation`."""
     if kernel.activation == "fp32":
         return x
     return _FakeQuantiseActivation.apply(x, kernel)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from toolchain.errors import InputError, UnsafeModelError
 from toolchain.kernels import CATALOGUE, candidates
-from toolchain.quantize.affine import Quantized, groups
+from toolchain.quantize.affine import Quantized
 from toolchain.quantize.fake import codes, fake_quantise, fake_quantise_activation
 from toolchain.spec import Kernel, Policy, Unit
 from toolchain.supernet.clipping import clips, search
@@ -47,7 +47,12 @@ def load_model(folder: Path) -> nn.Module:
         decoder = any(name.endswith("ForCausalLM") for name in config.architectures or ())
         loader = AutoModelForCausalLM if decoder else AutoModel
         model = loader.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, attn_implementation="sdpa", local_files_only=True
+            folder,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            use_safetensors=True,
+            attn_implementation="sdpa",
+            local_files_only=True,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise InputError(f"expected a model that transformers loads in {folder}, got: {error}") from error
@@ -97,7 +102,9 @@ class Supernet:
                 try:
                     layer = self.model.get_submodule(module)
                 except AttributeError:
-                    raise InputError(f"expected a layer {module!r} for unit {unit.name!r}, the model has none of that name") from None
+                    raise InputError(
+                        f"expected a layer {module!r} for unit {unit.name!r}, the model has none of that name"
+                    ) from None
                 if not isinstance(layer, nn.Linear | nn.Embedding):
                     raise InputError(f"expected a linear or embedding layer at {module!r}, got {type(layer).__name__}")
                 rows += layer.weight.shape[0]
@@ -121,6 +128,19 @@ class Supernet:
             start |= {"low": torch.logit(low), "high": torch.logit(high)}
         for part, tensor in start.items():
             self.parameters[f"{kernel.name}/{module}/{part}"] = nn.Parameter(tensor)
+
+    @property
+    def kind(self) -> str:
+        """ "decoder" where the model puts logits out, else "encoder" (hidden states)."""
+        return "encoder" if self.model.get_output_embeddings() is None else "decoder"
+
+    def owner(self, module: str) -> str:
+        """The module whose adapters this one uses: itself, or the first with the same weight tensor."""
+        return self._owner[module]
+
+    def tensor_key(self, unit: Unit) -> tuple[str, ...]:
+        """Equal for two units that share their weight tensors."""
+        return tuple(self._owner[module] for module in unit.modules)
 
     def _weight(self, module: str) -> Tensor:
         return self.model.get_submodule(module).get_parameter("weight")
@@ -222,6 +242,11 @@ class Supernet:
 
     def load(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Take over trained tensors by the names of `parameters`. Raises InputError where one is missing or has another shape."""
+        arrays = dict(arrays)
+        for module, owner in self._owner.items():  # a tied layer's adapter may come under either name
+            for name in [name for name in self.parameters if name.split("/")[1] == owner and name not in arrays]:
+                alias = name.replace(f"/{owner}/", f"/{module}/")
+                arrays |= {name: arrays[alias]} if alias in arrays else {}
         for name, parameter in self.parameters.items():
             if name not in arrays or arrays[name].shape != tuple(parameter.shape):
                 got = f"shape {arrays[name].shape}" if name in arrays else "none"

@@ -1,10 +1,10 @@
 """The numbers that training makes small.
 
-    supernet      α(π) · D(teacher, student) + β(π) · R(θ_π)          interference-aware loss (MetaQuantLLM)
-    D             decoder: KL(teacher ‖ student) per token, nats;  encoder: 1 − cosine + relative squared error of the hidden states
-    α(π), β(π)    (b_max / b̄(π))^a normalised to mean 1 over the sampler;  0.1 · b̄(π)/b_max
-    R             mean square of the subnet's adapter entries (not of the clip logits: their zero means nothing)
-    meta-network  Σ_r max(0, expected cost_r / budget_r − 1)          the cost table's pull under the budget
+supernet      α(π) · D(teacher, student) + β(π) · R(θ_π)          interference-aware loss (MetaQuantLLM)
+D             decoder: KL(teacher ‖ student) per token, nats;  encoder: 1 − cosine + relative squared error of the hidden states
+α(π), β(π)    (b_max / b̄(π))^a normalised to mean 1 over the sampler;  0.1 · b̄(π)/b_max
+R             mean square of the subnet's adapter entries (not of the clip logits: their zero means nothing)
+meta-network  Σ_r max(0, expected cost_r / budget_r − 1)          the cost table's pull under the budget
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ def _masked_mean(per_token: Tensor, mask: Tensor | None) -> Tensor:
 class Interference:
     """α(π) and β(π), normalised over policies the sampler drew (`sampled`)."""
 
-    def __init__(self, units: Sequence[Unit], sampled: Iterable[Mapping[str, str]], a: float = 1.0, balance: float = BALANCE) -> None:
+    def __init__(
+        self, units: Sequence[Unit], sampled: Iterable[Mapping[str, str]], a: float = 1.0, balance: float = BALANCE
+    ) -> None:
         self.units, self.a, self.balance = tuple(units), a, balance
         means = [mean_bits_of(policy, self.units) for policy in sampled]
         self.most = max(means)
@@ -99,7 +101,10 @@ class ExpectedCost:
         most = max(len(kernels) for kernels in self.candidates.values())
         self.tables = {
             resource: torch.tensor(
-                [[table[unit][kernel] for kernel in kernels] + [0.0] * (most - len(kernels)) for unit, kernels in self.candidates.items()],
+                [
+                    [table[unit][kernel] for kernel in kernels] + [0.0] * (most - len(kernels))
+                    for unit, kernels in self.candidates.items()
+                ],
                 dtype=torch.float64,
             )
             for resource, table in cost_model.per_unit.items()
@@ -111,7 +116,9 @@ class ExpectedCost:
         rows = list(self.candidates)
         for tie in self.cost_model.ties:
             for kernel, savings in tie.savings.items():
-                ends = [(rows.index(unit), self.candidates[unit].index(kernel)) for unit in tie.units if kernel in self.candidates[unit]]
+                ends = [
+                    (rows.index(unit), self.candidates[unit].index(kernel)) for unit in tie.units if kernel in self.candidates[unit]
+                ]
                 if len(ends) == 2 and savings.get(resource):
                     total = total - savings[resource] * probabilities[ends[0]] * probabilities[ends[1]]
         return total

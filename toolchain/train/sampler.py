@@ -70,7 +70,7 @@ class PolicySampler:
         return tuple(sorted({bits(name) for names in self.candidates.values() for name in names}))
 
     def level(self, wanted: int, rng: np.random.Generator) -> Policy:
-        """Every unit at the candidate bit-width nearest to `wanted`; kernels of equal bits that differ in group size take turns as a whole."""
+        """Every unit at the candidate bit-width nearest to `wanted`; of kernels with equal bits the same one everywhere."""
         order = rng.random(len(CATALOGUE))
         rank = dict(zip(CATALOGUE, order.tolist(), strict=True))
         return Policy.of(
@@ -103,7 +103,7 @@ class PolicySampler:
 
 
 def _tilted(names: Sequence[str], tilt: float) -> np.ndarray:
-    """exp(tilt · bits), normalised; kernels of equal bits share their level's weight, so that many group sizes do not make a level likelier."""
+    """exp(tilt · bits), normalised; kernels of equal bits share their level's weight: many group sizes make no level likelier."""
     levels = np.array([bits(name) for name in names], float)
     share = np.array([1 / sum(levels == level) for level in levels])
     weight = share * np.exp(tilt * (levels - (levels.max() if tilt > 0 else levels.min())))
@@ -130,8 +130,9 @@ class Scenarios:
 
 
 def scenarios(cost_model: CostModel, values: Values, count: int, seed: int, bins: int = 5) -> Scenarios:
-    """`count` feasible random budgets: each limit present half of the time, at a uniform place in its range; resources that no policy
-    changes or nobody measured are left out. The last one limits nothing. Budgets that no policy keeps are drawn again.
+    """`count` feasible random budgets: each limit present half of the time, its encoding the square of a uniform number (fp32 stretches the
+    ranges so far that all of 2 to 8 bits lies near 0); resources that no policy changes or nobody measured are left out. The last one
+    limits nothing. Budgets that no policy keeps are drawn again.
     """
     rng = np.random.default_rng([seed, 17])
     ranges = {name: cost_model.bounds(name) for name in RESOURCES if name in cost_model.per_unit}
@@ -140,14 +141,14 @@ def scenarios(cost_model: CostModel, values: Values, count: int, seed: int, bins
     answers: list[Policy] = []
     while ranges and len(budgets) < count - 1:
         present = [name for name in ranges if rng.random() < 0.5] or [list(ranges)[rng.integers(len(ranges))]]
-        limits = {name: ranges[name][0] + rng.random() * (ranges[name][1] - ranges[name][0]) for name in present}
+        limits = {name: ranges[name][0] + rng.random() ** 2 * (ranges[name][1] - ranges[name][0]) for name in present}
         if min(limits.values()) <= 0:
             continue
         try:
-            answers.append(solve(cost_model, values, Budget(**limits)).policy)
+            answers.append(solve(cost_model, values, Budget.from_json(limits, "random")).policy)
         except InfeasibleBudgetError:
             continue
-        budgets.append(Budget(**limits))
+        budgets.append(Budget.from_json(limits, "random"))
     answers.append(solve(cost_model, values, Budget()).policy)
     budgets.append(Budget())
     encodings = np.array([encode(budget, cost_model) for budget in budgets], np.float32)
@@ -161,4 +162,3 @@ def mean_bits_of(policy: Mapping[str, str], units: Sequence[Unit]) -> float:
     """Mean bits per parameter as the sampler counts them (fp32 as 8)."""
     total = sum(unit.parameters for unit in units)
     return sum(bits(policy[unit.name]) * unit.parameters for unit in units) / total
-

@@ -1,0 +1,158 @@
+"""Shared by the tests: tiny random models and their graphs, made once per session, and the command run in-process."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from toolchain.costs.table import CostTable
+from toolchain.graph.model import Graph
+from toolchain.spec import Kernel
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one run of the command gave."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        return json.loads(self.out)
+
+    @property
+    def error(self) -> str:
+        """The one line of stderr that a refusal must be: fails the test for any other exit code, and for any other output."""
+        assert self.code == 2, f"exit code {self.code}, stdout {self.out!r}, stderr {self.err!r}"
+        assert self.out == ""
+        lines = self.err.splitlines()
+        assert len(lines) == 1, self.err
+        assert lines[0].startswith("bittailor")
+        return lines[0]
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """`cli("units", folder, "--json")` → Result. The file descriptors are captured, so C++ that prints is seen too."""
+    from toolchain.cli import main
+
+    def run(*words: object) -> Result:
+        capfd.readouterr()
+        try:
+            code = main([str(word) for word in words])
+        except SystemExit as stop:  # argparse
+            code = int(stop.code or 0)
+        out, err = capfd.readouterr()
+        return Result(code, out, err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`models("bert", architecture="BertForMaskedLM")` → its Hugging Face folder. Shared: copy it before changing it."""
+    pytest.importorskip("torch")
+    import torch
+    from random_models import save_random_model
+
+    torch.set_num_threads(1)  # these models are tiny: two threads would only wait for each other
+    made: dict[tuple, Path] = {}
+
+    def get(name: str, architecture: str = "", **changes: Any) -> Path:
+        key = (name, architecture, *sorted(changes.items()))
+        if key not in made:
+            made[key] = save_random_model(name, tmp_path_factory.mktemp("models") / name, architecture, **changes)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def graphs(models: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Graph]:
+    """`graphs("llama")` → the fp32 graph of `models("llama")`. Shared: never write into its folder."""
+    from toolchain.graph.build import build
+
+    made: dict[Path, Graph] = {}
+
+    def get(name: str, architecture: str = "", **changes: Any) -> Graph:
+        folder = models(name, architecture, **changes)
+        if folder not in made:
+            made[folder] = build(str(folder), tmp_path_factory.mktemp("graph"))
+        return made[folder]
+
+    return get
+
+
+TINY_BERT = {"intermediate_size": 64, "num_hidden_layers": 1}
+"""Changes that leave BERT two unit shapes, so that profiling it takes seconds."""
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(models: Callable[..., Path]) -> Path:
+    return models("bert", **TINY_BERT)
+
+
+@pytest.fixture
+def made_up_table(tmp_path: Path) -> Callable[[Graph], Path]:
+    """`made_up_table(graph)` → a --profiles folder whose table is complete for the graph and this machine, with made-up times."""
+    from small_tables import complete_table
+
+    def write(graph: Graph) -> Path:
+        table: CostTable = complete_table(graph)
+        table.save(tmp_path / "profiles" / "local" / "table.jsonl")
+        return tmp_path / "profiles"
+
+    return write
+
+
+def listing(folder: Path) -> set[str]:
+    """Every path below `folder`: equal before and after means that nothing was left behind."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def copied(folder: Path, to: Path) -> Path:
+    """A copy of a shared folder that a test may damage."""
+    return Path(shutil.copytree(folder, to))
+
+
+def environment(**more: str) -> dict[str, str]:
+    """For subprocesses: the checkout importable from any working directory."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), **more}
+
+
+def quantised(kernels: dict[str, Kernel]) -> list[Kernel]:
+    return [kernel for kernel in kernels.values() if kernel.quantised]
+
+
+@dataclass(frozen=True)
+class Profiled:
+    """A model that was really measured through the command, once for all tests: its folder, its --profiles, what the command said."""
+
+    model: Path
+    profiles: Path
+    result: Result
+
+    @property
+    def table(self) -> Path:
+        return self.profiles / "local" / "table.jsonl"
+
+
+@pytest.fixture(scope="session")
+def profiled(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Profiled:
+    folder = tmp_path_factory.mktemp("profiled") / "profiles"
+    words = [sys.executable, "-m", "toolchain.cli", "profile", str(tiny_bert), "--profiles", str(folder), "--json"]
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, check=False)
+    return Profiled(tiny_bert, folder, Result(done.returncode, done.stdout, done.stderr))

@@ -1,0 +1,76 @@
+"""Every kernel of the catalogue is asked of the runtime: offered when it computes right, not offered when it is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from toolchain.errors import DamagedFileError
+from toolchain.kernels import CATALOGUE, legal
+from toolchain.profiler import probe
+from toolchain.quantize.affine import Quantized
+from toolchain.spec import Kernel, Unit
+
+UNITS = {op: Unit("probe", op, 256, 48) for op in ("MatMul", "Gather")}
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """The answer is kept for the process: forget it, before and after a test that makes a kernel wrong."""
+    probe.working_kernels.cache_clear()
+    yield
+    probe.working_kernels.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("op", "name"), [(op, name) for op, unit in UNITS.items() for name, kernel in CATALOGUE.items() if legal(unit, kernel)]
+)
+def test_each_kernel_is_offered_exactly_when_the_runtime_computes_it(op: str, name: str) -> None:
+    """On the runtime that pyproject.toml asks for, all of them are: relative error 1e-6 or so, measured against 1e-3."""
+    assert probe.relative_error(UNITS[op], CATALOGUE[name]) < 1e-5
+    assert name in probe.working_kernels()
+
+
+def test_offered_kernels_are_in_catalogue_order() -> None:
+    assert list(probe.working_kernels()) == [name for name in CATALOGUE if name in probe.working_kernels()]
+
+
+@pytest.mark.parametrize("shape", [(160, 64), (200, 24), (257, 3)])
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_widths_that_no_group_divides_compute_right_too(shape: tuple[int, int], name: str) -> None:
+    unit, kernel = Unit("odd", "MatMul", *shape), CATALOGUE[name]
+    assert legal(unit, kernel)
+    assert probe.relative_error(unit, kernel) < 1e-5
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("name", [name for name, kernel in CATALOGUE.items() if kernel.quantised])
+def test_a_kernel_that_is_one_step_off_is_not_offered(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """What a zero point read one off, or swapped nibbles, would do: every code's lowest bit is wrong in the graph."""
+    right = probe.write_one_unit
+
+    def wrong(unit: Unit, kernel: Kernel, weights: Quantized | np.ndarray, copies: int, out: Path) -> None:
+        if kernel.name == name:
+            assert isinstance(weights, Quantized)
+            weights = replace(weights, codes=weights.codes ^ 1)
+        right(unit, kernel, weights, copies, out)
+
+    monkeypatch.setattr(probe, "write_one_unit", wrong)
+    assert probe.working_kernels() == tuple(other for other in CATALOGUE if other != name)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_kernel_that_the_runtime_refuses_is_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = probe.open_session
+
+    def refusing(folder: Path, threads: int) -> object:
+        if b"GatherBlockQuantized" in (folder / "model.onnx").read_bytes():
+            raise DamagedFileError("not here")
+        return real(folder, threads)
+
+    monkeypatch.setattr(probe, "open_session", refusing)
+    assert probe.working_kernels() == ("fp32", "w8a8")

@@ -1,0 +1,396 @@
+"""Measuring: the command on a tiny model, resuming after kill -9, and the agent's protocol by itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Profiled, copied, environment, listing
+
+from toolchain.costs.table import CostTable, MemoryRow, ModelRow, Row, UnitRow, open_table
+from toolchain.errors import BittailorError, InputError
+from toolchain.hardware import load
+from toolchain.kernels import candidates, runs_as
+from toolchain.profiler import agent, ask, contention
+from toolchain.profiler.ask import Host
+from toolchain.profiler.measure import summarise
+from toolchain.profiler.profile import _adding
+from toolchain.spec import Unit
+
+HOST = Host(load("local"), 1)
+SHAPES = (Unit("embedding", "Gather", 64, 512), Unit("linear", "MatMul", 64, 64))
+"""What a one-layer BERT of width 64 is made of."""
+
+
+# ---- the command
+
+
+def _rows(table: CostTable) -> set[tuple]:
+    return {key for key in table.rows if key[0] != "model"}
+
+
+def _wanted(table: CostTable) -> set[tuple]:
+    wanted: set[tuple] = set()
+    for unit in SHAPES:
+        for kernel in {runs_as(name) for name in candidates(unit, table.header.kernels)}:
+            wanted |= {("unit", *unit.shape, "cached", 128, kernel), ("memory", *unit.shape, kernel)}
+    return wanted
+
+
+def test_profile_fills_the_table(profiled: Profiled) -> None:
+    """Exit code 3 where others used the CPU meanwhile: the rows are there all the same, and say that they are not valid."""
+    assert profiled.result.code in (0, 3), profiled.result.err
+    table = open_table(profiled.table)
+    assert _rows(table) == _wanted(table)
+    assert {row.policy for row in table.of(ModelRow)} >= {"fp32", "w8a8", "w4g32"}
+    for row in table.of(UnitRow):
+        assert row.latency_ms > 0
+        assert row.n >= 5
+    for row in table.of(ModelRow):
+        assert row.latency_ms > 0
+        assert row.first_token_ms is None
+        assert row.peak_memory_bytes > 100_000
+        assert set(row.units) > {"embeddings.word_embeddings"}
+    assert table.header.reference_ns > 0
+    assert table.header.command == f"bittailor profile {profiled.model.name} --device local"
+    assert str(profiled.model.parent) not in profiled.table.read_text()
+    said = profiled.result.json
+    assert said["rows"] == len(table.rows)
+    invalid = sum(not row.valid for row in [*table.of(UnitRow), *table.of(ModelRow)])
+    assert said["invalid"] == invalid
+    assert profiled.result.code == (3 if invalid else 0)
+
+
+def test_profile_writes_the_budgets_it_derives(profiled: Profiled) -> None:
+    (path,) = profiled.table.parent.glob("budgets-*-encode-1x128.json")
+    found = json.loads(path.read_text())
+    assert [found[name]["name"] for name in ("low", "medium", "high")] == ["low", "medium", "high"]
+    assert found["low"]["latency_ms"] <= found["medium"]["latency_ms"] <= found["high"]["latency_ms"]
+    assert listing(profiled.profiles) == {"local", "local/table.jsonl", f"local/{path.name}"}
+
+
+class _FastHost:
+    """Answers like the agent, at once, and notes what it was asked to time."""
+
+    def __init__(self) -> None:
+        self.timed: list[str] = []
+        self.weighed = 0
+
+    def time(self, _: Host, subjects: Sequence[dict[str, Any]], windows: int) -> dict[str, Any]:
+        self.timed += [subject["name"] for subject in subjects]
+        phases = {"unit": ("run_ns",), "encode": ("encode_ns",), "generate": ("prefill_ns", "decode_ns")}
+        trials = {item["name"]: [dict.fromkeys(phases[item["kind"]], 1e6)] * 7 for item in subjects}
+        return {"trials": trials, "reference_ns": [1e5] * 7, "dropped": 0, "valid": True}
+
+    def peak(self, _: Host, subject: dict[str, Any]) -> int:
+        self.weighed += 1
+        return 10**6
+
+
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch) -> _FastHost:
+    made = _FastHost()
+    monkeypatch.setattr(Host, "time", lambda self, *words: made.time(self, *words))
+    monkeypatch.setattr(Host, "peak", lambda self, subject: made.peak(self, subject))
+    return made
+
+
+def _all_valid(path: Path) -> CostTable:
+    table = open_table(path)
+    rows: list[Row] = [replace(row, valid=True) for row in [*table.of(UnitRow), *table.of(ModelRow)]]
+    return table.adding(rows)
+
+
+def test_a_second_run_measures_nothing_when_all_rows_are_valid(
+    profiled: Profiled, tmp_path: Path, cli: Any, fast: _FastHost
+) -> None:
+    folder = copied(profiled.profiles, tmp_path / "profiles")
+    table = _all_valid(folder / "local" / "table.jsonl")
+    table.save(folder / "local" / "table.jsonl")
+    before = (folder / "local" / "table.jsonl").read_bytes()
+    result = cli("profile", profiled.model, "--profiles", folder, "--json")
+    assert result.code == 0, result.err
+    assert (fast.timed, fast.weighed) == ([], 0)
+    assert (folder / "local" / "table.jsonl").read_bytes() == before
+
+
+def test_a_second_run_measures_again_only_what_was_not_valid(profiled: Profiled, tmp_path: Path, cli: Any, fast: _FastHost) -> None:
+    folder = copied(profiled.profiles, tmp_path / "profiles")
+    table = _all_valid(folder / "local" / "table.jsonl")
+    bad = next(row for row in table.of(UnitRow) if (row.op, row.kernel) == ("MatMul", "w4g32"))
+    table.adding([replace(bad, valid=False)]).save(folder / "local" / "table.jsonl")
+    result = cli("profile", profiled.model, "--profiles", folder, "--json")
+    assert result.code == 0, result.err
+    assert fast.timed == ["w4g32@128"]
+    assert fast.weighed == 0
+    after = open_table(folder / "local" / "table.jsonl")
+    changed = {key for key, row in after.rows.items() if row != table.rows[key]}
+    assert changed == {bad.key}
+
+
+def test_another_workload_shares_the_memory_rows(profiled: Profiled, tmp_path: Path, cli: Any, fast: _FastHost) -> None:
+    folder = copied(profiled.profiles, tmp_path / "profiles")
+    result = cli("profile", profiled.model, "--profiles", folder, "--workload", "encode:2x16", "--json")
+    assert result.code in (0, 3), result.err
+    assert {name.partition("@")[2] for name in fast.timed if "@" in name} == {"32"}
+    assert fast.weighed == len([name for name in fast.timed if "@" not in name])  # the whole models only
+
+
+@pytest.mark.parametrize("workload", ["generate:8+8", "encode:1x257", "encode:0x8", "words"])
+def test_a_workload_that_the_model_cannot_run_is_refused(profiled: Profiled, tmp_path: Path, cli: Any, workload: str) -> None:
+    line = cli("profile", profiled.model, "--profiles", tmp_path / "profiles", "--workload", workload).error
+    assert "expected" in line
+    assert listing(tmp_path) == set()
+
+
+def test_a_stale_table_is_refused_until_it_is_renewed(profiled: Profiled, tmp_path: Path, cli: Any, fast: _FastHost) -> None:
+    folder = copied(profiled.profiles, tmp_path / "profiles")
+    path = folder / "local" / "table.jsonl"
+    table = _all_valid(path)
+    replace(table, header=replace(table.header, runtime="onnxruntime 0.1")).save(path)
+    for words in (("profile",), ("predict", "--policy", "w4g32")):
+        line = cli(words[0], profiled.model, "--profiles", folder, *words[1:]).error
+        assert "bittailor profile MODEL --device local --renew" in line
+    assert fast.timed == []
+    assert cli("profile", profiled.model, "--profiles", folder, "--renew").code == 0
+    assert len(open_table(path).rows) == len(table.rows)
+    assert fast.timed
+
+
+def _wait(condition: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return condition()
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for the agent in /proc")
+def test_a_killed_run_resumes_and_ends_whole(tiny_bert: Path, tmp_path: Path, cli: Any, fast: _FastHost) -> None:
+    path = tmp_path / "profiles" / "local" / "table.jsonl"
+    words = [sys.executable, "-m", "toolchain.cli", "profile", str(tiny_bert), "--profiles", str(tmp_path / "profiles")]
+    run = subprocess.Popen(words, env=environment(TMPDIR=str(tmp_path)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        assert _wait(lambda: path.exists() or run.poll() is not None, 120)
+        assert run.poll() is None, run.stderr and run.stderr.read()
+        assert _wait(lambda: bool(_children(run.pid)), 10)
+        agents = _children(run.pid)
+    finally:
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        if run.stderr:
+            run.stderr.close()
+    killed = open_table(path)
+    assert 0 < len(killed.rows) < 2 * len(_wanted(killed))
+    # An agent that outlived its host would be the "others" that disturb the next run.
+    assert _wait(lambda: not any(map(_alive, agents)), 5), "the agent went on without its host"
+    result = cli("profile", tiny_bert, "--profiles", tmp_path / "profiles", "--json")
+    assert result.code in (0, 3), result.err
+    whole = open_table(path)
+    assert _rows(whole) == _wanted(whole)
+    assert len(whole.of(ModelRow)) >= 5
+    kept = [key for key, row in killed.rows.items() if getattr(row, "valid", True)]
+    assert all(whole.rows[key] == killed.rows[key] for key in kept), "what was measured before the kill was measured again"
+    assert listing(path.parent) == {"table.jsonl", *(found.name for found in path.parent.glob("budgets-*.json"))}
+
+
+# ---- drift and summaries
+
+
+def test_rows_are_scaled_to_the_speed_the_machine_had_when_the_table_began(profiled: Profiled) -> None:
+    header = replace(open_table(profiled.table).header, reference_ns=0.0)
+    row = UnitRow("MatMul", 8, 8, "fp32", 1, "cached", 10.0, 1.0, 7, True)
+    table = _adding(CostTable(header, {}), [row], [90.0, 100.0, 200.0])
+    assert table.header.reference_ns == 100.0
+    assert table.rows[row.key] == row
+    slower = replace(row, K=16)
+    memory = MemoryRow("MatMul", 16, 8, "fp32", 5.0, 4, 2)
+    table = _adding(table, [slower, memory], [200.0])  # twice as slow now: half of the time was the machine's
+    assert table.rows[slower.key] == replace(slower, latency_ms=5.0, spread_ms=0.5)
+    assert table.rows[memory.key] == memory
+
+
+def test_a_summary_is_the_median_and_half_the_distance_of_the_deciles() -> None:
+    seen = summarise(map(float, range(11)), valid=True)
+    assert (seen.value, seen.spread, seen.n, seen.valid) == (5.0, 4.0, 11, True)
+    assert not summarise([1.0], valid=True).valid
+    assert not summarise([1.0, 2.0, 3.0], valid=False).valid
+    assert summarise([], valid=True).value is None
+
+
+# ---- the agent
+
+
+def test_the_agent_says_what_it_runs_on() -> None:
+    import onnxruntime
+
+    answer = HOST.identify()
+    assert answer["runtime"] == f"onnxruntime {onnxruntime.__version__}"
+    assert answer["cache_bytes"] > 2**16
+    assert answer["cpu"]
+
+
+def test_the_agent_is_this_version_whatever_the_working_directory_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder may well hold a `toolchain/`, or a `json.py`."""
+    for name in ("toolchain", "numpy", "onnxruntime"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('the wrong one')")
+    (tmp_path / "json.py").write_text("raise SystemExit('the wrong one')")
+    monkeypatch.chdir(tmp_path)
+    assert HOST.identify()["cpu"]
+
+
+def test_the_agent_finds_what_its_host_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime may have been installed with `pip install --target`, and be found through PYTHONPATH only."""
+    (tmp_path / "sitecustomize.py").write_text("import os; os.environ['SEEN'] = '1'; open(os.environ['MARK'], 'w').close()")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("MARK", str(tmp_path / "mark"))
+    assert HOST.identify()["cpu"]
+    assert (tmp_path / "mark").exists()
+
+
+def test_what_the_agent_refuses_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(BittailorError, match=r"model\.onnx"):
+        HOST.peak({"name": "x", "kind": "unit", "folder": str(tmp_path), "tokens": 1, "rows": 1})
+    with pytest.raises(BittailorError, match="died"):
+        HOST.peak({"name": "x", "kind": "colour"})
+    with pytest.raises(InputError, match="transport"):
+        Host(replace(HOST.device, transport="pigeon"), 1).identify()
+
+
+def test_an_agent_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ask, "TIMEOUT_SECONDS", 0.01)
+    with pytest.raises(BittailorError, match="answer"):
+        HOST.identify()
+
+
+class _Constant:
+    """A subject that takes no time and says it took 2 ms, the reference 1 ms."""
+
+    def __init__(self, subject: dict[str, Any], threads: int, shared_pool: bool) -> None:
+        self._nanoseconds = 1e6 if subject["folder"] == agent.REFERENCE else 2e6
+        self.runs = 0
+
+    def trial(self) -> dict[str, float]:
+        self.runs += 1
+        return {"run_ns": self._nanoseconds}
+
+
+@pytest.fixture
+def replay(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float | None]], dict[str, Any]]:
+    """`replay([0.0, 0.9, ...])` → the agent's answer on a machine whose others used that share of the CPUs, window by window."""
+
+    def run(shares: list[float | None]) -> dict[str, Any]:
+        left = iter(shares)
+
+        class Watch:
+            def __init__(self) -> None:
+                self.share = next(left)
+
+            def usage(self) -> contention.Usage:
+                return contention.Usage(1.0, self.share)
+
+        monkeypatch.setattr(agent, "Watch", Watch)
+        monkeypatch.setattr(agent, "_settle", lambda: None)
+        monkeypatch.setattr(agent, "_Unit", _Constant)
+        monkeypatch.setattr(agent, "_SUBJECTS", {"unit": _Constant})
+        monkeypatch.setattr("onnxruntime.set_global_thread_pool_sizes", lambda *_: None)
+        subjects = [{"name": name, "kind": "unit", "folder": name} for name in ("a", "b", "c")]
+        return agent.time_subjects({"threads": 1, "subjects": subjects, "windows": 6})
+
+    return run
+
+
+Replay = Callable[[list[float | None]], dict[str, Any]]
+
+
+def test_quiet_windows_are_kept(replay: Replay) -> None:
+    answer = replay([0.0, 0.1, None, 0.14, 0.0, 0.15])
+    assert answer["valid"]
+    assert answer["dropped"] == 0
+    assert {name: len(trials) for name, trials in answer["trials"].items()} == {"a": 6, "b": 6, "c": 6}
+    assert answer["reference_ns"] == [1e6] * 6
+    assert answer["trials"]["b"][0] == {"run_ns": 2e6}
+
+
+def test_disturbed_windows_are_dropped_and_repeated(replay: Replay) -> None:
+    answer = replay([0.9, 0.0, 0.0, 0.5, 0.0, 0.0, 0.0, 0.2, 0.0])
+    assert (answer["valid"], answer["dropped"], len(answer["trials"]["a"])) == (True, 3, 6)
+
+
+def test_a_machine_that_stays_busy_gives_rows_that_are_not_valid(replay: Replay) -> None:
+    answer = replay([0.0, 0.0] + [0.9] * 12)
+    assert (answer["valid"], answer["dropped"]) == (False, 12)
+    assert len(answer["trials"]["a"]) == len(answer["reference_ns"]) == 14  # shown, so that somebody can see how disturbed
+
+
+def test_a_busy_neighbour_is_seen() -> None:
+    """It takes one CPU: half of two. Others on this machine can only add."""
+    neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        time.sleep(0.3)
+        watch = contention.Watch()
+        time.sleep(1.0)
+        others = watch.usage().others
+    finally:
+        neighbour.kill()
+        neighbour.wait()
+    if others is None:
+        pytest.skip("this system does not tell how busy it is")
+    assert others > 0.5 / (os.cpu_count() or 1)
+
+
+def test_our_own_work_is_not_somebody_elses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine was busy for 0.8 s, of which 0.6 s were ours."""
+    ticks = os.sysconf("SC_CLK_TCK")
+    stat = tmp_path / "stat"
+    own = iter([10.0, 10.6])
+    stat.write_text(f"cpu {100 * ticks} 0 0 5000 0 0 0 0 0 0\ncpu0 1\n")
+    monkeypatch.setattr(contention, "_STAT", stat)
+    monkeypatch.setattr(contention, "_own_seconds", lambda: next(own))
+    clock = iter([50.0, 51.0])
+    monkeypatch.setattr(contention.time, "monotonic", lambda: next(clock))
+    watch = contention.Watch()
+    stat.write_text(f"cpu {int(100.5 * ticks)} 0 {int(0.3 * ticks)} 9000 0 0 0 0 0 0\ncpu0 1\n")
+    assert watch.usage().others == pytest.approx(0.2 / (os.cpu_count() or 1), abs=0.02)
+
+
+def test_peak_memory_sees_what_was_given_back_and_not_what_the_starter_used() -> None:
+    code = """if True:
+        from toolchain.profiler import agent
+        from toolchain.profiler.ask import Host
+        from toolchain.hardware import load
+        before = agent._peak_bytes()
+        block = bytearray(300_000_000)
+        del block
+        small = Host(load("local"), 1).peak({"name": "x", "kind": "unit", "folder": str(agent.BARE), "tokens": 1, "rows": 1})
+        print(agent._peak_bytes() - before, small)
+    """
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
+    rise, small = map(int, done.stdout.split())
+    assert 290e6 < rise < 330e6
+    assert 0 <= small < 50e6

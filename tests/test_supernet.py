@@ -1,0 +1,302 @@
+"""The supernet: exported codes equal the forward pass, ties, PEFT's reading of the adapters, and its folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from toolchain.errors import DamagedFileError, InputError, UnsafeModelError
+from toolchain.kernels import CATALOGUE
+from toolchain.policy.meta_network import MetaNetwork
+from toolchain.quantize import affine
+from toolchain.spec import Policy, Unit
+from toolchain.supernet import saving
+from toolchain.supernet.clipping import search
+from toolchain.supernet.model import Supernet, input_importance, load_model
+from toolchain.supernet.store import SupernetFolder
+
+
+@pytest.fixture(autouse=True)
+def one_thread():  # type: ignore[no-untyped-def]
+    """Tiny tensors: a second thread only waits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+KERNELS = ("fp32", "w8a8", "w8g32", "w4g32", "w2g32")
+
+
+def tiny_llama() -> tuple[nn.Module, tuple[Unit, ...]]:
+    """One layer, tied embedding and head, a width (48) that no group of 32 divides."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        tie_word_embeddings=True, max_position_embeddings=64,
+    )  # fmt: skip
+    layer = "model.layers.0."
+    units = (
+        Unit("embed_tokens", "Gather", 64, 64, "embedding", ("model.embed_tokens",), tied_to="lm_head"),
+        Unit("qkv", "MatMul", 64, 128, modules=tuple(f"{layer}self_attn.{x}_proj" for x in "qkv")),
+        Unit("o", "MatMul", 64, 64, modules=(f"{layer}self_attn.o_proj",)),
+        Unit("down", "MatMul", 48, 64, modules=(f"{layer}mlp.down_proj",)),
+        Unit("lm_head", "MatMul", 64, 64, "head", ("lm_head",), tied_to="embed_tokens"),
+    )
+    return LlamaForCausalLM(config).eval(), units
+
+
+def tiny_bert() -> tuple[nn.Module, tuple[Unit, ...]]:
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=32
+    )
+    layer = "encoder.layer.0."
+    units = (
+        Unit("words", "Gather", 32, 50, "embedding", ("embeddings.word_embeddings",)),
+        Unit("query", "MatMul", 32, 32, modules=(f"{layer}attention.self.query",)),
+        Unit("up", "MatMul", 32, 64, modules=(f"{layer}intermediate.dense",)),
+        Unit("down", "MatMul", 64, 32, modules=(f"{layer}output.dense",)),
+    )
+    return BertModel(config).eval(), units
+
+
+def moved(supernet: Supernet) -> Supernet:
+    """As after some training: adapters that do something."""
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in supernet.parameters.items():
+        if name.endswith("/B"):
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+    return supernet
+
+
+def mixed(units: tuple[Unit, ...], kernels: tuple[str, ...]) -> Policy:
+    return Policy.of({unit.name: kernels[index % len(kernels)] for index, unit in enumerate(units)})
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_bert])
+@pytest.mark.parametrize("name", ["w8g32", "w4g32", "w2g32", "w8a8"])
+def test_exported_codes_dequantise_to_exactly_the_forward_pass_weights(make, name: str) -> None:  # type: ignore[no-untyped-def]
+    model, units = make()
+    supernet = moved(Supernet(model, units, KERNELS, rank=4))
+    policy = Policy.of({unit.name: name if name in supernet.kernels[unit.name] else "fp32" for unit in units})
+    weights = supernet.weights(policy)
+    for unit in units:
+        if policy[unit.name] == "fp32":
+            continue
+        forward = torch.cat([weights[f"{module}.weight"] for module in unit.modules]).detach().numpy()
+        assert np.array_equal(affine.dequantize(supernet.quantized(unit, CATALOGUE[name])), forward)
+        assert not np.array_equal(forward, torch.cat([model.get_submodule(module).weight for module in unit.modules]).numpy())
+
+
+def test_tied_units_share_codes_and_a_gradient_step_keeps_them_equal() -> None:
+    model, units = tiny_llama()
+    supernet = moved(Supernet(model, units, KERNELS, rank=4))
+    policy = supernet.policy("w4g32")
+    supernet(policy, torch.arange(12).reshape(2, 6)).square().mean().backward()
+    for parameter in supernet.parameters_of(policy).values():
+        assert parameter.grad is not None
+        parameter.data -= 0.1 * parameter.grad
+    codes = [supernet.quantized(unit, CATALOGUE["w4g32"]) for unit in (units[0], units[-1])]
+    assert np.array_equal(codes[0].codes, codes[1].codes)
+    assert np.array_equal(codes[0].scales, codes[1].scales)
+
+
+def test_a_policy_is_an_argument_and_leaves_no_trace() -> None:
+    model, units = tiny_llama()
+    supernet = moved(Supernet(model, units, KERNELS, rank=4))
+    ids = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        teacher = supernet.teacher(ids)
+        low = supernet(supernet.policy("w2g32"), ids)
+        assert torch.equal(supernet(supernet.policy("fp32"), ids), teacher)
+        assert torch.equal(supernet(supernet.policy("w2g32"), ids), low)
+        assert not torch.allclose(low, teacher, atol=1e-3)
+        different = supernet(supernet.policy("w2g32"), ids, activations=False)
+        assert not torch.equal(different, low)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_only_the_policys_own_adapters_get_gradients() -> None:
+    model, units = tiny_llama()
+    supernet = Supernet(model, units, KERNELS, rank=4)
+    policy = mixed(units, ("w2g32", "w4g32", "fp32"))
+    supernet(policy, torch.arange(12).reshape(2, 6)).square().mean().backward()
+    used = {name for name, parameter in supernet.parameters.items() if parameter.grad is not None}
+    assert used == set(supernet.parameters_of(policy))
+    assert used
+    assert all(not name.startswith(("w8", "fp32")) for name in used)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_activation_quantisers_match_the_numpy_reference_in_a_layer() -> None:
+    """One linear: its output is the reference's activations times the codes."""
+    model, units = tiny_llama()
+    supernet = moved(Supernet(model, units, KERNELS, rank=4))
+    seen = {}
+    layer = model.get_submodule(units[3].modules[0])
+    capture = layer.register_forward_hook(lambda _, inputs, output: seen.update(x=inputs[0], y=output))
+    ids = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        supernet(supernet.policy("fp32"), ids)
+        raw = {"x": seen["x"].numpy().copy()}
+        supernet(Policy.of({unit.name: "w8a8" if unit.name == "down" else "fp32" for unit in units}), ids)
+    capture.remove()
+    expected = affine.quantize_activation(raw["x"], CATALOGUE["w8a8"])
+    assert np.array_equal(seen["x"].numpy(), expected)
+    weight = affine.dequantize(supernet.quantized(units[3], CATALOGUE["w8a8"]))
+    np.testing.assert_allclose(seen["y"].numpy(), expected @ weight.T, rtol=1e-4, atol=1e-6)
+
+
+def test_clip_search_beats_min_max_and_importance_weighs_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 64, generator=generator)
+    importance = torch.ones(64)
+    importance[:8] = 1000.0
+    kernel = CATALOGUE["w2g32"]
+
+    def loss(low: torch.Tensor | None, high: torch.Tensor | None, share: torch.Tensor) -> float:
+        from toolchain.quantize.fake import fake_quantise
+
+        return float(((fake_quantise(weight, kernel, low, high) - weight).square() * share).sum())
+
+    plain, weighted = search(weight, kernel), search(weight, kernel, importance)
+    assert loss(*plain, torch.ones(64)) < 0.8 * loss(None, None, torch.ones(64))
+    assert loss(*weighted, importance) < 0.95 * loss(*plain, importance)
+    assert all(factor.min() > 0 and factor.max() < 1 for factor in (*plain, *weighted))
+
+
+def test_input_importance_is_the_mean_square_of_what_the_layer_sees() -> None:
+    model, units = tiny_llama()
+    windows = torch.arange(24).reshape(4, 6)
+    found = input_importance(model, units, windows, batch=4)
+    seen = {}
+    hook = model.get_submodule("lm_head").register_forward_pre_hook(lambda _, inputs: seen.update(x=inputs[0]))
+    with torch.no_grad():
+        model(input_ids=windows)
+    hook.remove()
+    torch.testing.assert_close(found["lm_head"], seen["x"].reshape(-1, 64).square().mean(0))
+    assert torch.equal(found["model.embed_tokens"], found["lm_head"])
+
+
+def written(folder: Path, make=tiny_llama) -> tuple[Supernet, SupernetFolder]:  # type: ignore[no-untyped-def]
+    model, units = make()
+    supernet = moved(Supernet(model, units, KERNELS, rank=4, alpha=8.0))
+    MetaNetwork(supernet.kernels).save(folder / "meta_network.safetensors")
+    losses = {unit: dict.fromkeys(names, 0.25) for unit, names in supernet.kernels.items()}
+    saving.save(supernet, folder, "tiny", losses, {"text": "none"}, np.arange(12).reshape(2, 6))
+    return supernet, SupernetFolder.open(folder)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_bert])
+def test_folder_gives_back_codes_sensitivities_and_trained_tensors(make, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    supernet, folder = written(tmp_path, make)
+    for unit in supernet.units:
+        for name in supernet.kernels[unit.name]:
+            if name == "fp32":
+                continue
+            ours, theirs = folder.quantized(unit, CATALOGUE[name]), supernet.quantized(unit, CATALOGUE[name])
+            assert np.array_equal(affine.dequantize(ours), affine.dequantize(theirs))
+            assert np.array_equal(ours.codes, theirs.codes)
+            assert np.array_equal(ours.zero_points, theirs.zero_points)
+    assert folder.kernels == KERNELS
+    assert folder.sensitivity == {unit: dict.fromkeys(names, 0.25) for unit, names in supernet.kernels.items()}
+    assert folder.calibration().tolist() == np.arange(12).reshape(2, 6).tolist()
+    again = Supernet(make()[0], supernet.units, KERNELS, rank=4, alpha=8.0, seed=9)
+    again.load(folder.trained())
+    policy = mixed(supernet.units, ("w2g32", "w4g32", "w8g32"))
+    ids = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        assert torch.equal(again(policy, ids), supernet(policy, ids))
+
+
+def test_tied_tensors_are_stored_once(tmp_path: Path) -> None:
+    from safetensors.numpy import load_file
+
+    written(tmp_path)
+    assert not [name for name in load_file(tmp_path / "quantised" / "w4g32.safetensors") if name.startswith("lm_head")]
+    assert [name for name in load_file(tmp_path / "quantised" / "w8a8.safetensors") if name.startswith("lm_head")]
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_bert])
+def test_peft_loads_the_adapters_and_computes_the_merged_weights(make, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """PEFT on the plain model = our merge without the fake-quantiser (reached here at fp32 by adding the adapters to the weights)."""
+    from peft import PeftModel
+
+    supernet, _ = written(tmp_path, make)
+    base, _ = make()
+    ids = torch.arange(12).reshape(2, 6)
+    adapted = PeftModel.from_pretrained(base, tmp_path / "adapters" / "w4g32").eval()
+    reference, units = make()
+    for unit in units:
+        for module in unit.modules:
+            stem = f"w4g32/{supernet.owner(module)}"
+            if supernet.owner(module) == module:
+                delta = supernet.parameters[f"{stem}/B"] @ supernet.parameters[f"{stem}/A"] * (8.0 / 4)
+                reference.get_submodule(module).weight.data += delta.detach()
+    with torch.no_grad():
+        ours, theirs, plain = (m(input_ids=ids)[0] for m in (reference, adapted, make()[0]))
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(plain, ours, atol=1e-3)
+    assert json.loads((tmp_path / "adapters/w4g32/adapter_config.json").read_text())["r"] == 4
+
+
+def test_folder_refuses_what_is_missing_damaged_or_outside(tmp_path: Path) -> None:
+    supernet, folder = written(tmp_path)
+    with pytest.raises(InputError, match=r"no_such|expected a supernet"):
+        SupernetFolder.open(tmp_path / "no_such")
+    with pytest.raises(InputError, match="w3g32"):
+        folder.quantized(supernet.units[1], CATALOGUE["w3g32"])
+    stored = tmp_path / "quantised" / "w4g32.safetensors"
+    good = stored.read_bytes()
+    stored.write_bytes(good[:-3] + b"abc")
+    with pytest.raises(DamagedFileError, match="w4g32"):
+        SupernetFolder.open(tmp_path)
+    stored.unlink()
+    with pytest.raises(DamagedFileError, match="no such file"):
+        SupernetFolder.open(tmp_path)
+    stored.write_bytes(good)
+    text = (tmp_path / "supernet.yaml").read_text()
+    (tmp_path / "supernet.yaml").write_text(text.replace("files:\n", "files:\n  ../../outside: abc\n"))
+    with pytest.raises(InputError, match="inside"):
+        SupernetFolder.open(tmp_path)
+    for broken in ("format: 1\n", "- a list\n", "key: [\n", text.replace("format: 1", "format: 99")):
+        (tmp_path / "supernet.yaml").write_text(broken)
+        with pytest.raises(DamagedFileError) as caught:
+            SupernetFolder.open(tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+def test_construction_and_loading_name_what_is_wrong(tmp_path: Path) -> None:
+    model, units = tiny_llama()
+    with pytest.raises(InputError, match="nowhere"):
+        Supernet(model, (Unit("x", "MatMul", 64, 64, modules=("model.nowhere",)),), KERNELS)
+    with pytest.raises(InputError, match="expected 100 rows"):
+        Supernet(model, (Unit("x", "MatMul", 64, 100, modules=units[2].modules),), KERNELS)
+    with pytest.raises(InputError, match="linear or embedding"):
+        Supernet(model, (Unit("x", "MatMul", 64, 64, modules=("model.norm",)),), KERNELS)
+    with pytest.raises(UnsafeModelError, match="safetensors"):
+        load_model(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(InputError):
+        load_model(tmp_path)
+
+
+def test_load_model_reads_a_decoder_with_its_head_and_an_encoder_without(tmp_path: Path) -> None:
+    for make, kind in ((tiny_llama, "decoder"), (tiny_bert, "encoder")):
+        model, units = make()
+        model.save_pretrained(tmp_path / kind)
+        supernet = Supernet(load_model(tmp_path / kind), units, ("fp32", "w4g32"), rank=2)
+        assert supernet.kind == kind
+        ids = torch.arange(8).reshape(1, 8)
+        assert supernet.teacher(ids).shape == (1, 8, 64 if kind == "decoder" else 32)
+        torch.testing.assert_close(supernet.teacher(ids), model(input_ids=ids)[0].detach())

@@ -1,0 +1,312 @@
+"""Samplers, losses, the joint loop with its checkpoints, and text the model writes itself."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_costs import bytes_and_time, cost_model
+from test_supernet import tiny_bert, tiny_llama
+
+from toolchain.errors import InputError
+from toolchain.kernels import CATALOGUE, uniform
+from toolchain.policy.sensitivity import measure
+from toolchain.spec import Budget, Policy, Unit
+from toolchain.supernet.model import Supernet, load_model
+from toolchain.train import checkpoint
+from toolchain.train.loop import Settings, Trained, train
+from toolchain.train.losses import ExpectedCost, Interference, Target, divergence_of, penalty
+from toolchain.train.quality import scorer
+from toolchain.train.sampler import PolicySampler, mean_bits_of, scenarios, triangle, worth_training
+from toolchain.train.text_source import self_written
+
+KERNELS = ("fp32", "w8g32", "w4g32", "w3g32", "w2g32")
+POCKET = Path(__file__).parents[1] / "toolchain" / "models" / "pocket-llama-6m"
+QUICK = Settings(scenarios=12, imitation_steps=20, meta_every=3, checkpoint_seconds=0.0)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny tensors: a second thread only waits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def some_units(count: int = 12) -> tuple[Unit, ...]:
+    return tuple(Unit(f"u{index}", "MatMul", 64, 32 * (1 + index % 3)) for index in range(count))
+
+
+def test_mixed_policies_meet_their_target_mean() -> None:
+    units = some_units(30)
+    sampler = PolicySampler.of(units, {unit.name: KERNELS for unit in units})
+    assert sampler.levels == (2, 3, 4, 8)
+    assert sampler.range() == (2, 8)
+    rng = np.random.default_rng(0)
+    for target in (2.2, 3.0, 5.0, 7.5):
+        means = [mean_bits_of(sampler.mixed(target, rng), units) for _ in range(200)]
+        assert np.mean(means) == pytest.approx(target, abs=0.12)
+    assert set(sampler.mixed(2.0, rng).values()) == {"w2g32"}
+    assert set(sampler.mixed(8.0, rng).values()) == {"w8g32"}
+
+
+def test_two_group_sizes_do_not_make_a_width_likelier_and_a_level_is_one_kernel() -> None:
+    units = some_units(4)
+    sampler = PolicySampler.of(units, {unit.name: ("w2g32", "w2g128", "w4g32") for unit in units})
+    rng = np.random.default_rng(0)
+    drawn = [kernel for _ in range(500) for kernel in sampler.mixed(3.0, rng).values()]
+    assert drawn.count("w4g32") / len(drawn) == pytest.approx(0.5, abs=0.04)
+    assert drawn.count("w2g128") / len(drawn) == pytest.approx(0.25, abs=0.04)
+    levels = {frozenset(sampler.level(2, rng).values()) for _ in range(30)}
+    assert levels == {frozenset({"w2g32"}), frozenset({"w2g128"})}
+
+
+def test_triangle_wave_spends_equal_time_everywhere() -> None:
+    wave = [triangle(step, 100, 2.0, 8.0) for step in range(200)]
+    assert (wave[0], wave[50], wave[100]) == (2.0, 8.0, 2.0)
+    counts, _ = np.histogram(wave, bins=6)
+    assert counts.max() <= counts.min() + 4
+
+
+def test_a_kernel_that_costs_no_less_than_one_of_more_bits_is_not_trained() -> None:
+    costs = cost_model(
+        {
+            "latency_ms": {"a": {"w4g32": 2.0, "w3g32": 2.0, "w2g32": 1.0}, "b": {"w4g32": 2.0, "w3g32": 1.9, "w2g32": 3.0}},
+            "peak_memory_bytes": {"a": {"w4g32": 4.0, "w3g32": 4.0, "w2g32": 2.0}, "b": {"w4g32": 4.0, "w3g32": 4.0, "w2g32": 2.0}},
+        }
+    )
+    assert worth_training(costs) == {"a": ("w4g32", "w2g32"), "b": ("w4g32", "w3g32", "w2g32")}
+
+
+def test_scenarios_are_feasible_and_rare_encodings_are_drawn_more() -> None:
+    units = some_units(4)
+    costs = bytes_and_time(units, KERNELS)
+    losses = {unit.name: {"fp32": 0.0, "w8g32": 0.01, "w4g32": 0.1, "w3g32": 0.3, "w2g32": 2.0} for unit in units}
+    found = scenarios(costs, losses, 60, seed=1)
+    assert len(found.budgets) == len(found.answers) == len(found.encodings) == 60
+    for budget, answer in zip(found.budgets, found.answers, strict=True):
+        assert all(costs.totals(answer)[name] <= limit * (1 + 1e-8) for name, limit in budget.limits.items())
+    keys = [tuple(row) for row in np.minimum((found.encodings * 5).astype(int), 4).tolist()]
+    share = {key: sum(w for w, other in zip(found.weights, keys, strict=True) if other == key) for key in keys}
+    assert max(share.values()) == pytest.approx(min(share.values()))  # every occupied bin is as likely as any other
+    assert len(share) > 5
+    assert np.array_equal(scenarios(costs, losses, 60, seed=1).encodings, found.encodings)
+
+
+def test_decoder_distance_is_kl_per_kept_token() -> None:
+    generator = torch.Generator().manual_seed(0)
+    teacher, student = (torch.randn(2, 3, 5, generator=generator) for _ in range(2))
+    p, q = teacher.softmax(-1), student.softmax(-1)
+    per_token = (p * (p / q).log()).sum(-1)
+    assert float(divergence_of("decoder", teacher, student)) == pytest.approx(float(per_token.mean()), rel=1e-5)
+    assert float(Target("decoder", teacher).distance(student)) == pytest.approx(float(per_token.mean()), rel=1e-4)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    kept = float((per_token * mask).sum() / 3)
+    assert float(divergence_of("decoder", teacher, student, mask)) == pytest.approx(kept, rel=1e-5)
+    assert float(Target("decoder", teacher, mask).distance(student)) == pytest.approx(kept, rel=1e-4)
+    assert float(Target("decoder", teacher).distance(teacher)) == pytest.approx(0, abs=1e-6)
+
+
+def test_encoder_distance_sees_direction_and_size() -> None:
+    teacher = torch.tensor([[[3.0, 4.0]]])
+    assert float(divergence_of("encoder", teacher, teacher)) == pytest.approx(0, abs=1e-6)
+    assert float(divergence_of("encoder", teacher, 2 * teacher)) == pytest.approx(
+        1.0
+    )  # same direction, error as long as the vector
+    assert float(divergence_of("encoder", teacher, -teacher)) == pytest.approx(2 + 4)
+
+
+def test_interference_weights_rise_and_fall_with_bits_and_average_to_one() -> None:
+    units = some_units(4)
+    policies = [uniform(name, units) for name in ("w2g32", "w4g32", "w8g32")]
+    weights = Interference(units, policies, a=1.0)
+    alphas = [weights.alpha(policy) for policy in policies]
+    assert alphas == pytest.approx([12 / 7, 6 / 7, 3 / 7])
+    assert np.mean(alphas) == pytest.approx(1)
+    assert [weights.beta(policy) for policy in policies] == pytest.approx([0.025, 0.05, 0.1])
+    clip = {"k/m/low": torch.full((3,), 9.0)}
+    assert float(penalty({"k/m/A": torch.full((2, 2), 2.0), "k/m/B": torch.zeros(2, 2), **clip})) == pytest.approx(2.0)
+
+
+def test_expected_cost_of_a_certain_choice_is_the_policys_cost_and_pulls_under_the_budget() -> None:
+    _, units = tiny_llama()
+    costs = bytes_and_time(units, KERNELS)
+    penalties = ExpectedCost(costs, costs.kernels)
+    policy = uniform("w4g32", units, KERNELS)
+    chosen = torch.tensor([[float(kernel == policy[unit]) for kernel in kernels] for unit, kernels in costs.kernels.items()])
+    total = costs.totals(policy)["peak_memory_bytes"]
+    assert float(penalties.expected("peak_memory_bytes", chosen)) == pytest.approx(total)
+    assert float(penalties.excess(Budget(peak_memory_bytes=total / 1.5), chosen)) == pytest.approx(0.5)
+    assert float(penalties.excess(Budget(peak_memory_bytes=total * 1.01, energy_mj=1.0), chosen)) == 0
+    logits = torch.zeros(len(units), 5, requires_grad=True)
+    penalties.excess(Budget(latency_ms=0.1), logits.softmax(-1)).backward()
+    assert logits.grad is not None
+    names = costs.kernels["qkv"]
+    assert logits.grad[1, names.index("fp32")] > 0 > logits.grad[1, names.index("w2g32")]
+
+
+def run(
+    out: Path, steps: int = 8, seed: int = 0, make=tiny_llama, kind_masks: bool = False, calls: list[int] | None = None
+) -> tuple[Supernet, Trained]:  # type: ignore[no-untyped-def]
+    model, units = make()
+    supernet = Supernet(model, units, KERNELS, rank=4)
+    rng = np.random.default_rng(0)
+    windows = rng.integers(0, 48, (16, 10))
+    masks = None
+    if kind_masks:
+        masks = np.ones_like(windows)
+        masks[:, 7:] = 0
+
+    def losses() -> dict[str, dict[str, float]]:
+        if calls is not None:
+            calls.append(1)
+        table = {"fp32": 0.0, "w8g32": 0.01, "w4g32": 0.1, "w3g32": 0.3, "w2g32": 2.0}
+        return {unit: {name: table[name] for name in names} for unit, names in supernet.kernels.items()}
+
+    costs = bytes_and_time(units, KERNELS)
+    return supernet, train(supernet, windows, costs, losses, steps, 4, out, seed=seed, masks=masks, settings=QUICK)
+
+
+class Stop(Exception):
+    """Stands for the kill."""
+
+
+def test_a_killed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, trained = run(tmp_path / "whole")
+    assert trained.resumed_from == 0
+    assert len(trained.history) == 8
+    saved = []
+    real = checkpoint.save
+
+    def dies_after_the_fifth(*arguments: object, **more: object) -> None:
+        real(*arguments, **more)  # type: ignore[arg-type]
+        saved.append(1)
+        if len(saved) == 6:  # the first one comes before step 0
+            raise Stop
+
+    monkeypatch.setattr(checkpoint, "save", dies_after_the_fifth)
+    calls: list[int] = []
+    with pytest.raises(Stop):
+        run(tmp_path / "cut", calls=calls)
+    monkeypatch.setattr(checkpoint, "save", real)
+    again, resumed = run(tmp_path / "cut", calls=calls)
+    assert resumed.resumed_from == 5
+    assert len(calls) == 1  # the sensitivities came from the checkpoint
+    for name, parameter in whole.parameters.items():
+        assert torch.equal(parameter, again.parameters[name]), name
+    for ours, theirs in zip(trained.meta_network.parameters(), resumed.meta_network.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert run(tmp_path / "cut")[1].resumed_from == 8
+
+
+def test_a_checkpoint_of_another_setup_or_a_broken_one_is_not_continued(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, steps=2)
+    assert run(tmp_path, steps=2, seed=1)[1].resumed_from == 0
+    assert "another set-up" in capsys.readouterr().err
+    file = tmp_path / checkpoint.FILE
+    file.write_bytes(file.read_bytes()[:1000])
+    assert run(tmp_path, steps=2, seed=1)[1].resumed_from == 0
+    assert "does not read back" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_kill_9_in_the_middle_and_again(tmp_path: Path) -> None:
+    """The same through a real SIGKILL of a process that trains."""
+    script = f"import sys; sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}\n"
+    script += "import torch; torch.set_num_threads(1)\nfrom pathlib import Path\nimport test_train\n"
+    script += f"test_train.run(Path({str(tmp_path / 'cut')!r}), steps=60)"
+    child = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
+    file = tmp_path / "cut" / checkpoint.FILE
+    deadline = time.monotonic() + 60
+    while not file.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    os.kill(child.pid, signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    again, resumed = run(tmp_path / "cut", steps=60)
+    whole, _ = run(tmp_path / "whole", steps=60)
+    assert resumed.resumed_from < 60
+    assert all(torch.equal(parameter, again.parameters[name]) for name, parameter in whole.parameters.items())
+
+
+def test_training_refuses_too_little_text_and_a_foreign_cost_model(tmp_path: Path) -> None:
+    model, units = tiny_llama()
+    supernet = Supernet(model, units, KERNELS, rank=2)
+    with pytest.raises(InputError, match="at least 4 windows"):
+        train(supernet, np.zeros((3, 8), int), bytes_and_time(units, KERNELS), dict, 5, 4, tmp_path)
+    with pytest.raises(InputError, match="another model's"):
+        train(supernet, np.zeros((8, 8), int), bytes_and_time(units[:2], KERNELS), dict, 5, 4, tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_encoder_learns_on_hidden_states_with_masks(tmp_path: Path) -> None:
+    """A random tiny BERT at 2 and 3 bits comes nearer to its full-precision self; padding does not count."""
+    model, units = tiny_bert()
+    ids = np.random.default_rng(3).integers(0, 50, (8, 10))
+    masks = np.ones_like(ids)
+    masks[:, 7:] = 0
+    untrained = Supernet(model, units, KERNELS, rank=4)
+    trained, _ = run(tmp_path, steps=60, make=tiny_bert, kind_masks=True)
+    assert trained.kind == "encoder"
+    for name in ("w2g32", "w3g32"):
+        before, after = (scorer(net, ids, masks)(net.policy(name)) for net in (untrained, trained))
+        assert after < 0.8 * before, (name, before, after)
+    noise = ids.copy()
+    noise[:, 7:] = 1
+    assert scorer(trained, noise, masks)(trained.policy("w2g32")) == pytest.approx(after_at(trained, ids, masks), rel=1e-3)
+
+
+def after_at(supernet: Supernet, ids: np.ndarray, masks: np.ndarray) -> float:
+    return scorer(supernet, ids, masks)(supernet.policy("w2g32"))
+
+
+def pocket_units() -> tuple[Unit, ...]:
+    names = [("embed_tokens", "Gather", 256, 4096, "embedding", ("model.embed_tokens",), "lm_head")]
+    for layer in range(6):
+        stem = f"model.layers.{layer}."
+        parts = {
+            "qkv": (256, 512, tuple(f"{stem}self_attn.{x}_proj" for x in "qkv")),
+            "o": (256, 256, (f"{stem}self_attn.o_proj",)),
+        }
+        parts |= {x: (256, 768, (f"{stem}mlp.{x}_proj",)) for x in ("gate", "up")} | {"down": (768, 256, (f"{stem}mlp.down_proj",))}
+        names += [(f"layers.{layer}.{name}", "MatMul", K, N, "linear", modules, "") for name, (K, N, modules) in parts.items()]
+    names.append(("lm_head", "MatMul", 256, 4096, "head", ("lm_head",), "embed_tokens"))
+    return tuple(Unit(n, op, K, N, role, modules, tied_to=tied) for n, op, K, N, role, modules, tied in names)
+
+
+def test_the_pocket_model_writes_text_it_finds_likely_and_learns_two_bits_from_it(tmp_path: Path) -> None:
+    """End to end on the embedded model: self-written windows, sensitivities, a few steps; 2 bits must get clearly better."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    model = load_model(POCKET)
+    windows = self_written(model, 32 * 64, seed=1, eos=0, length=64)
+    assert windows.shape == (32, 64)
+    assert np.array_equal(windows[:2], self_written(model, 32 * 64, seed=1, eos=0, length=64)[:2])
+    logits = model(input_ids=torch.as_tensor(windows)).logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.as_tensor(windows)[:, 1:].flatten())
+    assert float(loss) < 4.5  # uniform would be 8.3
+    units = pocket_units()
+    kernels = ("w8g32", "w2g32")
+    supernet = Supernet(model, units, kernels, rank=8)
+    score = scorer(supernet, windows[:4])
+    some = (units[0], units[5])
+    losses = measure(score, some, {unit.name: kernels for unit in some}, supernet.policy("w8g32"))
+    assert losses["embed_tokens"]["w2g32"] > losses["embed_tokens"]["w8g32"] == 0
+    before = score(supernet.policy("w2g32"))
+    values = {unit.name: {"w8g32": 0.0, "w2g32": 1.0} for unit in units}
+    quick = replace(QUICK, checkpoint_seconds=60.0, warm_up=2, lr=5e-3)
+    trained = train(supernet, windows[4:], bytes_and_time(units, kernels), lambda: values, 10, 4, tmp_path, settings=quick)
+    assert {"sandwich", "meta", "excess", "imitation"} <= set(trained.history[2])
+    assert score(supernet.policy("w2g32")) < 0.8 * before
+    assert score(supernet.policy("w8g32")) < 0.02
+    assert isinstance(trained.meta_network.policy(trained.meta_network(torch.ones(4))), Policy)
+    assert set(CATALOGUE) >= set(kernels)

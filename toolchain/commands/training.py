@@ -1,0 +1,143 @@
+"""`bittailor train`: MODEL → supernet folder. Text, cost model, sensitivities and the joint loop brought together.
+
+While it runs, everything a killed run needs to go on is in `SUPERNET.training/`; the supernet itself appears whole at the end.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from toolchain import text as texts
+from toolchain.commands import workflow
+from toolchain.errors import InputError, require
+from toolchain.files import replace_folder
+from toolchain.graph.build import build, fingerprint, resolve
+from toolchain.graph.model import Graph
+from toolchain.kernels import uniform
+from toolchain.policy import sensitivity
+from toolchain.spec import Device, Workload
+from toolchain.supernet import store
+
+WINDOW = 256
+BATCH = 4
+CALIBRATION = 4
+"""Windows on which the kernels' losses are measured, before training (for the meta-network's start) and after."""
+SELF_WRITTEN_TOKENS = 128 * WINDOW
+HELDOUT = 0.1
+_HELDOUT_MOST = 40
+
+
+@dataclass(frozen=True)
+class Text:
+    """Token windows [n, WINDOW] to train on and to measure on, and what outputs say of them."""
+
+    train: np.ndarray
+    heldout: np.ndarray
+    description: str
+    heldout_description: str
+
+
+def train_supernet(
+    source: str,
+    device: Device,
+    folders: Sequence[Path],
+    workload: Workload | None,
+    text: list[Path] | None,
+    out: Path,
+    steps: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Train and write the supernet; returns {"supernet", "steps", "text", ...}. Raises InputError and its kin before any long work."""
+    torch = require("torch")
+    from toolchain.supernet.model import Supernet, input_importance, load_model
+    from toolchain.supernet.saving import save
+    from toolchain.train.loop import train
+    from toolchain.train.quality import scorer
+
+    if steps < 1:
+        raise InputError(f"expected one training step or more, got {steps}")
+    if out.exists() and not (out / store.DESCRIPTION).is_file() and any(out.iterdir()):
+        raise InputError(f"expected {out} to be absent, empty or an earlier supernet, got something else", "choose another --out")
+    folder = resolve(source)
+    work = out.with_name(out.name + ".training")
+    graph = _graph(source, folder, work)
+    costs = workflow.find_costs(graph, device, folders, workload)
+    model = load_model(folder)
+    text_used = _text(graph, model, text, work, seed)
+    calibration = text_used.train[:CALIBRATION]
+    importance = input_importance(model, graph.units, torch.from_numpy(calibration))
+    supernet = Supernet(model, graph.units, costs.table.header.kernels, seed=seed, importance=importance)
+    reference = uniform("fp32", graph.units)
+
+    def losses() -> dict[str, dict[str, float]]:
+        return sensitivity.measure(scorer(supernet, calibration), graph.units, supernet.kernels, reference)
+
+    trained = train(supernet, text_used.train, costs.model, losses, steps, min(BATCH, len(text_used.train)), work, seed)
+    after = losses()
+    description = {
+        "text": text_used.description,
+        "heldout": text_used.heldout_description,
+        "steps": steps,
+        "batch": BATCH,
+        "window": WINDOW,
+        "seed": seed,
+        "device": device.name,
+        "workload": str(costs.model.workload),
+    }
+    with replace_folder(out, store.DESCRIPTION) as target:
+        shutil.copytree(graph.directory, target / "graph")
+        shutil.copytree(folder, target / "model", ignore=shutil.ignore_patterns(".*", "*.bin", "*.md"))
+        trained.meta_network.save(target / "meta_network.safetensors")
+        store.write_arrays(target / "heldout.safetensors", {"tokens": text_used.heldout})
+        save(supernet, target, Path(source).name, after, description, calibration)
+    shutil.rmtree(work, ignore_errors=True)
+    return {"supernet": str(out), **description, "resumed_from_step": trained.resumed_from}
+
+
+def _graph(source: str, folder: Path, work: Path) -> Graph:
+    """The model's graph in `work`, built unless a killed run left it whole."""
+    place = work / "graph"
+    if (place / "graph.json").is_file():
+        graph = Graph.open(place)
+        if graph.fingerprint == fingerprint(folder):
+            return graph
+    with replace_folder(place, "graph.json") as fresh:
+        build(source, fresh)
+    return Graph.open(place)
+
+
+def _text(graph: Graph, model: Any, given: list[Path] | None, work: Path, seed: int) -> Text:
+    """The user's text, or what the model writes itself together with the prose that every CPython carries."""
+    tokenizer = texts.load_tokenizer(graph.directory)
+    separator = texts.separator_id(graph.directory)
+    framed = graph.kind == "encoder"
+    found = texts.documents(given) if given else texts.pydoc_documents()
+    windows = texts.windows(tokenizer, found, min(WINDOW, graph.context), separator, framed=framed)
+    if len(windows) < 2:
+        raise InputError(f"expected two windows of {WINDOW} tokens or more, got {len(windows)}", "give more text: --text FILE")
+    train, heldout = texts.split(windows, HELDOUT, seed)
+    heldout = heldout[:_HELDOUT_MOST]
+    name = ", ".join(path.name for path in given) if given else texts.pydoc_description()
+    description = f"{name} ({train.size} tokens)"
+    if not given and not framed:
+        own = _self_written(model, separator or 0, work, seed, train.shape[1])
+        train = np.concatenate([own, train])
+        description = f"{own.size} tokens the model wrote itself, and {description}"
+    return Text(train, heldout, description, f"held-out part of {name}")
+
+
+def _self_written(model: Any, end: int, work: Path, seed: int, length: int) -> np.ndarray:
+    from safetensors.numpy import load_file
+
+    from toolchain.train.text_source import self_written
+
+    path = work / f"self-written-{seed}-{length}.safetensors"
+    if not path.is_file():
+        store.write_arrays(path, {"tokens": self_written(model, SELF_WRITTEN_TOKENS, seed, end, length)})
+    return load_file(path)["tokens"]

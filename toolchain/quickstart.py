@@ -1,0 +1,164 @@
+"""`bittailor quickstart`: the whole idea on the embedded model and this machine: profile, train, cut three packages, measure each.
+
+Every step writes below one folder and goes on where a killed run stopped. The figures in the report were all measured here, now,
+except the columns that say "predicted".
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from toolchain.check import COULD_NOT_TELL, OVER, WITHIN
+from toolchain.commands import acceptance, workflow
+from toolchain.commands.training import train_supernet
+from toolchain.evaluate.perplexity import perplexity
+from toolchain.files import write_atomic
+from toolchain.graph.assemble import assemble, round_to_nearest
+from toolchain.graph.build import EMBEDDED
+from toolchain.hardware import load, thread_count
+from toolchain.kernels import uniform
+from toolchain.policy.budgets import FRACTIONS
+from toolchain.profiler.measure import measure_package
+from toolchain.progress import note
+from toolchain.report import table
+from toolchain.spec import Device, Policy
+from toolchain.supernet.store import SupernetFolder
+
+STEPS = 200
+TRIES = 3
+"""How often a package is measured again while the verdict is "could not tell" because others used the CPU."""
+
+
+def quickstart(out: Path, steps: int | None) -> tuple[dict[str, Any], str]:
+    """(report as data, report as text). The verdict is the worst of the three packages'. Writes report.json and report.md to `out`."""
+    seconds: dict[str, float] = {}
+    device = load("local")
+    tables = [out / "profiles"]
+    with _stage("1/5 profile", seconds), workflow.opened(EMBEDDED) as model:
+        workflow.measure_costs(model.graph, device, tables[0], None, f"bittailor profile {EMBEDDED}", renew=False)
+    with _stage("2/5 train", seconds):
+        trained = train_supernet(EMBEDDED, device, tables, None, None, out / "supernet", steps or STEPS, seed=0)
+    folder = SupernetFolder.open(out / "supernet")
+    with workflow.opened(str(out / "supernet")) as source:
+        costs = workflow.find_costs(source.graph, device, tables, None)
+        with _stage("3/5 export three packages", seconds):
+            packages = {}
+            for name in FRACTIONS:
+                budget = workflow.find_budget(name, {}, source.graph, costs, device)
+                assert budget is not None
+                choice = workflow.choose(source, costs, budget)
+                packages[name] = workflow.cut(source, choice, out / name, device, budget, costs, costs.model.workload)
+        rows = []
+        with _stage("4/5 measure each against its budget", seconds):
+            rows.append(_full_precision(source, costs, device))
+            for name, package in packages.items():
+                checked = _patient_check(out / name, device)
+                rows.append(_row(package, checked))
+        with _stage("5/5 perplexity", seconds):
+            heldout = folder.heldout()
+            threads = thread_count(device)
+            for row, policy in zip(rows, [_fp32(source), *(package.policy for package in packages.values())], strict=True):
+                row["untrained perplexity"] = _untrained(source, policy, heldout, threads)
+                trained_here = row["budget"] in packages
+                row["perplexity"] = (
+                    perplexity(out / row["budget"], heldout, threads)[0] if trained_here else row["untrained perplexity"]
+                )
+    verdicts = [row["verdict"] for row in rows[1:]]
+    verdict = OVER if OVER in verdicts else COULD_NOT_TELL if COULD_NOT_TELL in verdicts else WITHIN
+    data = {
+        "verdict": verdict,
+        "rows": rows,
+        "workload": str(costs.model.workload),
+        "training": trained,
+        "perplexity_text": f"{trained['heldout']} ({heldout.shape[0]} windows of {heldout.shape[1]} tokens)",
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+    }
+    text = _report(data)
+    write_atomic(out / "report.json", json.dumps(data, indent=1) + "\n")
+    write_atomic(out / "report.md", text + "\n")
+    return data, text
+
+
+@contextmanager
+def _stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    note(f"quickstart {name}")
+    start = time.monotonic()
+    yield
+    seconds[name] = time.monotonic() - start
+
+
+def _fp32(source: workflow.Source) -> Policy:
+    return uniform("fp32", source.graph.units)
+
+
+def _full_precision(source: workflow.Source, costs: workflow.Costs, device: Device) -> dict[str, Any]:
+    """The row every other is compared with."""
+    policy = _fp32(source)
+    with tempfile.TemporaryDirectory(prefix="bittailor-") as folder:
+        assemble(source.graph, policy, source.weights, Path(folder))
+        seen = measure_package(Path(folder), costs.model.workload, device, thread_count(device), source.graph.vocabulary)
+    predicted = costs.model.totals(policy)
+    size = predicted["package_bytes"]
+    return _figures("fp32", 32.0, predicted, seen.measurements, size) | {"verdict": "no budget"}
+
+
+def _patient_check(package: Path, device: Device) -> acceptance.Checked:
+    for attempt in range(TRIES):
+        checked = acceptance.check_package(package, device, {})
+        if checked.verdict != COULD_NOT_TELL or attempt == TRIES - 1:
+            break
+        note(f"{package.name}: could not tell (the machine was busy or slower than before); measuring again")
+    return checked
+
+
+def _row(package: Any, checked: acceptance.Checked) -> dict[str, Any]:
+    predicted = {name: entry["value"] for name, entry in package.data["predicted"].items() if isinstance(entry, dict)}
+    size = float(sum(path.stat().st_size for path in package.directory.iterdir()))
+    row = _figures(package.directory.name, package.data["mean_bits"], predicted, checked.measured, size)
+    limits = {verdict.name: verdict.limit for verdict in checked.limits}
+    return row | {"limit ms": limits["latency_ms"], "limit MB": limits["peak_memory_bytes"] / 1e6, "verdict": checked.verdict}
+
+
+def _figures(name: str, bits: float, predicted: dict[str, Any], measured: Any, size: float) -> dict[str, Any]:
+    return {
+        "budget": name,
+        "mean bits": bits,
+        "predicted ms/token": predicted["latency_ms"],
+        "measured ms/token": measured["latency_ms"].value,
+        "limit ms": None,
+        "predicted MB": predicted["peak_memory_bytes"] / 1e6,
+        "measured MB": max(measured["peak_memory_bytes"].trials) / 1e6,
+        "limit MB": None,
+        "package MB": size / 1e6,
+    }
+
+
+def _untrained(source: workflow.Source, policy: Policy, heldout: np.ndarray, threads: int) -> float:
+    """Perplexity of the same policy with the model's own weights rounded to nearest."""
+    with tempfile.TemporaryDirectory(prefix="bittailor-") as folder:
+        assemble(source.graph, policy, round_to_nearest(source.graph), Path(folder))
+        return perplexity(Path(folder), heldout, threads)[0]
+
+
+def _report(data: dict[str, Any]) -> str:
+    columns = list(data["rows"][0])
+    stages = ", ".join(f"{name} {value:.0f} s" for name, value in data["seconds"].items())
+    order = [name for name in columns if name != "verdict"] + ["verdict"]
+    lines = [
+        table(data["rows"], order),
+        "",
+        f"workload {data['workload']} (ms per generated token; MB = rise of a fresh process's peak memory over a bare runtime)",
+        f"trained {data['training']['steps']} steps on {data['training']['text']}",
+        f"perplexity on {data['perplexity_text']}; untrained = the same policy, rounded to nearest",
+        f"wall time {sum(data['seconds'].values()):.0f} s: {stages}",
+        f"verdict: {data['verdict']}",
+    ]
+    return "\n".join(lines)

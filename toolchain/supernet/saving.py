@@ -1,0 +1,76 @@
+"""From a trained `Supernet` to the files of its folder, and back. The layout is `store.py`'s; torch is needed only here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from toolchain.kernels import CATALOGUE
+from toolchain.supernet import store
+from toolchain.supernet.model import Supernet
+
+
+def save(
+    supernet: Supernet,
+    folder: Path,
+    source: str,
+    sensitivity: Mapping[str, Mapping[str, float]],
+    training: Mapping[str, Any],
+    calibration: np.ndarray,
+) -> None:
+    """Write quantised/, adapters/, calibration.safetensors and, last, supernet.yaml into an existing folder.
+
+    The caller writes graph/, model/ and meta_network.safetensors *before* this: supernet.yaml carries the sha256 of the latter.
+    calibration: token windows [n, T] int64.
+    """
+    used = dict.fromkeys(name for names in supernet.kernels.values() for name in names)
+    modules = [module for unit in supernet.units for module in unit.modules]
+    embeddings = frozenset(module for module in modules if isinstance(supernet.model.get_submodule(module), nn.Embedding))
+    arrays = supernet.arrays()
+    for name in used:
+        kernel = CATALOGUE[name]
+        if not kernel.quantised:
+            continue
+        holders = {supernet.tensor_key(unit): unit for unit in reversed(supernet.units) if name in supernet.kernels[unit.name]}
+        store.write_quantised(folder, kernel, {unit.name: supernet.quantized(unit, kernel) for unit in reversed(holders.values())})
+        layers = {}
+        for unit in supernet.units:
+            for module in unit.modules:
+                if name in supernet.kernels[unit.name]:
+                    stem = f"{name}/{supernet.owner(module)}/"
+                    layers[module] = {key.removeprefix(stem): array for key, array in arrays.items() if key.startswith(stem)}
+        store.write_adapter(folder, name, layers, peft_config(supernet, source), embeddings)
+    store.write_arrays(folder / "calibration.safetensors", {"tokens": np.asarray(calibration, np.int64)})
+    store.write_description(
+        folder,
+        {
+            "source": source,
+            "rank": supernet.rank,
+            "alpha": supernet.alpha,
+            "training": dict(training),
+            "kernels": {unit: list(names) for unit, names in supernet.kernels.items()},
+            "sensitivity": {unit: {kernel: float(loss) for kernel, loss in row.items()} for unit, row in sensitivity.items()},
+        },
+    )
+
+
+def peft_config(supernet: Supernet, source: str) -> dict[str, Any]:
+    """adapter_config.json without its target_modules: what PEFT needs to add (alpha/r)·B·A to each layer."""
+    decoder = supernet.kind == "decoder"
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if decoder else "FEATURE_EXTRACTION",
+        "base_model_name_or_path": source,
+        "r": supernet.rank,
+        "lora_alpha": supernet.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "use_rslora": False,
+    }

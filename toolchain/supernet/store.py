@@ -1,0 +1,200 @@
+"""The supernet's folder: its layout, writing, reading back, and refusing what is damaged. numpy, safetensors and yaml; no torch.
+
+    supernet.yaml                       what it is: source, kernels, sensitivities, training, sha256 of the files below. Written last.
+    graph/  model/                      fp32 ONNX graph; the Hugging Face folder: written by the caller, not described here
+    quantised/<kernel>.safetensors      <unit>/codes (packed, container bits), <unit>/scales, <unit>/zero_points
+    adapters/<kernel>/                  PEFT: adapter_model.safetensors + adapter_config.json; clip.safetensors: logits <module>/low, /high
+    meta_network.safetensors, calibration.safetensors and heldout.safetensors (tokens [n, T])
+
+A tied embedding and head are stored once per kernel, under the first of the two units; the other finds it through `tied_to`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from toolchain.errors import DamagedFileError, InputError
+from toolchain.files import inside, sha256, write_atomic
+from toolchain.kernels import CATALOGUE
+from toolchain.quantize.affine import Quantized, groups
+from toolchain.quantize.packing import pack, unpack
+from toolchain.spec import Kernel, Unit
+
+DESCRIPTION = "supernet.yaml"
+FORMAT = 1
+_REMEDY = "train again: bittailor train"
+_HASHED = ("quantised", "adapters", "meta_network.safetensors", "calibration.safetensors", "heldout.safetensors")
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """One safetensors file, atomically."""
+    from safetensors.numpy import save
+
+    write_atomic(path, save({name: np.ascontiguousarray(array) for name, array in arrays.items()}))
+
+
+def write_quantised(folder: Path, kernel: Kernel, units: Mapping[str, Quantized]) -> None:
+    """quantised/<kernel>.safetensors from unit → codes."""
+    arrays = {}
+    for name, quantized in units.items():
+        arrays[f"{name}/codes"] = pack(quantized.codes, kernel.container_bits)
+        arrays[f"{name}/scales"] = quantized.scales
+        arrays[f"{name}/zero_points"] = quantized.zero_points
+    write_arrays(folder / "quantised" / f"{kernel.name}.safetensors", arrays)
+
+
+def write_adapter(
+    folder: Path, kernel: str, layers: Mapping[str, Mapping[str, np.ndarray]], config: Mapping[str, Any], embeddings: frozenset[str]
+) -> None:
+    """adapters/<kernel>/ from module → {A [r, K], B [N, r], optional low and high [N, G]}. PEFT keeps an embedding's pair transposed."""
+    tensors: dict[str, np.ndarray] = {}
+    clip: dict[str, np.ndarray] = {}
+    for module, parts in layers.items():
+        stem = f"base_model.model.{module}"
+        if module in embeddings:
+            tensors[f"{stem}.lora_embedding_A"], tensors[f"{stem}.lora_embedding_B"] = parts["B"].T, parts["A"].T
+        else:
+            tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"] = parts["A"], parts["B"]
+        clip |= {f"{module}/{part}": parts[part] for part in ("low", "high") if part in parts}
+    target = folder / "adapters" / kernel
+    write_arrays(target / "adapter_model.safetensors", tensors)
+    write_arrays(target / "clip.safetensors", clip)
+    write_atomic(
+        target / "adapter_config.json", json.dumps({**config, "target_modules": sorted(layers)}, indent=1, sort_keys=True) + "\n"
+    )
+
+
+def write_description(folder: Path, description: Mapping[str, Any]) -> None:
+    """supernet.yaml, with the sha256 of every file of ours that is in the folder by now: call it last."""
+    import yaml
+
+    roots = [folder / name for name in _HASHED]
+    paths = sorted(path for root in roots for path in ([root] if root.is_file() else root.rglob("*")) if path.is_file())
+    files = {path.relative_to(folder).as_posix(): sha256(path) for path in paths}
+    write_atomic(
+        folder / DESCRIPTION, yaml.safe_dump({"format": FORMAT, **description, "files": files}, sort_keys=False, width=120)
+    )
+
+
+@dataclass(frozen=True)
+class SupernetFolder:
+    """A supernet at rest. description: supernet.yaml as a dict."""
+
+    directory: Path
+    description: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, path: Path) -> SupernetFolder:
+        """Read supernet.yaml and check every file it names. Raises InputError if there is none, DamagedFileError if anything differs."""
+        import yaml
+
+        description = path / DESCRIPTION
+        if not description.is_file():
+            raise InputError(
+                f"expected a supernet with {DESCRIPTION} in {path}, got none", "type: bittailor train MODEL --out SUPERNET"
+            )
+        try:
+            data = yaml.safe_load(description.read_text(encoding="utf-8"))
+            if data["format"] != FORMAT:
+                raise ValueError(f"format {data['format']}, this version reads {FORMAT}")
+            files = {str(name): str(digest) for name, digest in data["files"].items()}
+            for key in ("kernels", "sensitivity"):
+                if not isinstance(data[key], Mapping):
+                    raise ValueError(f"no {key}")
+            needed = {f"quantised/{name}.safetensors" for names in data["kernels"].values() for name in names if name != "fp32"}
+            if missing := sorted((needed | {"meta_network.safetensors"}) - set(files)):
+                raise ValueError(f"no {missing[0]} in its list")
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
+            raise DamagedFileError(f"expected a supernet's description in {description}, got: {error!r}", _REMEDY) from error
+        for name, digest in files.items():
+            file = inside(path, name)
+            if not file.is_file():
+                raise DamagedFileError(f"expected {file}, which {description} names, got no such file", _REMEDY)
+            if sha256(file) != digest:
+                raise DamagedFileError(f"expected {file} as it was written (sha256 {digest[:12]}…), got another content", _REMEDY)
+        return cls(path, data)
+
+    @property
+    def graph_directory(self) -> Path:
+        return self.directory / "graph"
+
+    @property
+    def model_directory(self) -> Path:
+        return self.directory / "model"
+
+    @property
+    def meta_network(self) -> Path:
+        return self.directory / "meta_network.safetensors"
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Every kernel that some unit was given, fp32 included, in catalogue order."""
+        given = {name for names in self.description["kernels"].values() for name in names}
+        return tuple(name for name in CATALOGUE if name in given)
+
+    @property
+    def sensitivity(self) -> dict[str, dict[str, float]]:
+        """unit → kernel → loss over the reference (nats per token for decoders), measured after training."""
+        return {
+            unit: {kernel: float(loss) for kernel, loss in row.items()} for unit, row in self.description["sensitivity"].items()
+        }
+
+    def quantized(self, unit: Unit, kernel: Kernel) -> Quantized:
+        """The trained codes of a unit. Raises InputError for a kernel it was not given, DamagedFileError for tensors of another shape."""
+        names = self.description["kernels"].get(unit.name, ())
+        if kernel.name not in names or not kernel.quantised:
+            raise InputError(f"expected a quantised kernel among {', '.join(names)} for unit {unit.name!r}, got {kernel.name!r}")
+        from safetensors import SafetensorError, safe_open
+
+        path = self.directory / "quantised" / f"{kernel.name}.safetensors"
+        G, width = groups(unit.K, kernel)
+        try:
+            with safe_open(path, framework="numpy") as stored:
+                stem = unit.name if f"{unit.name}/codes" in stored.keys() else unit.tied_to  # noqa: SIM118 - not a mapping
+                packed, scales, zero_points = (stored.get_tensor(f"{stem}/{part}") for part in ("codes", "scales", "zero_points"))
+            expected = ((unit.N, G, -(-width * kernel.container_bits // 8)), (unit.N, G), (unit.N, G))
+            if (packed.shape, scales.shape, zero_points.shape) != expected or scales.dtype != np.float32:
+                raise ValueError(f"shapes {packed.shape}, {scales.shape}, expected {expected[0]}, {expected[1]}")
+        except (OSError, SafetensorError, ValueError) as error:
+            raise DamagedFileError(f"expected codes of unit {unit.name!r} in {path}, got: {error}", _REMEDY) from error
+        return Quantized(unpack(packed, kernel.container_bits, width), scales, zero_points, unit.K)
+
+    def trained(self) -> dict[str, np.ndarray]:
+        """Every adapter and clip logit by the names of `Supernet.parameters` ("kernel/module/part")."""
+        from safetensors.numpy import load_file
+
+        out = {}
+        for kernel in self.kernels:
+            folder = self.directory / "adapters" / kernel
+            if not folder.is_dir():
+                continue
+            for name, array in load_file(folder / "adapter_model.safetensors").items():
+                module, _, part = name.removeprefix("base_model.model.").partition(".lora_")
+                swapped = {"embedding_A": "B", "embedding_B": "A"}
+                out[f"{kernel}/{module}/{swapped.get(part, part[0])}"] = array.T if part in swapped else array
+            out |= {f"{kernel}/{name}": array for name, array in load_file(folder / "clip.safetensors").items()}
+        return out
+
+    def calibration(self) -> np.ndarray:
+        """int64 [n, T] token windows the sensitivities were measured on."""
+        return self._tokens("calibration")
+
+    def heldout(self) -> np.ndarray:
+        """int64 [n, T] token windows that no step saw. Raises DamagedFileError if the supernet was written without."""
+        return self._tokens("heldout")
+
+    def _tokens(self, name: str) -> np.ndarray:
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        path = self.directory / f"{name}.safetensors"
+        try:
+            return load_file(path)["tokens"]
+        except (OSError, SafetensorError, KeyError) as error:
+            raise DamagedFileError(f"expected token windows in {path}, got: {error}", _REMEDY) from error
