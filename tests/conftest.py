@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fast_host import FastHost
 
 from toolchain.costs.table import CostTable
 from toolchain.graph.model import Graph
+from toolchain.profiler.ask import Host
 from toolchain.spec import Kernel
 
 ROOT = Path(__file__).parent.parent
@@ -118,6 +120,15 @@ def made_up_table(tmp_path: Path) -> Callable[[Graph], Path]:
     return write
 
 
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch) -> FastHost:
+    """No agent is started: measurements are made up (`fast_host.py`)."""
+    made = FastHost()
+    monkeypatch.setattr(Host, "time", lambda self, *words: made.time(self, *words))
+    monkeypatch.setattr(Host, "peak", lambda self, subject: made.peak(self, subject))
+    return made
+
+
 def listing(folder: Path) -> set[str]:
     """Every path below `folder`: equal before and after means that nothing was left behind."""
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
@@ -150,9 +161,19 @@ class Profiled:
         return self.profiles / "local" / "table.jsonl"
 
 
+FEWER_WINDOWS = 5
+"""Trials per row in tests: the fewest that the protocol calls valid. On a busy machine every one saved is seconds."""
+
+
 @pytest.fixture(scope="session")
 def profiled(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Profiled:
+    from toolchain.cli import main
+    from toolchain.profiler import model_rows, unit_rows
+
     folder = tmp_path_factory.mktemp("profiled") / "profiles"
-    words = [sys.executable, "-m", "toolchain.cli", "profile", str(tiny_bert), "--profiles", str(folder), "--json"]
-    done = subprocess.run(words, env=environment(), capture_output=True, text=True, check=False)
-    return Profiled(tiny_bert, folder, Result(done.returncode, done.stdout, done.stderr))
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(unit_rows, "WINDOWS", FEWER_WINDOWS)
+        patch.setattr(model_rows, "WINDOWS", FEWER_WINDOWS)
+        code = main(["profile", str(tiny_bert), "--profiles", str(folder), "--json"])
+    return Profiled(tiny_bert, folder, Result(code, out.getvalue(), err.getvalue()))

@@ -96,6 +96,11 @@ def test_units_of_a_decoder(graphs: Graphs) -> None:
     assert (graph.hidden, graph.vocabulary, graph.context) == (HIDDEN, VOCABULARY, CONTEXT)
 
 
+def test_the_attention_width_is_the_heads_not_the_hidden_size(graphs: Graphs) -> None:
+    assert graphs("mistral", sliding_window=16, head_dim=32).attention_width == 4 * 32
+    assert graphs("mistral").attention_width == graphs("bert").attention_width == HIDDEN
+
+
 def test_units_of_an_encoder(graphs: Graphs) -> None:
     graph = graphs("bert")
     expected = [("embeddings.word_embeddings", "Gather", HIDDEN, VOCABULARY)]

@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Profiled, copied, environment, listing
+from fast_host import FastHost
 
 from toolchain.costs.table import CostTable, MemoryRow, ModelRow, Row, UnitRow, open_table
 from toolchain.errors import BittailorError, InputError
@@ -78,32 +79,6 @@ def test_profile_writes_the_budgets_it_derives(profiled: Profiled) -> None:
     assert listing(profiled.profiles) == {"local", "local/table.jsonl", f"local/{path.name}"}
 
 
-class _FastHost:
-    """Answers like the agent, at once, and notes what it was asked to time."""
-
-    def __init__(self) -> None:
-        self.timed: list[str] = []
-        self.weighed = 0
-
-    def time(self, _: Host, subjects: Sequence[dict[str, Any]], windows: int) -> dict[str, Any]:
-        self.timed += [subject["name"] for subject in subjects]
-        phases = {"unit": ("run_ns",), "encode": ("encode_ns",), "generate": ("prefill_ns", "decode_ns")}
-        trials = {item["name"]: [dict.fromkeys(phases[item["kind"]], 1e6)] * 7 for item in subjects}
-        return {"trials": trials, "reference_ns": [1e5] * 7, "dropped": 0, "valid": True}
-
-    def peak(self, _: Host, subject: dict[str, Any]) -> int:
-        self.weighed += 1
-        return 10**6
-
-
-@pytest.fixture
-def fast(monkeypatch: pytest.MonkeyPatch) -> _FastHost:
-    made = _FastHost()
-    monkeypatch.setattr(Host, "time", lambda self, *words: made.time(self, *words))
-    monkeypatch.setattr(Host, "peak", lambda self, subject: made.peak(self, subject))
-    return made
-
-
 def _all_valid(path: Path) -> CostTable:
     table = open_table(path)
     rows: list[Row] = [replace(row, valid=True) for row in [*table.of(UnitRow), *table.of(ModelRow)]]
@@ -111,7 +86,7 @@ def _all_valid(path: Path) -> CostTable:
 
 
 def test_a_second_run_measures_nothing_when_all_rows_are_valid(
-    profiled: Profiled, tmp_path: Path, cli: Any, fast: _FastHost
+    profiled: Profiled, tmp_path: Path, cli: Any, fast: FastHost
 ) -> None:
     folder = copied(profiled.profiles, tmp_path / "profiles")
     table = _all_valid(folder / "local" / "table.jsonl")
@@ -123,7 +98,7 @@ def test_a_second_run_measures_nothing_when_all_rows_are_valid(
     assert (folder / "local" / "table.jsonl").read_bytes() == before
 
 
-def test_a_second_run_measures_again_only_what_was_not_valid(profiled: Profiled, tmp_path: Path, cli: Any, fast: _FastHost) -> None:
+def test_a_second_run_measures_again_only_what_was_not_valid(profiled: Profiled, tmp_path: Path, cli: Any, fast: FastHost) -> None:
     folder = copied(profiled.profiles, tmp_path / "profiles")
     table = _all_valid(folder / "local" / "table.jsonl")
     bad = next(row for row in table.of(UnitRow) if (row.op, row.kernel) == ("MatMul", "w4g32"))
@@ -137,7 +112,7 @@ def test_a_second_run_measures_again_only_what_was_not_valid(profiled: Profiled,
     assert changed == {bad.key}
 
 
-def test_another_workload_shares_the_memory_rows(profiled: Profiled, tmp_path: Path, cli: Any, fast: _FastHost) -> None:
+def test_another_workload_shares_the_memory_rows(profiled: Profiled, tmp_path: Path, cli: Any, fast: FastHost) -> None:
     folder = copied(profiled.profiles, tmp_path / "profiles")
     result = cli("profile", profiled.model, "--profiles", folder, "--workload", "encode:2x16", "--json")
     assert result.code in (0, 3), result.err
@@ -152,7 +127,7 @@ def test_a_workload_that_the_model_cannot_run_is_refused(profiled: Profiled, tmp
     assert listing(tmp_path) == set()
 
 
-def test_a_stale_table_is_refused_until_it_is_renewed(profiled: Profiled, tmp_path: Path, cli: Any, fast: _FastHost) -> None:
+def test_a_stale_table_is_refused_until_it_is_renewed(profiled: Profiled, tmp_path: Path, cli: Any, fast: FastHost) -> None:
     folder = copied(profiled.profiles, tmp_path / "profiles")
     path = folder / "local" / "table.jsonl"
     table = _all_valid(path)
@@ -190,7 +165,7 @@ def _alive(pid: int) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for the agent in /proc")
-def test_a_killed_run_resumes_and_ends_whole(tiny_bert: Path, tmp_path: Path, cli: Any, fast: _FastHost) -> None:
+def test_a_killed_run_resumes_and_ends_whole(tiny_bert: Path, tmp_path: Path, cli: Any, fast: FastHost) -> None:
     path = tmp_path / "profiles" / "local" / "table.jsonl"
     words = [sys.executable, "-m", "toolchain.cli", "profile", str(tiny_bert), "--profiles", str(tmp_path / "profiles")]
     run = subprocess.Popen(words, env=environment(TMPDIR=str(tmp_path)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)

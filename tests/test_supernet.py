@@ -58,7 +58,13 @@ def tiny_bert() -> tuple[nn.Module, tuple[Unit, ...]]:
 
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=32
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        initializer_range=0.2,
     )
     layer = "encoder.layer.0."
     units = (

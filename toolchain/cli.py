@@ -168,7 +168,7 @@ def _limits(arguments: argparse.Namespace) -> dict[str, float]:
 def _workload(arguments: argparse.Namespace) -> Any:
     from toolchain.spec import Workload
 
-    return Workload.parse(arguments.workload) if arguments.workload else None
+    return None if arguments.workload is None else Workload.parse(arguments.workload)
 
 
 def _devices(arguments: argparse.Namespace) -> int:

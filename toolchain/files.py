@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -15,8 +16,8 @@ from toolchain.errors import InputError
 
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Write `data` to a temporary name beside `path`, flush it to disk, rename it over `path`. Leaves nothing on failure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    parents = _make_parents(path)
+    temporary = _temporary(path)
     try:
         with open(temporary, "wb") as stream:
             stream.write(data.encode() if isinstance(data, str) else data)
@@ -25,7 +26,34 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
+        _remove_empty(parents)
         raise
+
+
+def _temporary(path: Path) -> Path:
+    """A name beside `path` that nobody else uses and that says whose it is."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+
+
+def _leftovers(path: Path) -> list[Path]:
+    """What `_temporary(path)` named in runs that were killed. Not the files of `{path}.more`: somebody may be writing those now."""
+    mine = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{8}\.tmp")
+    return [other for other in path.parent.iterdir() if mine.fullmatch(other.name)]
+
+
+def _make_parents(path: Path) -> list[Path]:
+    """Make the folders above `path`; returns those that were not there, the innermost first."""
+    parents = [parent for parent in path.parents if not parent.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return parents
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:
+            break
 
 
 @contextmanager
@@ -41,29 +69,32 @@ def replace_folder(target: Path, marker: str) -> Iterator[Path]:
             f"expected {target} to be absent, empty or an earlier result (with {marker}), got something else",
             "choose another --out",
         )
-    parents = [parent for parent in target.parents if not parent.exists()]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for stale in target.parent.glob(f".{target.name}.*.tmp"):
-        shutil.rmtree(stale, ignore_errors=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    parents = _make_parents(target)
+    for stale in _leftovers(target):
+        _remove(stale)
+    temporary = _temporary(target)
     try:
         temporary.mkdir()
         yield temporary
         if target.exists():
-            old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+            old = _temporary(target)
             os.replace(target, old)
             os.replace(temporary, target)
-            shutil.rmtree(old, ignore_errors=True)
+            _remove(old)
         else:
             os.replace(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
-        for parent in parents:  # only the folders made here, and only while they are empty
-            try:
-                parent.rmdir()
-            except OSError:
-                break
+        _remove_empty(parents)
         raise
+
+
+def _remove(path: Path) -> None:
+    """A folder with all that is in it; of a link, the link."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def sha256(path: Path) -> str:

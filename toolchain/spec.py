@@ -238,10 +238,10 @@ class Budget:
                 continue
             if key not in _BUDGET_KEYS:
                 raise InputError(f"expected a budget with keys among {', '.join(_BUDGET_KEYS)}, got {key!r}")
-            if isinstance(raw, bool) or not isinstance(raw, int | float) or not raw > 0 or raw == float("inf"):
-                raise InputError(f"expected a positive finite number for the limit {key}, got {raw!r}")
             resource, factor = _BUDGET_KEYS[key]
-            values[resource] = float(raw) * factor
+            if isinstance(raw, bool) or not isinstance(raw, int | float) or not 0 < raw * factor < float("inf"):
+                raise InputError(f"expected a positive finite number for the limit {key}, got {raw!r}")
+            values[resource] = float(raw * factor)
         if not values:
             raise InputError("expected a budget with at least one limit, got none", "type for example: --memory-mb 100")
         return cls(**values, name=str(data.get("name", name)))

@@ -52,14 +52,14 @@ def check_package(directory: Path, device: Device, limits: Mapping[str, float]) 
         raise InputError("expected a package with a budget or limits, got neither", "type for example: --latency-ms 20")
     seen = measure_package(directory, package.workload, device, thread_count(device), package.vocabulary)
     measurements = {**seen.measurements, **_counted(package, device)}
-    ratio = seen.reference_ns / package.data["reference_ns"] if package.data.get("reference_ns") and not limits else None
+    ratio = seen.reference_ns / package.reference_ns if package.reference_ns and not limits else None
     verdicts = tuple(_excuse(verdict, ratio) for verdict in check.decide(budget, measurements))
     return Checked(check.overall(verdicts), verdicts, measurements, package.data["predicted"], ratio)
 
 
 def _counted(package: Package, device: Device) -> dict[str, Measurement]:
     """What is not sampled: operations are counted, energy needs a meter."""
-    flop = (package.data["predicted"] or {}).get("compute_flop", {}).get("value")
+    flop = package.predicted.get("compute_flop", {}).get("value")
     counted = Measurement(flop, 0.0, 1, flop is not None, (flop,) if flop else (), "" if flop else "not counted at export")
     name, reason = meter(device)
     why = reason or f"the meter {name} is there, but this version does not read it"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from toolchain.costs.encoding import encode
 from toolchain.costs.model import CostModel, cost_model, flops
 from toolchain.costs.table import CostTable, find_table, open_table, refuse_if_stale
-from toolchain.errors import InfeasibleBudgetError, InputError, MissingCostError
+from toolchain.errors import DamagedFileError, InfeasibleBudgetError, InputError, MissingCostError
 from toolchain.files import write_atomic
 from toolchain.graph.assemble import Weights, round_to_nearest
 from toolchain.graph.build import build
@@ -87,7 +87,7 @@ def find_costs(graph: Graph, device: Device, folders: Sequence[Path], workload: 
 
 
 def _cost_model(graph: Graph, table: CostTable, workload: Workload) -> CostModel:
-    flop = flops(graph.units, workload, graph.layers, graph.hidden)
+    flop = flops(graph.units, workload, graph.layers, graph.attention_width)
     return cost_model(graph.units, graph.fingerprint, table, workload, flop, table.header.cache_bytes)
 
 
@@ -125,10 +125,7 @@ def find_budget(text: str | None, limits: Mapping[str, float], graph: Graph, cos
                     f"expected a cost table to derive the budget {text!r} from, found none", "type: bittailor profile MODEL"
                 )
             stored = _budget_file(costs.path, graph, costs.model.workload)
-            if stored.is_file():
-                budget = Budget.from_json(json.loads(stored.read_text())[text], text)
-            else:
-                budget = budgets.derive(costs.model)[text]
+            budget = _stored_budget(stored, text) if stored.is_file() else budgets.derive(costs.model)[text]
         if budget is None:
             raise InputError(
                 f"expected a budget file or one of {', '.join(budgets.FRACTIONS)}, got {text!r}",
@@ -138,6 +135,17 @@ def find_budget(text: str | None, limits: Mapping[str, float], graph: Graph, cos
         extra = Budget.from_json(limits)
         budget = replace(budget, **extra.limits, name=f"{budget.name} with limits") if budget else extra
     return budget
+
+
+def _stored_budget(path: Path, name: str) -> Budget:
+    """One of the budgets that `measure_costs` wrote. Raises DamagedFileError."""
+    try:
+        return Budget.from_json(json.loads(path.read_text())[name], name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, InputError) as error:
+        raise DamagedFileError(
+            f"expected the derived budget {name!r} in {path}, got {type(error).__name__}: {error}",
+            "type: bittailor profile MODEL, which writes it anew",
+        ) from error
 
 
 def read_policy(text: str, graph: Graph) -> Policy:

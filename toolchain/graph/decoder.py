@@ -5,6 +5,7 @@ Refuses to know kernels. The builder merges q, k and v into one MatMul, so the t
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
 from pathlib import Path
@@ -45,6 +46,7 @@ def build_decoder(folder: Path, config: dict[str, Any], source: str, fingerprint
         for path in made.iterdir():
             if path.suffix in (".json", ".txt", ".jinja", ".model"):
                 (out / path.name).write_bytes(path.read_bytes())
+    _without_nulls(out / "genai_config.json")
     heads = int(config["num_attention_heads"])
     hidden = int(config["hidden_size"])
     return Graph(
@@ -62,6 +64,13 @@ def build_decoder(folder: Path, config: dict[str, Any], source: str, fingerprint
         source=source,
         fingerprint=fingerprint,
     )
+
+
+def _without_nulls(path: Path) -> None:
+    """onnxruntime-genai refuses null for a token id that the model does not have, though its builder writes one; absent is fine."""
+    config = json.loads(path.read_text())
+    config["model"] = {key: value for key, value in config["model"].items() if value is not None}
+    path.write_text(json.dumps(config, indent=4) + "\n")
 
 
 def _units(model: onnx.ModelProto) -> tuple[Unit, ...]:

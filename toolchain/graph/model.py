@@ -61,6 +61,11 @@ class Graph:
         own = {DESCRIPTION, "model.onnx", "model.onnx.data"}
         return sorted(path for path in self.directory.iterdir() if path.is_file() and path.name not in own)
 
+    @property
+    def attention_width(self) -> int:
+        """Heads × head width, as the output projection takes it in: not always the hidden size (Mistral-Nemo's is 4096 of 5120)."""
+        return next((unit.K for unit in self.units if unit.name.endswith(".attn.o_proj")), self.hidden)
+
     def unit(self, name: str) -> Unit:
         return next(unit for unit in self.units if unit.name == name)
 

@@ -42,6 +42,21 @@ class Package:
         return Budget.from_json(found) if found else None
 
     @property
+    def predicted(self) -> Mapping[str, Any]:
+        """The cost it was predicted to have (`Cost.to_json`), empty where there was no cost table."""
+        return dict(self.data["predicted"] or {})
+
+    @property
+    def reference_ns(self) -> float | None:
+        """The reference kernel's time when the cost table was measured, or None."""
+        found = self.data.get("reference_ns")
+        if found is None or found == 0:
+            return None
+        if isinstance(found, bool) or not isinstance(found, int | float) or not found > 0:
+            raise ValueError(f"reference_ns {found!r} instead of a positive number")
+        return float(found)
+
+    @property
     def vocabulary(self) -> int:
         return int(self.data["model"]["vocabulary"])
 
@@ -70,8 +85,10 @@ def open_package(directory: Path, verify: bool = True) -> Package:
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError(f"no format {FORMAT!r}")
         package = Package(directory, data)
-        _ = (package.policy, package.workload, package.budget, package.vocabulary)
-        files = dict(data["files"])
+        _ = (package.policy, package.workload, package.budget, package.vocabulary, package.predicted, package.reference_ns)
+        files = {str(name): str(digest) for name, digest in data["files"].items()}
+        if "model.onnx" not in files:
+            raise ValueError("no sha256 of model.onnx")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise DamagedFileError(f"expected a package manifest in {path}, got {type(error).__name__}: {error}", remedy) from error
     for name, digest in files.items() if verify else ():

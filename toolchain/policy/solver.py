@@ -7,7 +7,10 @@ projection gives it negative log-probabilities, the sensitivity baseline gives i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -99,19 +102,19 @@ class _Programme:
         if relax:
             integrality[-1], upper[-1] = 0, np.inf
         while True:
-            found = milp(
-                goal * (1000 / scale),  # HiGHS stops at an absolute gap of 1e-6: a billionth of the largest coefficient
-                integrality=integrality,
-                bounds=Bounds(np.zeros(width), upper),
-                constraints=constraints,
-                options={"mip_rel_gap": 0.0, "time_limit": seconds},
-            )
+            with _stdout_to_nowhere():
+                found = milp(
+                    goal * (1000 / scale),  # HiGHS stops at an absolute gap of 1e-6: a billionth of the largest coefficient
+                    integrality=integrality,
+                    bounds=Bounds(np.zeros(width), upper),
+                    constraints=constraints,
+                    options={"mip_rel_gap": 0.0, "time_limit": seconds},
+                )
             if found.status == _INFEASIBLE:
                 return None
             if found.x is None or found.status not in (_OPTIMAL, _STOPPED):
-                raise BittailorError(
-                    f"expected an answer from the solver within {seconds:g} s, got: {found.message}", "raise --seconds"
-                )
+                problem = f"expected an answer from the solver within {seconds:g} s, got: {found.message}"
+                raise BittailorError(problem, "loosen the budget or offer fewer kernels")
             policy = self.policy(found.x)
             totals = self.costs.totals(policy) if limits and not relax else {}
             if all(totals[resource] <= limit * (1 + 2 * _ROOM) for resource, limit in limits.items() if not relax):
@@ -129,6 +132,20 @@ class _Programme:
         return Policy.of({unit: kernel for unit, (_, kernel) in best.items()})
 
 
+@contextlib.contextmanager
+def _stdout_to_nowhere() -> Iterator[None]:
+    """HiGHS leaves a debugging line on the process's stdout now and then, where commands write their one JSON object."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def measured_limits(cost_model: CostModel, budget: Budget) -> tuple[dict[str, float], tuple[str, ...]]:
     """(the budget's limits on resources that the cost model measured, the names of the others)."""
     limits = {name: limit for name, limit in budget.limits.items() if name in cost_model.per_unit}
@@ -141,6 +158,15 @@ def solve(cost_model: CostModel, value: Values, budget: Budget, seconds: float =
     A limit on a resource that was not measured cannot be held; its name comes back in `Solution.unmeasured`.
     Raises InputError for missing or non-finite values, InfeasibleBudgetError naming the limit that binds and by how much.
     """
+    found = find(cost_model, value, budget, seconds)
+    if found is None:
+        why = _explain(_Programme(cost_model), measured_limits(cost_model, budget)[0], seconds)
+        raise InfeasibleBudgetError(why, "raise that limit, or type: bittailor predict to see costs")
+    return found
+
+
+def find(cost_model: CostModel, value: Values, budget: Budget, seconds: float = 30.0) -> Solution | None:
+    """As `solve`, but None where no policy keeps the budget: saying why takes several solutions more."""
     limits, unmeasured = measured_limits(cost_model, budget)
     programme = _Programme(cost_model)
     objective = np.zeros(programme.width)
@@ -160,11 +186,9 @@ def solve(cost_model: CostModel, value: Values, budget: Budget, seconds: float =
         shifted[columns] -= objective[columns].min()
     found = programme.minimise(shifted, limits, seconds)
     if found is None:
-        raise InfeasibleBudgetError(
-            _explain(programme, limits, seconds), "raise that limit, or type: bittailor predict to see costs"
-        )
+        return None
     policy, _, optimal = found
-    return Solution(policy, float(sum(value[unit][kernel] for unit, kernel in policy.items())), optimal, unmeasured)
+    return Solution(policy, objective_of(policy, value), optimal, unmeasured)
 
 
 def objective_of(policy: Mapping[str, str], value: Values) -> float:

@@ -45,16 +45,22 @@ class Host:
             )
         with tempfile.TemporaryDirectory(prefix="bittailor-") as folder:
             path = Path(folder) / "request.json"
-            path.write_text(json.dumps(request))
-            # The package's own folder goes first, so that the agent is this version whatever the working directory holds.
-            done = subprocess.run(
-                [sys.executable, "-m", "toolchain.profiler.agent", str(path)],
-                capture_output=True,
-                text=True,
-                timeout=TIMEOUT_SECONDS,
-                env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
-                check=False,
-            )
+            path.write_text(json.dumps({**request, "host": os.getpid()}))
+            # The package's own folder goes first, and -P keeps the working directory out, so that the agent is this version
+            # whatever lies there; what the host finds through PYTHONPATH, the agent finds too.
+            search = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+            try:
+                done = subprocess.run(
+                    [sys.executable, "-P", "-m", "toolchain.profiler.agent", str(path)],
+                    capture_output=True,
+                    text=True,
+                    timeout=TIMEOUT_SECONDS,
+                    env={**os.environ, "PYTHONPATH": os.pathsep.join(search)},
+                    check=False,
+                )
+            except subprocess.TimeoutExpired:
+                problem = f"expected an answer from the agent on {self.device.name!r} within {TIMEOUT_SECONDS} s, got none"
+                raise BittailorError(problem, "try a shorter --workload") from None
         try:
             answer = json.loads(done.stdout)
         except ValueError:

@@ -1,6 +1,7 @@
 """The two small graphs the agent carries (`graphs/`): the reference kernel and the bare runtime. Written here; devices only read.
 
-reference   8 fp32 matrix-vector products of 512 × 512 (8 MiB: more than a private cache). Its time says how fast the machine is now.
+reference   4 fp32 matrix-vector products of 256 × 256 (1 MiB: stays in private caches). Its time says how fast the cores are now; a larger
+            one would tell as much of what else was in the shared cache, its neighbours in the rotation included.
 bare        one product of 8 × 8: what a process with a runtime and nothing in it weighs.
 The weights are ConstantOfShape nodes that the runtime folds when it loads, so the files are a few hundred bytes.
 """
@@ -32,7 +33,7 @@ def products(width: int, copies: int) -> onnx.ModelProto:
 
 def write(folder: Path) -> None:
     """Write reference/model.onnx and bare/model.onnx below `folder`."""
-    for name, width, copies in (("reference", 512, 8), ("bare", 8, 1)):
+    for name, width, copies in (("reference", 256, 4), ("bare", 8, 1)):
         (folder / name).mkdir(parents=True, exist_ok=True)
         onnx.save(products(width, copies), folder / name / "model.onnx")
 

@@ -179,17 +179,21 @@ class Supernet:
         attention_mask: Tensor | None = None,
         activations: bool = True,
         weights: Mapping[str, Tensor] | None = None,
+        cache: Any = None,
     ) -> Tensor:
         """Logits [B, T, V] (decoder) or last hidden state [B, T, H] (encoder) of this policy's subnet.
 
         activations: also quantise layers' inputs as the kernels do at run time. weights: the result of `weights(policy)` where the
-        caller has it already.
+        caller has it already. cache: a transformers cache, continued in place: with it the subnet decodes token by token, as a package
+        does (kernels that quantise activations per tensor then see one token at a time).
         """
         from torch.func import functional_call
 
         hooks = self._activation_hooks(policy) if activations else []
         try:
             arguments = {"input_ids": input_ids, "attention_mask": attention_mask, **self._quiet()}
+            if cache is not None:
+                arguments |= {"past_key_values": cache, "use_cache": True}
             effective = dict(self.weights(policy) if weights is None else weights)
             return _output(functional_call(self.model, effective, (), arguments, tie_weights=False))
         finally:

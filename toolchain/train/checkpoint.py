@@ -1,6 +1,6 @@
 """Training state at rest: one safetensors file, so that it is whole or absent after a kill at any moment.
 
-Holds the trained tensors that have moved, AdamW's moments, the meta-network with its own, the step, and what the meta-network imitates.
+Holds the trained tensors, AdamW's moments, the meta-network with its own, the step, and what the meta-network imitates.
 Knows nothing of how they are used. A checkpoint belongs to one set-up (`identity`); another set-up's is ignored.
 """
 
@@ -33,14 +33,14 @@ class State:
 def save(
     folder: Path, identity: str, state: State, named: Mapping[str, nn.Parameter], optimisers: tuple[torch.optim.Optimizer, ...]
 ) -> None:
-    """Write every parameter that an optimiser has moved, with its moments."""
+    """Write every parameter, with the moments of those that an optimiser has moved."""
     from safetensors.torch import save as to_bytes
 
     moments = {parameter: values for optimiser in optimisers for parameter, values in optimiser.state.items()}
     tensors = {}
     for name, parameter in named.items():
+        tensors[f"value:{name}"] = parameter.detach()
         if parameter in moments:
-            tensors[f"value:{name}"] = parameter.detach()
             tensors |= {f"{part}:{name}": moments[parameter][part] for part in _MOMENTS}
     header = {"identity": identity, "state": json.dumps({"step": state.step, "extra": state.extra})}
     write_atomic(folder / FILE, to_bytes({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=header))
@@ -70,7 +70,7 @@ def load(
         id(parameter): optimiser for optimiser in optimisers for group in optimiser.param_groups for parameter in group["params"]
     }
     for name, parameter in named.items():
-        if f"value:{name}" in tensors:
-            parameter.data.copy_(tensors[f"value:{name}"])
+        parameter.data.copy_(tensors[f"value:{name}"])
+        if f"step:{name}" in tensors:
             owner[id(parameter)].state[parameter] = {part: tensors[f"{part}:{name}"] for part in _MOMENTS}
     return State(state["step"], state["extra"])

@@ -18,9 +18,8 @@ import numpy as np
 
 from toolchain.costs.encoding import encode
 from toolchain.costs.model import CostModel
-from toolchain.errors import InfeasibleBudgetError
 from toolchain.kernels import CATALOGUE
-from toolchain.policy.solver import Values, solve
+from toolchain.policy.solver import Values, find, solve
 from toolchain.spec import RESOURCES, Budget, Policy, Unit
 
 MOST_BITS = 8
@@ -144,11 +143,11 @@ def scenarios(cost_model: CostModel, values: Values, count: int, seed: int, bins
         limits = {name: ranges[name][0] + rng.random() ** 2 * (ranges[name][1] - ranges[name][0]) for name in present}
         if min(limits.values()) <= 0:
             continue
-        try:
-            answers.append(solve(cost_model, values, Budget.from_json(limits, "random")).policy)
-        except InfeasibleBudgetError:
-            continue
-        budgets.append(Budget.from_json(limits, "random"))
+        budget = Budget.from_json(limits, "random")
+        answer = find(cost_model, values, budget)
+        if answer is not None:
+            budgets.append(budget)
+            answers.append(answer.policy)
     answers.append(solve(cost_model, values, Budget()).policy)
     budgets.append(Budget())
     encodings = np.array([encode(budget, cost_model) for budget in budgets], np.float32)

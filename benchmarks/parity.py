@@ -1,0 +1,125 @@
+"""Is what was exported what was trained? Packages on onnxruntime against the torch subnets of their supernet.
+
+    python benchmarks/parity.py SUPERNET [PACKAGE ...] [--random 10] [--windows 20]
+
+Per policy: perplexity on the supernet's held-out windows (goal: within 0.5%), and 64 greedy tokens from 10 prompts (the first 16 tokens
+of held-out windows; goal: equal in 8 of 10), torch decoding token by token with a cache as the package does. Then the same codes with
+float activations on both sides: the int8 activation quantiser is a step function, so a difference of 1e-7 in an input can move one
+activation by a whole step, and that moves others behind it; with float activations nothing is left to differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from onnx import helper
+
+from toolchain.decoding import Decoder
+from toolchain.evaluate.perplexity import perplexity
+from toolchain.graph.assemble import assemble
+from toolchain.graph.model import Graph
+from toolchain.package.manifest import open_package
+from toolchain.spec import Policy
+from toolchain.supernet.model import Supernet, load_model
+from toolchain.supernet.store import SupernetFolder
+
+PROMPT, STEPS, PROMPTS = 16, 64, 10
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("supernet", type=Path)
+    parser.add_argument("packages", type=Path, nargs="*")
+    parser.add_argument("--random", type=int, default=10)
+    parser.add_argument("--windows", type=int, default=20)
+    arguments = parser.parse_args()
+    folder = SupernetFolder.open(arguments.supernet)
+    graph = Graph.open(folder.graph_directory)
+    supernet = Supernet(load_model(folder.model_directory), graph.units, folder.kernels, rank=folder.description["rank"])
+    supernet.load(folder.trained())
+    windows = folder.heldout()[: arguments.windows]
+    rng = random.Random(0)
+    subjects = [(path.name, open_package(path).policy, path) for path in arguments.packages]
+    for number in range(arguments.random):
+        policy = Policy.of({unit.name: rng.choice(folder.description["kernels"][unit.name]) for unit in graph.units})
+        subjects.append((f"random {number}", policy, None))
+    print("| policy | perplexity onnx | torch | difference | equal greedy runs | first difference at | with float activations |")
+    print("|---|---|---|---|---|---|---|")
+    for name, policy, path in subjects:
+        with tempfile.TemporaryDirectory() as scratch:
+            if path is None:
+                path = Path(scratch) / "package"
+                path.mkdir()
+                assemble(graph, policy, folder.quantized, path)
+            float_path = Path(scratch) / "float"
+            float_activations(path, float_path)
+            onnx_value, _ = perplexity(path, windows, 2)
+            torch_value = torch_perplexity(supernet, policy, windows)
+            where = [first_difference(supernet, policy, path, window[:PROMPT], True) for window in windows[:PROMPTS]]
+            plain = [first_difference(supernet, policy, float_path, window[:PROMPT], False) for window in windows[:PROMPTS]]
+        equal, equal_plain = where.count(STEPS), plain.count(STEPS)
+        at = " ".join(str(step) for step in where if step < STEPS) or "-"
+        change = f"{100 * (onnx_value / torch_value - 1):+.3f}%"
+        print(
+            f"| {name} | {onnx_value:.3f} | {torch_value:.3f} | {change} | {equal}/{len(where)} | {at} | {equal_plain}/{len(plain)} |",
+            flush=True,
+        )
+
+
+def torch_perplexity(supernet: Supernet, policy: Policy, windows: np.ndarray) -> float:
+    total, weights = 0.0, supernet.weights(policy)
+    with torch.no_grad():
+        for window in torch.from_numpy(windows):
+            logits = supernet(policy, window[None], weights=weights)[0]
+            total += torch.nn.functional.cross_entropy(logits[:-1].double(), window[1:], reduction="sum").item()
+    return float(np.exp(total / (windows.shape[0] * (windows.shape[1] - 1))))
+
+
+@torch.no_grad()
+def first_difference(supernet: Supernet, policy: Policy, path: Path, prompt: np.ndarray, activations: bool) -> int:
+    """The first of 64 greedy steps at which package and subnet part; 64 if they never do."""
+    from transformers import DynamicCache
+
+    decoder = Decoder(path, 2, capacity=PROMPT + STEPS)
+    cache, weights = DynamicCache(), supernet.weights(policy)
+    scores = decoder.prefill(prompt)
+    logits = supernet(policy, torch.from_numpy(prompt[None]), activations=activations, weights=weights, cache=cache)
+    for step in range(STEPS):
+        token, expected = int(scores.argmax()), int(logits[0, -1].argmax())
+        if token != expected:
+            return step
+        scores = decoder.step(token)
+        logits = supernet(policy, torch.tensor([[token]]), activations=activations, weights=weights, cache=cache)
+    return STEPS
+
+
+def float_activations(package: Path, out: Path) -> None:
+    """The same codes, computed with float activations: accuracy level 0, and int8 dynamic as dequantise + multiply."""
+    shutil.copytree(package, out)
+    model = onnx.load(out / "model.onnx", load_external_data=False)
+    nodes = []
+    for node in model.graph.node:
+        if node.op_type == "DynamicQuantizeMatMul":
+            x, codes, scales = node.input[:3]
+            nodes.append(helper.make_node("DequantizeLinear", [codes, scales], [f"{codes}.float"], axis=1))
+            nodes.append(helper.make_node("MatMul", [x, f"{codes}.float"], node.output, name=node.name))
+            continue
+        if node.op_type == "MatMulNBits":
+            kept = [attribute for attribute in node.attribute if attribute.name != "accuracy_level"]
+            del node.attribute[:]
+            node.attribute.extend([*kept, helper.make_attribute("accuracy_level", 0)])
+        nodes.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.save(model, out / "model.onnx")
+
+
+if __name__ == "__main__":
+    main()

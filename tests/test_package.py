@@ -1,0 +1,368 @@
+"""Packages through the command: export, verify, check, kill -9, and on runtimes that do not know us."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import signal
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from conftest import FEWER_WINDOWS, copied, environment, listing
+from fast_host import FastHost
+
+pytest.importorskip("random_models")
+
+from toolchain.commands import acceptance
+from toolchain.decoding import Decoder
+from toolchain.errors import DamagedFileError, InputError
+from toolchain.files import sha256
+from toolchain.package.manifest import open_package
+
+Cli = Callable[..., Any]
+
+
+@pytest.fixture(scope="session")
+def packages(models: Any, graphs: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`packages("qwen2")` → its w4g32 package, cut with a made-up table. Shared: copy it before changing it."""
+    import contextlib
+    import io
+
+    from small_tables import complete_table
+
+    from toolchain.cli import main
+
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            place = tmp_path_factory.mktemp("package")
+            complete_table(graphs(name)).save(place / "profiles" / "local" / "table.jsonl")
+            words = [
+                "export",
+                models(name),
+                "--policy",
+                "w4g32",
+                "--profiles",
+                place / "profiles",
+                "--out",
+                place / "out",
+                "--json",
+            ]
+            out = io.StringIO()
+            with contextlib.redirect_stdout(out):
+                assert main([str(word) for word in words]) == 0
+            (place / "said.json").write_text(out.getvalue())
+            made[name] = place / "out"
+        return made[name]
+
+    return get
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+# ---- export
+
+
+def test_what_export_says_and_writes(packages: Any, graphs: Any) -> None:
+    folder, graph = packages("qwen2"), graphs("qwen2")
+    said = json.loads((folder.parent / "said.json").read_text())
+    assert {"package", "policy", "predicted", "budget", "gap_to_optimum"} <= set(said)
+    assert set(said["policy"]["units"]) == {unit.name for unit in graph.units}
+    assert set(said["policy"]["units"].values()) == {"w4g32"}
+    assert said["predicted"]["latency_ms"]["value"] > 0
+    assert said["predicted"]["energy_mj"]["value"] is None
+    assert said["gap_to_optimum"] is None
+    package = open_package(folder)
+    assert package.data["files"] == {path.name: sha256(path) for path in folder.iterdir() if path.name != "manifest.yaml"}
+    assert {"model.onnx", "model.onnx.data", "genai_config.json"} <= set(package.data["files"])
+    assert package.budget is not None
+    assert package.budget.limits["latency_ms"] > said["predicted"]["latency_ms"]["value"]
+    text = (folder / "manifest.yaml").read_text()
+    assert str(folder.parent) not in text
+    assert package.data["training"].startswith("none")
+
+
+def test_export_needs_no_table_for_a_policy(models: Any, tmp_path: Path, cli: Cli) -> None:
+    result = cli("export", models("bert"), "--policy", "w8a8", "--profiles", tmp_path / "none", "--out", tmp_path / "out", "--json")
+    assert result.code == 0, result.err
+    assert result.json["predicted"] is None
+    assert result.json["budget"] is None
+    assert "--latency-ms" in cli("check", tmp_path / "out").error  # nothing to hold it against
+
+
+def test_a_policy_file_is_what_is_exported(models: Any, graphs: Any, tmp_path: Path, cli: Cli) -> None:
+    units = graphs("bert").units
+    choice = {unit.name: ("w8g32", "w4g32", "w2g32", "fp32")[turn % 4] for turn, unit in enumerate(units)}
+    (tmp_path / "policy.json").write_text(json.dumps({"units": choice}))
+    words = ("--policy", tmp_path / "policy.json", "--profiles", tmp_path / "none", "--out", tmp_path / "out", "--json")
+    assert cli("export", models("bert"), *words).json["policy"]["units"] == choice
+    assert dict(open_package(tmp_path / "out").policy) == choice
+
+
+def test_a_second_export_replaces_the_first_with_the_same_bytes(models: Any, packages: Any, tmp_path: Path, cli: Cli) -> None:
+    first = packages("bert")
+    folder = copied(first, tmp_path / "out")
+    (folder / "stranger").write_text("not of this package")
+    profiles = first.parent / "profiles"
+    assert cli("export", models("bert"), "--policy", "w4g32", "--profiles", profiles, "--out", folder).code == 0
+    assert _bytes(folder) == _bytes(first)
+    assert listing(tmp_path) == {"out", *(f"out/{path.name}" for path in first.iterdir())}
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_export_does_not_replace_what_is_not_a_package(models: Any, tmp_path: Path, cli: Cli, kind: str) -> None:
+    out = tmp_path / "out"
+    if kind == "file":
+        out.write_text("mine")
+    else:
+        out.mkdir()
+        (out / "thesis.txt").write_text("mine")
+    before = listing(tmp_path)
+    line = cli("export", models("bert"), "--policy", "w4g32", "--profiles", tmp_path / "none", "--out", out).error
+    assert str(out) in line
+    assert listing(tmp_path) == before
+    assert (out if kind == "file" else out / "thesis.txt").read_text() == "mine"
+
+
+def test_kill_9_during_export_leaves_the_old_package_and_the_next_export_sweeps(
+    models: Any, packages: Any, tmp_path: Path, cli: Cli
+) -> None:
+    old = copied(packages("bert"), tmp_path / "out")
+    before = _bytes(old)
+    slow = """if True:
+        import sys, time
+        from toolchain.package import export
+        real = export.assemble
+        def assemble(*words):
+            real(*words)
+            print("written", flush=True)
+            time.sleep(600)
+        export.assemble = assemble
+        from toolchain.cli import main
+        sys.exit(main(sys.argv[1:]))
+    """
+    words = ["export", models("bert"), "--policy", "w2g32", "--profiles", tmp_path / "none", "--out", old]
+    command = [sys.executable, "-c", slow, *map(str, words)]
+    run = subprocess.Popen(
+        command, env=environment(TMPDIR=str(tmp_path)), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert run.stdout is not None
+    try:
+        assert run.stdout.readline() == "written\n"
+    finally:
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        run.stdout.close()
+    assert _bytes(old) == before
+    assert list(tmp_path.glob(".out.*.tmp")), "the killed export was meant to leave its folder"
+    assert cli(*words).code == 0
+    assert not list(tmp_path.glob(".out.*.tmp"))
+    assert set(open_package(old).policy.values()) == {"w2g32"}
+
+
+# ---- damage
+
+
+def _edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    data = yaml.safe_load((folder / "manifest.yaml").read_text())
+    (folder / "manifest.yaml").write_text(yaml.safe_dump(change(data)))
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a bit of the weights": (lambda folder: _flip(folder / "model.onnx.data"), "model.onnx.data"),
+    "a bit of the graph": (lambda folder: _flip(folder / "model.onnx"), "model.onnx"),
+    "a file gone": (lambda folder: (folder / "config.json").unlink(), "config.json"),
+    "the manifest gone": (lambda folder: (folder / "manifest.yaml").unlink(), "manifest.yaml"),
+    "the manifest not YAML": (lambda folder: (folder / "manifest.yaml").write_text("a: [b"), "manifest.yaml"),
+    "the manifest not text": (lambda folder: (folder / "manifest.yaml").write_bytes(b"\xff\xfe\x00"), "manifest.yaml"),
+    "the manifest a list": (lambda folder: (folder / "manifest.yaml").write_text("[1]"), "manifest.yaml"),
+    "another format": (lambda folder: _edit(folder, lambda data: {**data, "format": "x"}), "format"),
+    "no policy": (lambda folder: _edit(folder, lambda data: {**data, "policy": None}), "manifest.yaml"),
+    "no files": (lambda folder: _edit(folder, lambda data: {key: data[key] for key in data if key != "files"}), "manifest.yaml"),
+    "no model among the files": (lambda folder: _edit(folder, lambda data: {**data, "files": {}}), "manifest.yaml"),
+    "a budget of words": (lambda folder: _edit(folder, lambda data: {**data, "budget": {"latency_ms": "low"}}), "latency_ms"),
+    "a budget below zero": (lambda folder: _edit(folder, lambda data: {**data, "budget": {"latency_ms": -1}}), "latency_ms"),
+    "a workload of words": (lambda folder: _edit(folder, lambda data: {**data, "workload": "all of it"}), "workload"),
+    "no prediction": (lambda folder: _edit(folder, lambda data: {key: data[key] for key in data if key != "predicted"}), "predicted"),
+    "a reference of words": (lambda folder: _edit(folder, lambda data: {**data, "reference_ns": "fast"}), "reference_ns"),
+    "a path that leaves": (lambda folder: _edit(folder, lambda data: {**data, "files": {**data["files"], "../secret": "0"}}), "inside"),
+    "an absolute path": (lambda folder: _edit(folder, lambda data: {**data, "files": {**data["files"], "/etc/hostname": "0"}}), "inside"),
+    "a name that is a number": (lambda folder: _edit(folder, lambda data: {**data, "files": {**data["files"], 5: "0"}}), "expected 5 in"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_package_is_refused_in_one_line(packages: Any, tmp_path: Path, cli: Cli, fast: FastHost, name: str) -> None:
+    damage, word = DAMAGES[name]
+    folder = copied(packages("bert"), tmp_path / "package")
+    (tmp_path / "secret").write_text("secret")
+    damage(folder)
+    assert word in cli("check", folder).error
+    assert fast.timed == []
+
+
+def test_a_file_that_is_a_link_out_of_the_package_is_refused(packages: Any, tmp_path: Path) -> None:
+    folder = copied(packages("bert"), tmp_path / "package")
+    (folder / "config.json").rename(tmp_path / "config.json")
+    (folder / "config.json").symlink_to(tmp_path / "config.json")
+    with pytest.raises(InputError, match="inside"):
+        open_package(folder)
+
+
+def test_not_verifying_is_possible_and_not_the_default(packages: Any, tmp_path: Path) -> None:
+    folder = copied(packages("bert"), tmp_path / "package")
+    _flip(folder / "model.onnx.data")
+    assert open_package(folder, verify=False).directory == folder
+    with pytest.raises(DamagedFileError):
+        open_package(folder)
+
+
+# ---- check
+
+
+def test_check_within_over_and_could_not_tell(packages: Any, tmp_path: Path, cli: Cli, fast: FastHost) -> None:
+    """The made-up host says 1 ms and 1 MB."""
+    folder = packages("bert")
+    assert cli("check", folder, "--latency-ms", "5", "--memory-mb", "50").code == 0
+    assert cli("check", folder, "--latency-ms", "0.5").code == 1
+    assert cli("check", folder, "--memory-mb", "0.5", "--latency-ms", "5").code == 1
+    result = cli("check", folder, "--energy-mj", "5", "--json")
+    assert result.code == 3
+    assert "meter" in result.json["limits"][0]["reason"]
+    assert cli("check", folder, "--gflop", "1000").code == 0
+    assert cli("check", folder, "--gflop", "1e-9").code == 1
+
+
+def test_check_holds_a_package_against_its_own_budget(packages: Any, tmp_path: Path, cli: Cli, fast: FastHost) -> None:
+    result = cli("check", packages("bert"), "--json", "--junit", tmp_path / "report" / "junit.xml")
+    found = {verdict["name"]: verdict for verdict in result.json["limits"]}
+    assert set(found) == {"peak_memory_bytes", "latency_ms"}
+    assert found["peak_memory_bytes"]["limit"] == open_package(packages("bert")).budget.limits["peak_memory_bytes"]  # type: ignore[union-attr]
+    for verdict in found.values():
+        assert {"name", "limit", "measured", "low", "high", "verdict"} <= set(verdict)
+    assert result.json["verdict"] in ("within", "over", "could not tell")
+    suite = ElementTree.parse(tmp_path / "report" / "junit.xml").getroot()
+    assert suite.get("tests") == "2"
+    assert {case.get("name") for case in suite} == set(found)
+    assert int(suite.get("failures", "9")) == sum(verdict["verdict"] == "over" for verdict in found.values())
+
+
+def test_a_latency_over_its_limit_on_a_slower_machine_is_not_told(packages: Any, tmp_path: Path, cli: Cli, fast: FastHost) -> None:
+    """The reference kernel takes 0.1 ms now; the table says it took 0.05."""
+    folder = copied(packages("bert"), tmp_path / "package")
+    _edit(folder, lambda data: {**data, "budget": {"latency_ms": 0.5}, "reference_ns": 5e4})
+    result = cli("check", folder, "--json")
+    assert (result.code, result.json["limits"][0]["verdict"]) == (3, "could not tell")
+    assert "2.00 times slower" in result.json["limits"][0]["reason"]
+    _edit(folder, lambda data: {**data, "reference_ns": 1e5})
+    assert cli("check", folder).code == 1
+
+
+def test_check_measures_for_real(packages: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is told on a busy machine too; latency then is not valid, and "could not tell"."""
+    real = acceptance.measure_package
+    monkeypatch.setattr(acceptance, "measure_package", lambda *words: real(*words, windows=FEWER_WINDOWS))
+    result = cli("check", packages("qwen2"), "--memory-mb", "500", "--latency-ms", "1000", "--json")
+    found = {verdict["name"]: verdict["verdict"] for verdict in result.json["limits"]}
+    assert found["peak_memory_bytes"] == "within"
+    assert found["latency_ms"] in ("within", "could not tell")
+    assert result.code == {"within": 0, "could not tell": 3}[found["latency_ms"]]
+    assert result.json["measured"]["first_token_ms"]["value"] > result.json["measured"]["latency_ms"]["value"] > 0
+    assert result.json["measured"]["peak_memory_bytes"]["value"] > 100_000
+
+
+# ---- on runtimes that do not know us
+
+
+def _greedy(folder: Path, ids: list[int], count: int) -> list[int]:
+    decoder = Decoder(folder, threads=1, capacity=256)
+    logits, tokens = decoder.prefill(np.array(ids)), []
+    for _ in range(count):
+        tokens.append(int(logits.argmax()))
+        logits = decoder.step(tokens[-1])
+    return tokens
+
+
+_PROMPT = [5, 77, 301, 12, 400, 9, 33, 250]
+
+_STOCK = """if True:
+    import sys
+    for name in ("toolchain", "onnx", "torch", "transformers", "yaml"):
+        sys.modules[name] = None
+    import numpy as np, onnxruntime
+    session = onnxruntime.InferenceSession(sys.argv[1] + "/model.onnx", providers=["CPUExecutionProvider"])
+    ids = np.array([[int(word) for word in sys.argv[2:]]])
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    for item in session.get_inputs():
+        if item.name.startswith("past"):
+            feeds[item.name] = np.zeros((1, item.shape[1], 0, item.shape[3]), np.float32)
+        elif item.name == "position_ids":
+            feeds[item.name] = np.arange(ids.shape[1])[None]
+        elif item.name == "token_type_ids":
+            feeds[item.name] = np.zeros_like(ids)
+    out = session.run(None, feeds)[0]
+    print(*out[0, -1].argsort()[-5:])
+"""
+
+
+@pytest.mark.parametrize("name", ["qwen2", "bert"])
+def test_a_package_runs_where_only_onnxruntime_and_numpy_are(packages: Any, tmp_path: Path, name: str) -> None:
+    command = [sys.executable, "-P", "-c", _STOCK, str(packages(name)), *map(str, _PROMPT)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    if name == "qwen2":
+        expected = Decoder(packages(name), threads=1, capacity=64).prefill(np.array(_PROMPT)).argsort()[-5:]
+        assert [int(word) for word in done.stdout.split()] == expected.tolist()
+
+
+_GENAI = """if True:
+    import sys
+    import onnxruntime_genai as og
+    model = og.Model(sys.argv[1])
+    parameters = og.GeneratorParams(model)
+    ids = [int(word) for word in sys.argv[2:]]
+    parameters.set_search_options(do_sample=False, max_length=len(ids) + 48, min_length=len(ids) + 48)
+    generator = og.Generator(model, parameters)
+    generator.append_tokens(ids)
+    while not generator.is_done():
+        generator.generate_next_token()
+    print(*generator.get_sequence(0)[len(ids):])
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("onnxruntime_genai") is None, reason="onnxruntime-genai is not installed")
+@pytest.mark.parametrize("name", ["qwen2", "mistral"])
+def test_onnxruntime_genai_loads_a_decoder_and_says_the_same(packages: Any, name: str) -> None:
+    folder = packages(name)
+    done = subprocess.run(
+        [sys.executable, "-c", _GENAI, str(folder), *map(str, _PROMPT)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    got = [int(word) for word in done.stdout.split()]
+    end = json.loads((folder / "genai_config.json").read_text())["model"].get("eos_token_id", [])
+    expected = _greedy(folder, _PROMPT, 48)
+    stops = [index for index, token in enumerate(expected) if token in (end if isinstance(end, list) else [end])]
+    length = stops[0] if stops else 48  # past its end, genai is free to do as it likes
+    assert length >= 8
+    assert got[:length] == expected[:length]
+
+
+def test_a_package_survives_being_moved(packages: Any, tmp_path: Path) -> None:
+    moved = copied(packages("qwen2"), tmp_path / "elsewhere" / "deep")
+    assert _greedy(moved, _PROMPT, 8) == _greedy(packages("qwen2"), _PROMPT, 8)
