@@ -2,10 +2,10 @@
 
     python benchmarks/parity.py SUPERNET [PACKAGE ...] [--random 10] [--windows 20]
 
-Per policy: perplexity on the supernet's held-out windows (goal: within 0.5%), and 64 greedy tokens from 10 prompts (the first 16 tokens
-of held-out windows; goal: equal in 8 of 10), torch decoding token by token with a cache as the package does. Then the same codes with
-float activations on both sides: the int8 activation quantiser is a step function, so a difference of 1e-7 in an input can move one
-activation by a whole step, and that moves others behind it; with float activations nothing is left to differ.
+Per policy: perplexity on the supernet's held-out windows (goal: within 0.5%), and 64 greedy tokens from 10 prompts (goal: equal in 8 of
+10), torch decoding token by token with a cache as the package does. Where they part: at which step, and how far apart the package's own
+two best logits were there. Then the same codes with float activations on both sides: the int8 activation quantiser is a step function,
+so a difference of 1e-7 in an input can move one activation by a whole step, and that moves others behind it.
 """
 
 from __future__ import annotations
@@ -19,18 +19,32 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from toolchain.decoding import Decoder
 from toolchain.evaluate.perplexity import perplexity
 from toolchain.graph.assemble import assemble
+from toolchain.graph.external import load_array
 from toolchain.graph.model import Graph
 from toolchain.package.manifest import open_package
 from toolchain.spec import Policy
 from toolchain.supernet.model import Supernet, load_model
 from toolchain.supernet.store import SupernetFolder
+from toolchain.text import load_tokenizer
 
-PROMPT, STEPS, PROMPTS = 16, 64, 10
+STEPS, CAPACITY = 64, 128
+PROMPTS = (
+    "It was a cold morning in November, and the old man",
+    "The captain looked across the water and said",
+    "My dear sister, I have received your letter of the",
+    "When the king heard of this, he sent his",
+    "In the first chapter of this book we have seen that",
+    "She opened the door very slowly, and there stood",
+    "The children ran down to the river, where",
+    "Of all the virtues which a man may possess,",
+    "At the beginning of the war the army was",
+    "The house stood at the end of a long road, and",
+)
 
 
 def main() -> None:
@@ -45,12 +59,23 @@ def main() -> None:
     supernet = Supernet(load_model(folder.model_directory), graph.units, folder.kernels, rank=folder.description["rank"])
     supernet.load(folder.trained())
     windows = folder.heldout()[: arguments.windows]
+    tokenizer = load_tokenizer(graph.directory)
+    prompts = [np.array(tokenizer.encode(text).ids, np.int64) for text in PROMPTS]
     rng = random.Random(0)
     subjects = [(path.name, open_package(path).policy, path) for path in arguments.packages]
     for number in range(arguments.random):
         policy = Policy.of({unit.name: rng.choice(folder.description["kernels"][unit.name]) for unit in graph.units})
         subjects.append((f"random {number}", policy, None))
-    print("| policy | perplexity onnx | torch | difference | equal greedy runs | first difference at | with float activations |")
+    heads = (
+        "policy",
+        "perplexity onnx",
+        "torch",
+        "difference",
+        "equal greedy runs",
+        "parted at step (logit gap)",
+        "float activations",
+    )
+    print(f"| {' | '.join(heads)} |")
     print("|---|---|---|---|---|---|---|")
     for name, policy, path in subjects:
         with tempfile.TemporaryDirectory() as scratch:
@@ -62,10 +87,10 @@ def main() -> None:
             float_activations(path, float_path)
             onnx_value, _ = perplexity(path, windows, 2)
             torch_value = torch_perplexity(supernet, policy, windows)
-            where = [first_difference(supernet, policy, path, window[:PROMPT], True) for window in windows[:PROMPTS]]
-            plain = [first_difference(supernet, policy, float_path, window[:PROMPT], False) for window in windows[:PROMPTS]]
-        equal, equal_plain = where.count(STEPS), plain.count(STEPS)
-        at = " ".join(str(step) for step in where if step < STEPS) or "-"
+            where = [first_difference(supernet, policy, path, prompt, True) for prompt in prompts]
+            plain = [first_difference(supernet, policy, float_path, prompt, False) for prompt in prompts]
+        equal, equal_plain = where.count(None), plain.count(None)
+        at = ", ".join(f"{seen[0]} ({seen[1]:.2g})" for seen in where if seen) or "-"
         change = f"{100 * (onnx_value / torch_value - 1):+.3f}%"
         print(
             f"| {name} | {onnx_value:.3f} | {torch_value:.3f} | {change} | {equal}/{len(where)} | {at} | {equal_plain}/{len(plain)} |",
@@ -83,32 +108,35 @@ def torch_perplexity(supernet: Supernet, policy: Policy, windows: np.ndarray) ->
 
 
 @torch.no_grad()
-def first_difference(supernet: Supernet, policy: Policy, path: Path, prompt: np.ndarray, activations: bool) -> int:
-    """The first of 64 greedy steps at which package and subnet part; 64 if they never do."""
+def first_difference(supernet: Supernet, policy: Policy, path: Path, prompt: np.ndarray, activations: bool):
+    """(the first of 64 greedy steps at which package and subnet part, the gap of the package's two best logits there), or None."""
     from transformers import DynamicCache
 
-    decoder = Decoder(path, 2, capacity=PROMPT + STEPS)
+    decoder = Decoder(path, 2, capacity=CAPACITY)
     cache, weights = DynamicCache(), supernet.weights(policy)
     scores = decoder.prefill(prompt)
     logits = supernet(policy, torch.from_numpy(prompt[None]), activations=activations, weights=weights, cache=cache)
     for step in range(STEPS):
         token, expected = int(scores.argmax()), int(logits[0, -1].argmax())
         if token != expected:
-            return step
+            best = np.sort(scores)[-2:]
+            return step, float(best[1] - best[0])
         scores = decoder.step(token)
         logits = supernet(policy, torch.tensor([[token]]), activations=activations, weights=weights, cache=cache)
-    return STEPS
+    return None
 
 
 def float_activations(package: Path, out: Path) -> None:
-    """The same codes, computed with float activations: accuracy level 0, and int8 dynamic as dequantise + multiply."""
+    """The same codes with float activations: accuracy level 0; int8 dynamic as a float product with the dequantised weights."""
     shutil.copytree(package, out)
     model = onnx.load(out / "model.onnx", load_external_data=False)
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
     nodes = []
     for node in model.graph.node:
         if node.op_type == "DynamicQuantizeMatMul":
             x, codes, scales = node.input[:3]
-            nodes.append(helper.make_node("DequantizeLinear", [codes, scales], [f"{codes}.float"], axis=1))
+            weight = load_array(stored[codes], out).astype(np.float32) * load_array(stored[scales], out)
+            model.graph.initializer.append(numpy_helper.from_array(weight, f"{codes}.float"))
             nodes.append(helper.make_node("MatMul", [x, f"{codes}.float"], node.output, name=node.name))
             continue
         if node.op_type == "MatMulNBits":

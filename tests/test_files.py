@@ -27,6 +27,23 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path,
     assert listing(tmp_path) == {"a"}
 
 
+def test_a_file_is_written_beside_and_then_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a reader, or kill -9, finds the old bytes or the new ones, never some of each."""
+    write_atomic(tmp_path / "a", "old")
+
+    def killed(source: Path, target: Path) -> None:
+        assert Path(source).read_text() == "new"
+        assert Path(source).parent == Path(target).parent
+        assert (tmp_path / "a").read_text() == "old"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomic(tmp_path / "a", "new")
+    assert listing(tmp_path) == {"a"}
+    assert (tmp_path / "a").read_text() == "old"
+
+
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "x" / "y" / "package"
 

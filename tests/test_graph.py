@@ -96,6 +96,13 @@ def test_units_of_a_decoder(graphs: Graphs) -> None:
     assert (graph.hidden, graph.vocabulary, graph.context) == (HIDDEN, VOCABULARY, CONTEXT)
 
 
+@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])
+def test_the_context_is_the_longest_sequence_that_runs(graphs: Graphs, name: str) -> None:
+    """RoBERTa's position table is two longer than that."""
+    assert graphs(name).context == CONTEXT
+    assert np.isfinite(_run(graphs(name).directory, _tokens(1, CONTEXT))).all()
+
+
 def test_the_attention_width_is_the_heads_not_the_hidden_size(graphs: Graphs) -> None:
     assert graphs("mistral", sliding_window=16, head_dim=32).attention_width == 4 * 32
     assert graphs("mistral").attention_width == graphs("bert").attention_width == HIDDEN

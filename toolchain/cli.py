@@ -138,6 +138,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return parsed.run(parsed)
     except BittailorError as error:
         return _fail(str(error))
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "toolchain"):
+            raise
+        return _fail(
+            f"this command needs the Python package {package!r}, which is not installed; type: pip install 'bittailor[train]'"
+        )
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

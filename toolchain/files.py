@@ -6,12 +6,15 @@ import hashlib
 import os
 import re
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from toolchain.errors import InputError
+
+_SCRATCH = "bittailor-"
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
@@ -95,6 +98,27 @@ def _remove(path: Path) -> None:
         path.unlink()
     else:
         shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A temporary folder, gone afterwards. Its name holds our process id, so that what killed processes left is swept by the next one."""
+    for stale in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
+        owner = stale.name.removeprefix(_SCRATCH).split("-")[0]
+        if owner.isdigit() and not _alive(int(owner)):
+            shutil.rmtree(stale, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"{_SCRATCH}{os.getpid()}-") as folder:
+        yield Path(folder)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def sha256(path: Path) -> str:

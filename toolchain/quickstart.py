@@ -7,7 +7,6 @@ except the columns that say "predicted".
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from toolchain.check import COULD_NOT_TELL, OVER, WITHIN
 from toolchain.commands import acceptance, workflow
 from toolchain.commands.training import train_supernet
 from toolchain.evaluate.perplexity import perplexity
-from toolchain.files import write_atomic
+from toolchain.files import scratch, write_atomic
 from toolchain.graph.assemble import assemble, round_to_nearest
 from toolchain.graph.build import EMBEDDED
 from toolchain.hardware import load, thread_count
@@ -102,9 +101,9 @@ def _fp32(source: workflow.Source) -> Policy:
 def _full_precision(source: workflow.Source, costs: workflow.Costs, device: Device) -> dict[str, Any]:
     """The row every other is compared with."""
     policy = _fp32(source)
-    with tempfile.TemporaryDirectory(prefix="bittailor-") as folder:
-        assemble(source.graph, policy, source.weights, Path(folder))
-        seen = measure_package(Path(folder), costs.model.workload, device, thread_count(device), source.graph.vocabulary)
+    with scratch() as folder:
+        assemble(source.graph, policy, source.weights, folder)
+        seen = measure_package(folder, costs.model.workload, device, thread_count(device), source.graph.vocabulary)
     predicted = costs.model.totals(policy)
     size = predicted["package_bytes"]
     return _figures("fp32", 32.0, predicted, seen.measurements, size) | {"verdict": "no budget"}
@@ -143,9 +142,9 @@ def _figures(name: str, bits: float, predicted: dict[str, Any], measured: Any, s
 
 def _untrained(source: workflow.Source, policy: Policy, heldout: np.ndarray, threads: int) -> float:
     """Perplexity of the same policy with the model's own weights rounded to nearest."""
-    with tempfile.TemporaryDirectory(prefix="bittailor-") as folder:
-        assemble(source.graph, policy, round_to_nearest(source.graph), Path(folder))
-        return perplexity(Path(folder), heldout, threads)[0]
+    with scratch() as folder:
+        assemble(source.graph, policy, round_to_nearest(source.graph), folder)
+        return perplexity(folder, heldout, threads)[0]
 
 
 def _report(data: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from toolchain.errors import InputError
 from toolchain.hardware import meter, thread_count
 from toolchain.package.manifest import Package, open_package
 from toolchain.profiler.measure import measure_package
+from toolchain.progress import note
 from toolchain.spec import Budget, Device, Measurement, Verdict
 
 SLOWER = 1.15
@@ -50,6 +51,7 @@ def check_package(directory: Path, device: Device, limits: Mapping[str, float]) 
     budget = Budget.from_json(limits) if limits else package.budget
     if budget is None:
         raise InputError("expected a package with a budget or limits, got neither", "type for example: --latency-ms 20")
+    note(f"measuring {directory} for {package.workload}: some ten seconds")
     seen = measure_package(directory, package.workload, device, thread_count(device), package.vocabulary)
     measurements = {**seen.measurements, **_counted(package, device)}
     ratio = seen.reference_ns / package.reference_ns if package.reference_ns and not limits else None

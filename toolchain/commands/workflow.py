@@ -6,7 +6,6 @@ Owns the order in which rooms are called; refuses to print results and to parse 
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from toolchain.costs.encoding import encode
 from toolchain.costs.model import CostModel, cost_model, flops
 from toolchain.costs.table import CostTable, find_table, open_table, refuse_if_stale
 from toolchain.errors import DamagedFileError, InfeasibleBudgetError, InputError, MissingCostError
-from toolchain.files import write_atomic
+from toolchain.files import scratch, write_atomic
 from toolchain.graph.assemble import Weights, round_to_nearest
 from toolchain.graph.build import build
 from toolchain.graph.model import Graph
@@ -51,11 +50,11 @@ def opened(source: str) -> Iterator[Source]:
     if (Path(source) / "supernet.yaml").is_file():
         from toolchain.supernet.store import SupernetFolder
 
-        folder = SupernetFolder.open(Path(source))
-        yield Source(Graph.open(folder.graph_directory), folder.quantized, folder)
+        supernet = SupernetFolder.open(Path(source))
+        yield Source(Graph.open(supernet.graph_directory), supernet.quantized, supernet)
         return
-    with tempfile.TemporaryDirectory(prefix="bittailor-") as scratch:
-        out = Path(scratch) / "graph"
+    with scratch() as folder:
+        out = folder / "graph"
         out.mkdir()
         graph = build(source, out)
         yield Source(graph, round_to_nearest(graph), None)

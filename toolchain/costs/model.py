@@ -148,7 +148,8 @@ def cost_model(
         if resource == "compute_flop":
             continue
         pairs = [(getattr(row, resource), model._total(resource, row.units)) for row in measured]
-        fixed[resource] = median(whole - units_sum for whole, units_sum in pairs)
+        # Below zero is noise: units cannot cost more than the model they are in, and a cost that may be negative makes no limit.
+        fixed[resource] = max(0.0, median(whole - units_sum for whole, units_sum in pairs))
         spread[resource] = max(abs(fixed[resource] + units_sum - whole) / whole for whole, units_sum in pairs)
     return CostModel(units, kernels, per_unit, fixed, ties, spread, workload, device)
 

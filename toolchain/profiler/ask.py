@@ -6,13 +6,13 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from toolchain.errors import BittailorError, InputError
+from toolchain.files import scratch
 from toolchain.spec import Device
 
 TIMEOUT_SECONDS = 1800
@@ -43,8 +43,8 @@ class Host:
             raise InputError(
                 f"expected a device with transport 'local', got {self.device.transport!r}", "this version reaches no other"
             )
-        with tempfile.TemporaryDirectory(prefix="bittailor-") as folder:
-            path = Path(folder) / "request.json"
+        with scratch() as folder:
+            path = folder / "request.json"
             path.write_text(json.dumps({**request, "host": os.getpid()}))
             # The package's own folder goes first, and -P keeps the working directory out, so that the agent is this version
             # whatever lies there; what the host finds through PYTHONPATH, the agent finds too.

@@ -6,11 +6,11 @@ Owns which policies those are. Weights are rounded to nearest: their values do n
 from __future__ import annotations
 
 import random
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 from toolchain.costs.table import CostTable, ModelRow
+from toolchain.files import scratch
 from toolchain.graph.assemble import assemble, round_to_nearest
 from toolchain.graph.model import Graph
 from toolchain.kernels import candidates, uniform
@@ -44,10 +44,10 @@ def measure(host: Host, graph: Graph, workload: Workload, kernels: Iterable[str]
     """(rows not yet corrected for drift, the reference's times meanwhile)."""
     policies = anchors(graph.units, kernels)
     rows = []
-    with tempfile.TemporaryDirectory(prefix="bittailor-") as folder:
+    with scratch() as folder:
         subjects = {}
         for name, policy in policies.items():
-            place = Path(folder) / name
+            place = folder / name
             place.mkdir()
             assemble(graph, policy, round_to_nearest(graph), place)
             subjects[name] = subject(name, place, workload, graph.vocabulary)

@@ -6,13 +6,12 @@ activations agree to about 3e-7, and a saturating kernel is off by 1e-2.
 
 from __future__ import annotations
 
-import tempfile
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 
 from toolchain.errors import DamagedFileError
+from toolchain.files import scratch
 from toolchain.graph.oneunit import random_weights, write_one_unit
 from toolchain.kernels import CATALOGUE, legal
 from toolchain.quantize.affine import Quantized, dequantize, quantize_activation
@@ -45,10 +44,10 @@ def relative_error(unit: Unit, kernel: Kernel) -> float:
     else:
         x = rng.standard_normal((5, unit.K), dtype=np.float32)
         expected = quantize_activation(x, kernel) @ plain.T
-    with tempfile.TemporaryDirectory(prefix="bittailor-") as folder:
-        write_one_unit(unit, kernel, weights, 1, Path(folder))
+    with scratch() as folder:
+        write_one_unit(unit, kernel, weights, 1, folder)
         try:
-            got = open_session(Path(folder), threads=1).run(None, {"x": x})[0]
+            got = open_session(folder, threads=1).run(None, {"x": x})[0]
         except DamagedFileError:
             return float("inf")
     return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))

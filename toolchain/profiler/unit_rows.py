@@ -5,13 +5,13 @@ Owns which one-unit graphs are built and how many copies are in rotation. Refuse
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from toolchain.costs.table import CostTable, MemoryRow, Row, UnitRow
+from toolchain.files import scratch
 from toolchain.graph.model import Graph
 from toolchain.graph.oneunit import random_weights, write_one_unit
 from toolchain.kernels import CATALOGUE
@@ -75,8 +75,8 @@ def measure(host: Host, unit: Unit, times: list[Case], memory: list[Case]) -> tu
     """(rows not yet corrected for drift, the reference's times meanwhile)."""
     rows: list[Row] = []
     references: list[float] = []
-    with tempfile.TemporaryDirectory(prefix="bittailor-") as folder:
-        subjects = {case.label: _subject(unit, case, Path(folder)) for case in {**dict.fromkeys(times), **dict.fromkeys(memory)}}
+    with scratch() as folder:
+        subjects = {case.label: _subject(unit, case, folder) for case in {**dict.fromkeys(times), **dict.fromkeys(memory)}}
         if times:
             answer = host.time([subjects[case.label] for case in times], WINDOWS)
             references = answer["reference_ns"]

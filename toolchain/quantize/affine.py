@@ -91,7 +91,8 @@ def quantize_activation(x: np.ndarray, kernel: Kernel) -> np.ndarray:
         padded[..., :K] = x
         grouped = padded.reshape(*x.shape[:-1], G, width)
         scale = np.abs(grouped).max(-1, keepdims=True) / np.float32(127)
-        inverse = np.where(scale > 0, np.float32(1) / np.where(scale > 0, scale, 1), np.float32(0))
+        usable = scale >= np.finfo(np.float32).tiny  # below, 1 / scale is infinite
+        inverse = np.where(usable, np.float32(1) / np.where(usable, scale, 1), np.float32(0))
         return (np.rint(grouped * inverse) * scale).reshape(padded.shape)[..., :K]
     if kernel.activation == "int8_tensor":
         low, high = np.minimum(x.min(), np.float32(0)), np.maximum(x.max(), np.float32(0))

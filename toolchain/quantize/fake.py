@@ -135,7 +135,8 @@ class _FakeQuantiseActivation(torch.autograd.Function):
             grouped = _grouped(x, kernel)
             least, most = torch.aminmax(grouped, dim=-1, keepdim=True)
             scale = torch.maximum(-least, most) / 127
-            inverse = torch.where(scale > 0, 1.0 / torch.where(scale > 0, scale, 1.0), 0.0)
+            usable = scale >= torch.finfo(scale.dtype).tiny  # below, 1 / scale is infinite
+            inverse = torch.where(usable, 1.0 / torch.where(usable, scale, 1.0), 0.0)
             return _ungrouped((grouped * inverse).round_().mul_(scale), x.shape[-1])
         least, most = torch.aminmax(x)
         low, high = least.clamp_max(0), most.clamp_min(0)
