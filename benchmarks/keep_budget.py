@@ -18,6 +18,7 @@ import onnxruntime as ort
 
 BARE = Path(__file__).resolve().parent / "bare.onnx.b64"
 WINDOWS = 25
+PROMPT = np.random.default_rng(0).integers(0, 256, (1, 512))  # here: numpy.random alone weighs 6 MB, which is not the model's
 
 
 def session(path):
@@ -38,7 +39,7 @@ def decode(model, prompt, new):
         if value.name.startswith("past_key_values."):
             zeros = np.zeros((1, value.shape[1], prompt + new, value.shape[3]), np.float32)
             buffers[value.name] = ort.OrtValue.ortvalue_from_numpy(zeros)
-    ids, length, times = np.random.default_rng(0).integers(0, 256, (1, prompt)), 0, [time.perf_counter()]
+    ids, length, times = np.ascontiguousarray(PROMPT[:, :prompt]), 0, [time.perf_counter()]
     for _ in range(new + 1):
         length += ids.shape[1]
         binding = model.io_binding()
@@ -49,7 +50,7 @@ def decode(model, prompt, new):
             binding.bind_ortvalue_output(name.replace("past_key_values", "present"), buffer)
         binding.bind_output("logits")
         model.run_with_iobinding(binding)
-        ids = binding.get_outputs()[0].numpy()[:, -1].argmax(-1)[None].astype(np.int64)
+        ids = binding.get_outputs()[-1].numpy()[:, -1].argmax(-1)[None].astype(np.int64)
         times.append(time.perf_counter())
     return (times[1] - times[0]) * 1e3, (times[-1] - times[1]) * 1e3 / new
 

@@ -379,3 +379,17 @@ def test_a_full_disk_in_a_fresh_process(models: Any, disk: Path, tmp_path: Path)
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert "room on the disk" in done.stderr
     assert listing(disk) - {".ses"} == {"ballast"}  # onnxruntime writes .ses into TMPDIR when it is imported
+
+
+def test_training_that_cannot_start_leaves_nothing(cli: Cli, tmp_path: Path) -> None:
+    out = tmp_path / "made" / "supernet"
+    assert "cost table" in cli("train", "pocket-llama-6m", "--profiles", tmp_path / "none", "--out", out).error
+    assert "missing.txt" in cli("train", "pocket-llama-6m", "--text", tmp_path / "missing.txt", "--out", out).error
+    assert not out.with_name("supernet.training").exists()
+
+
+def test_a_device_whose_provider_is_not_measured_is_refused(cli: Cli, models: Callable[..., Path], tmp_path: Path) -> None:
+    file = tmp_path / "gpu.yaml"
+    file.write_text("name: gpu\ntransport: local\nprovider: CUDAExecutionProvider\n")
+    line = cli("profile", models("bert"), "--device", file, "--profiles", tmp_path / "profiles").error
+    assert "CPUExecutionProvider" in line

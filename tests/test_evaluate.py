@@ -3,7 +3,7 @@ import math
 
 import numpy as np
 import pytest
-from tiny_graphs import attention, bigram, encoder
+from tiny_graphs import attention, bigram, classifier, encoder
 
 from toolchain.errors import DamagedFileError, InputError
 from toolchain.evaluate import fidelity, perplexity
@@ -80,6 +80,12 @@ def test_fidelity_is_mean_cosine_and_error_relative_to_the_reference(tmp_path):
     a, b = ours[ids.ravel()].astype(float), reference[ids.ravel()].astype(float)
     assert found.cosine == pytest.approx(np.mean((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)), rel=1e-6)
     assert found.relative_mse == pytest.approx(((a - b) ** 2).sum() / (b**2).sum(), rel=1e-6)
+
+
+def test_fidelity_of_one_answer_per_sequence_counts_answers_not_tokens(tmp_path):
+    table = np.random.default_rng(0).standard_normal((9, 3)).astype(np.float32)
+    found = fidelity(classifier(tmp_path, table), tmp_path, np.arange(8).reshape(2, 4))
+    assert found.cosine == pytest.approx(1)
 
 
 def test_fidelity_refuses_decoders_and_outputs_of_other_shapes(tmp_path):

@@ -252,6 +252,10 @@ def test_tied_units_may_take_different_kernels(graphs: Graphs, tmp_path: Path, e
     policy = Policy.of({**uniform("fp32", graph.units), "embed_tokens": embedding, "lm_head": head})
     assemble(graph, policy, round_to_nearest(graph), tmp_path)
     assert _errors(tmp_path, _with_kernels(random_model("llama", tie_word_embeddings=True), graph, policy))[12] < 1e-5
+    external = [tensor for tensor in read_model(tmp_path).graph.initializer if tensor.external_data]
+    places = {tuple(entry.value for entry in tensor.external_data) for tensor in external}
+    referred = sum(int(length) for _, _, length in places)
+    assert 0 <= (tmp_path / DATA_NAME).stat().st_size - referred < 64 * len(places)  # nothing in the file that no tensor reads
 
 
 @pytest.mark.parametrize("kernel", ["fp32", "w8g32", "w4g32", "w3g32", "w2g32"])

@@ -51,6 +51,16 @@ def encoder(directory: Path, table: np.ndarray, extra_input: str = "token_type_i
     return _save(directory, nodes, inputs, outputs, {"table": table, "last": np.array([-1], np.int64)})
 
 
+def classifier(directory: Path, table: np.ndarray) -> Path:
+    """Logits [B, C] of a sequence: the mean of table[i] over its tokens."""
+    nodes = [
+        helper.make_node("Gather", ["table", "input_ids"], ["looked_up"]),
+        helper.make_node("ReduceMean", ["looked_up", "axis"], ["logits"], keepdims=0),
+    ]
+    outputs = [_floats("logits", ["B", table.shape[1]])]
+    return _save(directory, nodes, [_ids("input_ids")], outputs, {"table": table, "axis": np.array([1], np.int64)})
+
+
 def attention(directory: Path, vocabulary: int = 4096, context: int = 48, eos: int | list[int] = 0, seed: int = 0) -> Path:
     """A random one-layer decoder with GroupQueryAttention and rotary positions, the pocket model's tokenizer and a genai_config.json."""
     rng = np.random.default_rng(seed)

@@ -299,8 +299,9 @@ def _train(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from toolchain import hardware
     from toolchain.commands import workflow
-    from toolchain.errors import MissingCostError
+    from toolchain.errors import MissingCostError, StaleTableError
     from toolchain.profiler.profile import default_workload
+    from toolchain.progress import note
 
     device = hardware.load(arguments.device)
     folders = workflow.profile_folders(arguments.profiles)
@@ -308,14 +309,15 @@ def _export(arguments: argparse.Namespace) -> int:
     if not (arguments.budget or given or arguments.policy):
         raise InputError("expected --budget, a limit or --policy, got none", "type for example: --budget medium")
     with workflow.opened(arguments.model) as source:
-        workload = _workload(arguments) or default_workload(source.graph)
+        workload = _workload(arguments) or workflow.trained_workload(source) or default_workload(source.graph)
         policy = workflow.read_policy(arguments.policy, source.graph) if arguments.policy else None
+        unpredicted = ""
         try:
             costs = workflow.find_costs(source.graph, device, folders, workload)
-        except MissingCostError:
+        except (MissingCostError, StaleTableError) as error:
             if policy is None:
                 raise
-            costs = None
+            costs, unpredicted = None, error.problem
         budget = workflow.find_budget(arguments.budget, given, source.graph, costs, device)
         if policy is not None:
             choice = workflow.Choice(policy, "the user", None)
@@ -324,6 +326,8 @@ def _export(arguments: argparse.Namespace) -> int:
             assert budget is not None
             choice = workflow.choose(source, costs, budget)
         package = workflow.cut(source, choice, Path(arguments.out), device, budget, costs, workload)
+    if unpredicted:
+        note(f"bittailor: exported without a prediction: {unpredicted}")
     data = {
         "package": arguments.out,
         "policy": {"units": dict(package.policy.items())},

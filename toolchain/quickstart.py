@@ -44,7 +44,9 @@ def quickstart(out: Path, steps: int | None) -> tuple[dict[str, Any], str]:
     with _stage("1/5 profile", seconds), workflow.opened(EMBEDDED) as model:
         workflow.measure_costs(model.graph, device, tables[0], None, f"bittailor profile {EMBEDDED}", renew=False)
     with _stage("2/5 train", seconds):
-        trained = train_supernet(EMBEDDED, device, tables, None, None, out / "supernet", steps or STEPS, seed=0)
+        trained = _finished(out / "supernet", steps or STEPS)
+        if trained is None:
+            trained = train_supernet(EMBEDDED, device, tables, None, None, out / "supernet", steps or STEPS, seed=0)
     folder = SupernetFolder.open(out / "supernet")
     with workflow.opened(str(out / "supernet")) as source:
         costs = workflow.find_costs(source.graph, device, tables, None)
@@ -86,6 +88,16 @@ def quickstart(out: Path, steps: int | None) -> tuple[dict[str, Any], str]:
     return data, text
 
 
+def _finished(folder: Path, steps: int) -> dict[str, Any] | None:
+    """What an earlier, killed quickstart trained with these settings, if it came that far."""
+    if not (folder / "supernet.yaml").is_file():
+        return None
+    training = dict(SupernetFolder.open(folder).description["training"])
+    if (training.get("steps"), training.get("seed")) != (steps, 0):
+        return None
+    return training
+
+
 @contextmanager
 def _stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
     note(f"quickstart {name}")
@@ -104,8 +116,8 @@ def _full_precision(source: workflow.Source, costs: workflow.Costs, device: Devi
     with scratch() as folder:
         assemble(source.graph, policy, source.weights, folder)
         seen = measure_package(folder, costs.model.workload, device, thread_count(device), source.graph.vocabulary)
+        size = float(sum(path.stat().st_size for path in [*folder.iterdir(), *source.graph.companions()]))
     predicted = costs.model.totals(policy)
-    size = predicted["package_bytes"]
     return _figures("fp32", 32.0, predicted, seen.measurements, size) | {"verdict": "no budget"}
 
 

@@ -14,7 +14,8 @@ from toolchain import check
 from toolchain.errors import InputError
 from toolchain.hardware import meter, thread_count
 from toolchain.package.manifest import Package, open_package
-from toolchain.profiler.measure import measure_package
+from toolchain.profiler.ask import Host
+from toolchain.profiler.measure import Observation, measure_package
 from toolchain.progress import note
 from toolchain.spec import Budget, Device, Measurement, Verdict
 
@@ -54,15 +55,26 @@ def check_package(directory: Path, device: Device, limits: Mapping[str, float]) 
     note(f"measuring {directory} for {package.workload}: some ten seconds")
     seen = measure_package(directory, package.workload, device, thread_count(device), package.vocabulary)
     measurements = {**seen.measurements, **_counted(package, device)}
-    ratio = seen.reference_ns / package.reference_ns if package.reference_ns and not limits else None
+    ratio = _slowness(package, seen, device) if not limits else None
     verdicts = tuple(_excuse(verdict, ratio) for verdict in check.decide(budget, measurements))
     return Checked(check.overall(verdicts), verdicts, measurements, package.data["predicted"], ratio)
+
+
+def _slowness(package: Package, seen: Observation, device: Device) -> float | None:
+    """How much slower this machine is than when it measured the cost table; None on another machine, where slower is no excuse."""
+    measured_on = package.data.get("measured_on")
+    if package.reference_ns is None or not isinstance(measured_on, Mapping):
+        return None
+    here = {**Host(device, thread_count(device)).identify(), "threads": thread_count(device), "provider": device.provider}
+    same = all(here.get(name) == value for name, value in measured_on.items())
+    return seen.reference_ns / package.reference_ns if same else None
 
 
 def _counted(package: Package, device: Device) -> dict[str, Measurement]:
     """What is not sampled: operations are counted, energy needs a meter."""
     flop = package.predicted.get("compute_flop", {}).get("value")
-    counted = Measurement(flop, 0.0, 1, flop is not None, (flop,) if flop else (), "" if flop else "not counted at export")
+    why = "counted from the graph's shapes at export, not sampled" if flop else "not counted at export"
+    counted = Measurement(flop, 0.0, 1, flop is not None, (flop,) if flop else (), why)
     name, reason = meter(device)
     why = reason or f"the meter {name} is there, but this version does not read it"
     return {"compute_flop": counted, "energy_mj": Measurement(None, reason=why)}

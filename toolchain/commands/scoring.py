@@ -22,7 +22,13 @@ def evaluate(what: str, text: Sequence[Path], window: int, reference: str | None
         raise InputError(f"expected windows of 2 tokens or more, got {window}")
     threads = thread_count(load("local"))
     with _folder(what) as directory:
-        tokens = windows(load_tokenizer(directory), documents(text), window, separator_id(directory))
+        decoder = bool(cache_slots(open_session(directory, threads)))
+        context = _context(directory)
+        if window > context:
+            raise InputError(
+                f"expected windows of at most {context} tokens, the model's context, got {window}", f"type: --window {context}"
+            )
+        tokens = windows(load_tokenizer(directory), documents(text), window, separator_id(directory), framed=not decoder)
         description = record(", ".join(path.name for path in text), documents(text), tokens)
         result: dict[str, Any] = {
             "what": what,
@@ -30,7 +36,7 @@ def evaluate(what: str, text: Sequence[Path], window: int, reference: str | None
             "text_sha256": description.sha256,
             "window": window,
         }
-        if cache_slots(open_session(directory, threads)):
+        if decoder:
             value, count = perplexity(directory, tokens, threads)
             return {**result, "perplexity": value, "tokens": count}
         with _folder(reference or _source_of(directory)) as reference_directory:
@@ -48,6 +54,14 @@ def _folder(what: str) -> Iterator[Path]:
 
     with opened(what) as source:
         yield source.graph.directory
+
+
+def _context(directory: Path) -> int:
+    if is_package(directory):
+        return int(open_package(directory, verify=False).data["model"]["context"])
+    from toolchain.graph.model import Graph
+
+    return Graph.open(directory).context
 
 
 def _source_of(directory: Path) -> str:

@@ -15,9 +15,9 @@ import numpy as np
 
 from toolchain import text as texts
 from toolchain.commands import workflow
-from toolchain.errors import InputError, require
+from toolchain.errors import BittailorError, InputError, require
 from toolchain.files import replace_folder
-from toolchain.graph.build import build, fingerprint, resolve
+from toolchain.graph.build import build, fingerprint, kind_of, read_config, resolve
 from toolchain.graph.model import Graph
 from toolchain.kernels import uniform
 from toolchain.policy import sensitivity
@@ -65,11 +65,25 @@ def train_supernet(
     if out.exists() and not (out / store.DESCRIPTION).is_file() and any(out.iterdir()):
         raise InputError(f"expected {out} to be absent, empty or an earlier supernet, got something else", "choose another --out")
     folder = resolve(source)
+    architecture = read_config(folder)["architectures"][0]
+    if kind_of(architecture) == "encoder" and not architecture.endswith("Model"):
+        raise InputError(
+            f"expected a decoder, or an encoder without a task head, to train, got {architecture}",
+            "save its base model with save_pretrained, or export MODEL --policy without training",
+        )
+    if text:
+        texts.documents(text)  # unreadable text is found before the long work
     work = out.with_name(out.name + ".training")
-    graph = _graph(source, folder, work)
-    costs = workflow.find_costs(graph, device, folders, workload)
-    model = load_model(folder)
-    text_used = _text(graph, model, text, work, seed)
+    resumed = work.exists()
+    try:
+        graph = _graph(source, folder, work)
+        costs = workflow.find_costs(graph, device, folders, workload)
+        model = load_model(folder)
+        text_used = _text(graph, model, text, work, seed)
+    except BittailorError:
+        if not resumed:
+            shutil.rmtree(work, ignore_errors=True)
+        raise
     calibration = text_used.train[:CALIBRATION]
     importance = input_importance(model, graph.units, torch.from_numpy(calibration))
     supernet = Supernet(model, graph.units, costs.table.header.kernels, seed=seed, importance=importance)
@@ -126,18 +140,18 @@ def _text(graph: Graph, model: Any, given: list[Path] | None, work: Path, seed: 
     name = ", ".join(path.name for path in given) if given else texts.pydoc_description()
     description = f"{name} ({train.size} tokens)"
     if not given and not framed:
-        own = _self_written(model, separator or 0, work, seed, train.shape[1])
+        own = _self_written(model, graph.fingerprint, separator or 0, work, seed, train.shape[1])
         train = np.concatenate([own, train])
         description = f"{own.size} tokens the model wrote itself, and {description}"
     return Text(train, heldout, description, f"held-out part of {name}")
 
 
-def _self_written(model: Any, end: int, work: Path, seed: int, length: int) -> np.ndarray:
+def _self_written(model: Any, fingerprint_: str, end: int, work: Path, seed: int, length: int) -> np.ndarray:
     from safetensors.numpy import load_file
 
     from toolchain.train.text_source import self_written
 
-    path = work / f"self-written-{seed}-{length}.safetensors"
+    path = work / f"self-written-{fingerprint_[:12]}-{seed}-{length}.safetensors"
     if not path.is_file():
         store.write_arrays(path, {"tokens": self_written(model, SELF_WRITTEN_TOKENS, seed, end, length)})
     return load_file(path)["tokens"]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolchain.costs.encoding import encode
 from toolchain.costs.model import CostModel, cost_model, flops
-from toolchain.costs.table import CostTable, find_table, open_table, refuse_if_stale
+from toolchain.costs.table import CostTable, ModelRow, find_table, open_table, refuse_if_stale
 from toolchain.errors import DamagedFileError, InfeasibleBudgetError, InputError, MissingCostError
 from toolchain.files import scratch, write_atomic
 from toolchain.graph.assemble import Weights, round_to_nearest
@@ -60,6 +60,11 @@ def opened(source: str) -> Iterator[Source]:
         yield Source(graph, round_to_nearest(graph), None)
 
 
+def trained_workload(source: Source) -> Workload | None:
+    """The workload that a supernet's meta-network was trained for; None for a model."""
+    return Workload.parse(source.supernet.description["training"]["workload"]) if source.supernet else None
+
+
 @dataclass(frozen=True)
 class Costs:
     """A cost model with the table it came from."""
@@ -82,7 +87,13 @@ def find_costs(graph: Graph, device: Device, folders: Sequence[Path], workload: 
     table = open_table(path)
     if device.transport == "local":
         refuse_if_stale(table, current_header(device, thread_count(device)))
-    return Costs(_cost_model(graph, table, workload), table, path)
+    costs = Costs(_cost_model(graph, table, workload), table, path)
+    invalid = sum(not row.valid for row in table.of(ModelRow) if row.model == graph.fingerprint)
+    if invalid:
+        note(
+            f"bittailor: {invalid} whole-model rows of {path} are not valid (others used the CPU); type: bittailor profile to repeat them"
+        )
+    return costs
 
 
 def _cost_model(graph: Graph, table: CostTable, workload: Workload) -> CostModel:
@@ -219,13 +230,18 @@ def cut(
     if budget is None and costs is not None:
         budget = budgets.promise(costs.model.totals(choice.policy), costs.model)
     training = dict(source.supernet.description.get("training", {})) if source.supernet else None
+    if source.supernet and training is not None:
+        offered = proposal.read(source.supernet.meta_network)[0]
+        skipped = sorted({kernel for unit, kernel in choice.policy.items() if kernel != "fp32" and kernel not in offered[unit]})
+        if skipped:  # no budget would choose them, so no step saw them
+            training["not_trained"] = f"{', '.join(skipped)}: clip search only"
     evidence: dict[str, Any] = {
         "chosen_by": choice.chosen_by,
         "training": training or "none: round-to-nearest of the model's weights",
     }
     if costs:
         evidence["reference_ns"] = costs.table.header.reference_ns
-        evidence["threads"] = costs.table.header.threads
+        evidence["measured_on"] = costs.table.header.identity
     runtime = costs.table.header.runtime if costs else "not measured"
     return export_package(
         source.graph,

@@ -20,7 +20,7 @@ from toolchain.kernels import CATALOGUE, candidates, runs_as
 from toolchain.quantize.packing import packed_bytes
 from toolchain.spec import Cost, Estimate, Unit, Workload
 
-NO_METER = "no energy meter on this device"
+NO_METER = "no energy meter was read"
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class CostModel:
     relative_spread: Mapping[str, float]
     workload: Workload
     device: str
+    no_energy: str = NO_METER
 
     def totals(self, policy: Mapping[str, str]) -> dict[str, float]:
         """Predicted cost of a policy per resource."""
@@ -95,7 +96,7 @@ class CostModel:
             peak_memory_bytes=estimate("peak_memory_bytes", "not measured"),
             package_bytes=estimate("package_bytes", "not measured"),
             compute_flop=estimate("compute_flop", "not computed"),
-            energy_mj=estimate("energy_mj", NO_METER),
+            energy_mj=estimate("energy_mj", self.no_energy),
             workload=self.workload,
             device=self.device,
         )
@@ -151,7 +152,9 @@ def cost_model(
         # Below zero is noise: units cannot cost more than the model they are in, and a cost that may be negative makes no limit.
         fixed[resource] = max(0.0, median(whole - units_sum for whole, units_sum in pairs))
         spread[resource] = max(abs(fixed[resource] + units_sum - whole) / whole for whole, units_sum in pairs)
-    return CostModel(units, kernels, per_unit, fixed, ties, spread, workload, device)
+    meter = table.header.meter
+    why = meter.removeprefix("none: ") if meter.startswith("none") else f"this version does not read {meter!r}"
+    return CostModel(units, kernels, per_unit, fixed, ties, spread, workload, device, f"{NO_METER}: {why}" if why else NO_METER)
 
 
 def _ties(units: tuple[Unit, ...], kernels: Mapping[str, tuple[str, ...]]) -> tuple[Tie, ...]:

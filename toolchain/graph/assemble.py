@@ -33,9 +33,10 @@ def assemble(graph: Graph, policy: Mapping[str, str], weights: Weights, out: Pat
     units = {unit.node: unit for unit in graph.units}
     arrays = {tensor.name: tensor for tensor in model.graph.initializer}
     quantised = [unit for unit in graph.units if CATALOGUE[policy[unit.name]].quantised]
-    fp32_weights = {unit.weight for unit in graph.units if unit not in quantised}
     # A tied fp32 embedding reads the head's weight through a Transpose; that holds only while both are fp32.
     untied = any(unit.tied_to for unit in quantised)
+    own_copy = {unit.name for unit in graph.units if unit.op == "Gather" and unit.tied_to and untied}
+    fp32_weights = {unit.weight for unit in graph.units if unit not in quantised and unit.name not in own_copy}
     nodes = []
     with DataWriter(out / DATA_NAME) as writer:
         initializers = [
@@ -53,7 +54,7 @@ def assemble(graph: Graph, policy: Mapping[str, str], weights: Weights, out: Pat
                 made, tensors = quantised_node(unit, kernel, weights(unit, kernel), data, node.output[0], node.name)
                 nodes.append(made)
                 initializers += [writer.tensor(name, array) for name, array in tensors]
-            elif unit.op == "Gather" and unit.tied_to and untied:
+            elif unit.name in own_copy:
                 name = f"{unit.name}.weight"
                 nodes.append(helper.make_node("Gather", [name, node.input[1]], node.output, name=node.name))
                 initializers.append(writer.tensor(name, graph.weight(unit)))

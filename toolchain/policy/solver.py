@@ -8,6 +8,7 @@ projection gives it negative log-probabilities, the sensitivity baseline gives i
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -134,13 +135,18 @@ class _Programme:
 
 @contextlib.contextmanager
 def _stdout_to_nowhere() -> Iterator[None]:
-    """HiGHS leaves a debugging line on the process's stdout now and then, where commands write their one JSON object."""
+    """HiGHS leaves a debugging line on the process's stdout now and then, where commands write their one JSON object.
+
+    C's own buffer is flushed while stdout leads nowhere: its lines would otherwise come out when the process ends.
+    """
+    library = ctypes.CDLL(None)
     sys.stdout.flush()
     kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     try:
         yield
     finally:
+        library.fflush(None)
         os.dup2(kept, 1)
         os.close(kept)
         os.close(nowhere)

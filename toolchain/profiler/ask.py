@@ -43,6 +43,11 @@ class Host:
             raise InputError(
                 f"expected a device with transport 'local', got {self.device.transport!r}", "this version reaches no other"
             )
+        if self.device.provider != "CPUExecutionProvider":
+            raise InputError(
+                f"expected provider CPUExecutionProvider for {self.device.name!r}, got {self.device.provider}",
+                "this version measures no other",
+            )
         with scratch() as folder:
             path = folder / "request.json"
             path.write_text(json.dumps({**request, "host": os.getpid()}))

@@ -108,6 +108,10 @@ def _adding(table: CostTable, rows: list[Row], references: list[float]) -> CostT
         return table.adding(rows)
     now = median(references)
     if not table.header.reference_ns:
+        if not all(getattr(row, "valid", True) for row in rows):
+            return table.adding(
+                rows
+            )  # a disturbed machine must not become the measure of all later rows; these are repeated anyway
         table = replace(table, header=replace(table.header, reference_ns=now))
     scale = table.header.reference_ns / now
     return table.adding(_scaled(row, scale) for row in rows)

@@ -12,14 +12,14 @@ from toolchain.supernet.model import Supernet
 from toolchain.train.losses import Target
 
 
-def scorer(supernet: Supernet, windows: np.ndarray, masks: np.ndarray | None = None, batch: int = 4) -> Callable[[Policy], float]:
+def scorer(supernet: Supernet, windows: np.ndarray, masks: np.ndarray | None = None) -> Callable[[Policy], float]:
     """policy → mean distance to the teacher over windows [n, T] (decoder: KL in nats per token). The teacher is asked once, here.
 
-    Activations are quantised as the kernels do it, so w8a8 shows what its per-tensor range loses.
+    Activations are quantised as the kernels do it, one window at a time, so w8a8 shows what its per-tensor range loses on a device.
     """
     ids = torch.as_tensor(windows)
     kept = None if masks is None else torch.as_tensor(masks)
-    pieces = [slice(start, start + batch) for start in range(0, len(ids), batch)]
+    pieces = [slice(start, start + 1) for start in range(len(ids))]
     targets = [
         (ids[piece], mask, Target(supernet.kind, supernet.teacher(ids[piece], mask), mask))
         for piece in pieces
