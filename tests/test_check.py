@@ -146,3 +146,39 @@ def test_junit_has_a_case_per_limit_and_holds_any_text():
     assert [[child.tag for child in case] for case in suite] == [["system-out"], ["failure"], ["error"]]
     assert 'no <meter> & "\ufffd\ufffd' in suite[2][0].attrib["message"]
     assert "measured 0.5 [0.4, 0.6], limit 1" in suite[1][0].attrib["message"]
+
+
+def _seen(trials: list[float], valid: bool):
+    from toolchain.profiler.measure import Observation, summarise
+
+    memory = Measurement(5e6, 0.0, 3, True, (5e6, 5e6, 5e6))
+    return Observation({"latency_ms": summarise(trials, valid), "peak_memory_bytes": memory}, 20.0, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "trials", "valid", "expected"),
+    [
+        ("low", [1.5] * 10, True, "within"),  # 2 times slower machine: 0.75 at the table's speed
+        ("low", [2.5] * 10, True, "over"),
+        ("mine", [1.5] * 10, True, "could not tell"),  # an absolute limit is held as measured
+        ("mine", [0.5] * 10, False, "within"),  # disturbed, and kept all the same
+        ("mine", [1.5] * 10, False, "could not tell"),
+    ],
+)
+def test_a_slow_machine_is_no_proof_against_a_package(tmp_path, monkeypatch, name, trials, valid, expected):
+    from toolchain.commands import acceptance
+    from toolchain.hardware import load
+    from toolchain.package.manifest import write_manifest
+
+    (tmp_path / "model.onnx").write_bytes(b"")
+    here = {"cpu": "this", "threads": 2, "runtime": "one", "provider": "CPUExecutionProvider", "protocol": "p"}
+    monkeypatch.setattr(acceptance, "measure_package", lambda *_: _seen(trials, valid))
+    monkeypatch.setattr(acceptance, "thread_count", lambda _: 2)
+    monkeypatch.setattr(acceptance.Host, "identify", lambda _: here)
+    budget = {"name": name, "latency_ms": 1.0, "peak_memory_bytes": 6e6}
+    manifest = {"model": {"vocabulary": 8}, "workload": "generate:2+2", "policy": {}, "budget": budget, "predicted": None}
+    write_manifest(tmp_path, {**manifest, "reference_ns": 10.0, "measured_on": here})
+    assert acceptance.check_package(tmp_path, load("local"), {}).verdict == expected
+    if name == "low":  # another machine has no such excuse
+        write_manifest(tmp_path, {**manifest, "reference_ns": 10.0, "measured_on": {**here, "cpu": "another"}})
+        assert acceptance.check_package(tmp_path, load("local"), {}).verdict == "over"

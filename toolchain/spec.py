@@ -15,6 +15,9 @@ from toolchain.errors import InputError, PolicyError
 RESOURCES = ("peak_memory_bytes", "compute_flop", "latency_ms", "energy_mj")
 """The four limits of a budget, in the order of the constraint encoding (MetaQuantLLM, section 4.2)."""
 
+DERIVED_BUDGETS = ("low", "medium", "high", "promise")
+"""Names of budgets that come from a device's cost table, and so speak of the machine as it was when the table was measured."""
+
 _BUDGET_KEYS = {  # what people write in a budget file or on the command line → (resource, factor)
     "memory_mb": ("peak_memory_bytes", 1e6),
     "gflop": ("compute_flop", 1e9),
