@@ -61,7 +61,6 @@ def test_profile_fills_the_table(profiled: Profiled) -> None:
         assert row.first_token_ms is None
         assert row.peak_memory_bytes > 100_000
         assert set(row.units) > {"embeddings.word_embeddings"}
-    assert table.header.reference_ns > 0
     assert table.header.command == f"bittailor profile {profiled.model.name} --device local"
     assert str(profiled.model.parent) not in profiled.table.read_text()
     said = profiled.result.json
@@ -69,6 +68,8 @@ def test_profile_fills_the_table(profiled: Profiled) -> None:
     invalid = sum(not row.valid for row in [*table.of(UnitRow), *table.of(ModelRow)])
     assert said["invalid"] == invalid
     assert profiled.result.code == (3 if invalid else 0)
+    # The measure of all later rows is taken from an undisturbed job only: on a machine that was never quiet there is none yet.
+    assert table.header.reference_ns > 0 or invalid
 
 
 def test_profile_writes_the_budgets_it_derives(profiled: Profiled) -> None:
