@@ -5,7 +5,7 @@ in nodes is `graph/nodes.py`; whether this runtime computes it right is asked of
 
 - MatMulNBits takes 2, 4 and 8 bits only: 3-bit codes ride in a 4-bit container (quality of 3, cost of 4).
 - accuracy_level 4 (int8 activations per group) everywhere: level 0 was measured up to 230 times slower.
-- w8a8 keeps its weights within ±63: at ±127 the AVX2 path saturates 16-bit sums of u8 × s8 products.
+- w8a8 keeps its weights within ±63: ±127 was measured less exact on an AVX2 machine (16-bit sums of u8 × s8 products are suspected).
 """
 
 from __future__ import annotations

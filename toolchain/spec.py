@@ -163,7 +163,7 @@ class Policy(Mapping[str, str]):
 
 @dataclass(frozen=True)
 class Estimate:
-    """A predicted number: value and spread (half-width of the interval that held most residuals), in the unit of its field."""
+    """A predicted number: value and spread (the largest residual of the measured models), in the unit of its field."""
 
     value: float | None
     spread: float | None = None
