@@ -16,6 +16,9 @@ from toolchain.errors import DamagedFileError, InputError
 if TYPE_CHECKING:
     import onnxruntime
 
+LOGITS_TO_KEEP = "logits_to_keep"
+"""Input of a decoder that has a default, 1: how many of the last positions get logits. transformers' name for the same thing."""
+
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -80,8 +83,12 @@ def cache_slots(session: onnxruntime.InferenceSession) -> tuple[CacheSlot, ...]:
     return tuple(slots)
 
 
-def token_feeds(session: onnxruntime.InferenceSession, ids: np.ndarray, past: int = 0) -> dict[str, np.ndarray]:
+def token_feeds(
+    session: onnxruntime.InferenceSession, ids: np.ndarray, past: int = 0, every_position: bool = False
+) -> dict[str, np.ndarray]:
     """What the session wants besides its cache, for tokens ids [B, T] after `past` earlier ones: only inputs that it has.
+
+    every_position: logits of all T positions, where the graph would give the last one's alone.
 
     Raises InputError for an input that we do not know how to fill.
     """
@@ -100,4 +107,6 @@ def token_feeds(session: onnxruntime.InferenceSession, ids: np.ndarray, past: in
             raise InputError(f"expected a graph with inputs among {', '.join(known)} and a cache, got {item.name!r}")
         kind = np.int32 if item.type == "tensor(int32)" else np.int64
         feeds[item.name] = np.ascontiguousarray(known[item.name], kind)
+    if every_position and any(item.name == LOGITS_TO_KEEP for item in session.get_overridable_initializers()):
+        feeds[LOGITS_TO_KEEP] = np.array([T], np.int64)
     return feeds

@@ -32,7 +32,7 @@ def perplexity(directory: Path, windows: np.ndarray, threads: int = 0) -> tuple[
     empty = {slot.past: slot.zeros(0) for slot in cache_slots(session)}
     total = 0.0
     for row in track(windows, len(windows), "perplexity"):
-        scores = session.run(["logits"], {**token_feeds(session, row[None]), **empty})[0][0]
+        scores = session.run(["logits"], {**token_feeds(session, row[None], every_position=True), **empty})[0][0]
         total += _negative_log_likelihood(scores[:-1], row[1:])
     predicted = windows.shape[0] * (windows.shape[1] - 1)
     mean = total / predicted

@@ -11,12 +11,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
+from onnx import helper, numpy_helper
 
 from toolchain.errors import InputError, UnknownArchitectureError, require
 from toolchain.graph.model import Graph
 from toolchain.graph.normalise import save_normalised
 from toolchain.graph.quiet import quiet
+from toolchain.session import LOGITS_TO_KEEP
 from toolchain.spec import Unit
 
 _LAYER = re.compile(r"/model/layers\.(\d+)/(attn|mlp)/(\w+_proj)/MatMul")
@@ -42,6 +45,7 @@ def build_decoder(folder: Path, config: dict[str, Any], source: str, fingerprint
                 ) from error
         model = onnx.load(made / "model.onnx", load_external_data=False)
         units = _units(model)
+        head_on_last_positions(model)
         save_normalised(model, made, out)
         for path in made.iterdir():
             if path.suffix in (".json", ".txt", ".jinja", ".model"):
@@ -64,6 +68,32 @@ def build_decoder(folder: Path, config: dict[str, Any], source: str, fingerprint
         source=source,
         fingerprint=fingerprint,
     )
+
+
+def head_on_last_positions(model: onnx.ModelProto) -> None:
+    """Let the head see the last `logits_to_keep` positions only: what is sampled from needs one, the others cost as much each.
+
+    An initializer that is an input as well: 1 unless fed, so that runtimes that do not know it need not. Perplexity feeds the window's
+    length. Changes the model in place; output logits [B, min(T, logits_to_keep), V].
+    """
+    head = next(node for node in model.graph.node if node.name == "/lm_head/MatMul")
+    keep = helper.make_tensor_value_info(LOGITS_TO_KEEP, onnx.TensorProto.INT64, [1])
+    model.graph.input.append(keep)
+    constants = {"/lm_head/last/axis": 1, "/lm_head/last/end": np.iinfo(np.int64).max, LOGITS_TO_KEEP: 1}
+    model.graph.initializer.extend(numpy_helper.from_array(np.array([value], np.int64), name) for name, value in constants.items())
+    start, last = "/lm_head/last/start", "/lm_head/last/output_0"
+    nodes = [
+        helper.make_node("Neg", [LOGITS_TO_KEEP], [start], name="/lm_head/last/Neg"),
+        helper.make_node("Slice", [head.input[0], start, "/lm_head/last/end", "/lm_head/last/axis"], [last], name="/lm_head/last/Slice"),
+    ]
+    head.input[0] = last
+    place = list(model.graph.node).index(head)
+    for node in reversed(nodes):
+        model.graph.node.insert(place, node)
+    # Declared as it is by default: onnxruntime-genai allocates what is declared. Fed more, the runtime returns more all the same.
+    logits = next(output for output in model.graph.output if output.name == "logits")
+    logits.type.tensor_type.shape.dim[1].Clear()
+    logits.type.tensor_type.shape.dim[1].dim_value = 1
 
 
 def _without_nulls(path: Path) -> None:
