@@ -166,6 +166,8 @@ class Profiled:
         return self.profiles / "local" / "table.jsonl"
 
 
+FEWER_MIXED = 2
+"""Mixed policies measured in tests: each is another process to start."""
 FEWER_WINDOWS = 5
 """Trials per row in tests: the fewest that the protocol calls valid. On a busy machine every one saved is seconds."""
 
@@ -180,5 +182,6 @@ def profiled(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Profi
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(unit_rows, "WINDOWS", FEWER_WINDOWS)
         patch.setattr(model_rows, "WINDOWS", FEWER_WINDOWS)
+        patch.setattr(model_rows, "MIXED", FEWER_MIXED)
         code = main(["profile", str(tiny_bert), "--profiles", str(folder), "--json"])
     return Profiled(tiny_bert, folder, Result(code, out.getvalue(), err.getvalue()))

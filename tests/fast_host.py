@@ -10,6 +10,10 @@ from toolchain.profiler.ask import Host
 _PHASES = {"unit": ("run_ns",), "encode": ("encode_ns",), "generate": ("prefill_ns", "decode_ns")}
 
 
+def _labels(subject: dict[str, Any]) -> list[str]:
+    return [phase["label"] for phase in subject["phases"]] if "phases" in subject else list(_PHASES[subject["kind"]])
+
+
 class FastHost:
     """Every trial takes 1 ms, the reference 0.1 ms, every process 1 MB. `timed`: names of the subjects; `weighed`: memory trials."""
 
@@ -19,9 +23,9 @@ class FastHost:
 
     def time(self, _: Host, subjects: Sequence[dict[str, Any]], windows: int) -> dict[str, Any]:
         self.timed += [subject["name"] for subject in subjects]
-        trials = {item["name"]: [dict.fromkeys(_PHASES[item["kind"]], 1e6)] * 7 for item in subjects}
+        trials = {item["name"]: [dict.fromkeys(_labels(item), 1e6)] * 7 for item in subjects}
         return {"trials": trials, "reference_ns": [1e5] * 7, "dropped": 0, "valid": True}
 
-    def peak(self, _: Host, subject: dict[str, Any]) -> int:
+    def peak(self, _: Host, subject: dict[str, Any]) -> dict[str, int]:
         self.weighed += 1
-        return 10**6
+        return {"peak_bytes": 10**6, "running_bytes": 10**6}

@@ -5,17 +5,21 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 
-from toolchain.costs.model import working_set
-from toolchain.costs.table import CostTable, Header, MemoryRow, ModelRow, UnitRow
+from toolchain.costs.from_table import tokens_in_flight, working_set
+from toolchain.costs.rows import Header, MemoryRow, ModelMemoryRow, ModelRow, UnitRow
+from toolchain.costs.table import CostTable
+from toolchain.graph.layers import units_within
 from toolchain.graph.model import Graph
 from toolchain.hardware import load, thread_count
 from toolchain.kernels import CATALOGUE, candidates, runs_as
-from toolchain.profiler.model_rows import anchors
+from toolchain.profiler.model_rows import missing
 from toolchain.profiler.profile import current_header, default_workload
+from toolchain.profiler.unit_rows import token_counts
 from toolchain.quantize.packing import packed_bytes
 from toolchain.spec import Unit, Workload
 
 OVERHEAD_MS, OVERHEAD_BYTES = 0.3, 2e6
+MS_PER_POSITION, BYTES_PER_TOKEN = 0.001, 1e3
 
 
 @cache
@@ -30,36 +34,30 @@ def unit_ms(unit: Unit, kernel: str, tokens: int) -> float:
 
 
 def complete_table(graph: Graph, workload: Workload | None = None, header: Header | None = None) -> CostTable:
-    """Rows of every unit shape, kernel and phase, and of every anchor, which costs its units' sum and a constant."""
+    """Rows of every unit shape, kernel and token count, and of every anchor, which costs its units' sum and a constant."""
     workload, header = workload or default_workload(graph), header or header_here()
     table = CostTable(header, {})
     for unit in graph.units:
         for kernel in dict.fromkeys(map(runs_as, candidates(unit, header.kernels))):
             weight = packed_bytes(unit, CATALOGUE[kernel])
-            table = table.adding([MemoryRow(*unit.shape, kernel, 1.5 * weight, weight, 2)])
-            for tokens in workload.phases.values():
-                kind = working_set(graph.units, kernel, header.cache_bytes)
-                table = table.adding([UnitRow(*unit.shape, kernel, tokens, kind, unit_ms(unit, kernel, tokens), 1e-5, 7, True)])
-    for name, policy in anchors(graph.units, header.kernels).items():
-        sums = {
-            phase: OVERHEAD_MS + sum(unit_ms(unit, runs_as(policy[unit.name]), tokens) for unit in graph.units)
-            for phase, tokens in workload.phases.items()
-        }
-        weight = sum(packed_bytes(unit, CATALOGUE[policy[unit.name]]) for unit in graph.units)
-        table = table.adding(
-            [
-                ModelRow(
-                    model=graph.fingerprint,
-                    workload=str(workload),
-                    policy=name,
-                    units=dict(policy),
-                    latency_ms=sums.get("decode", sums.get("encode", 0.0)),
-                    first_token_ms=sums.get("prefill"),
-                    peak_memory_bytes=OVERHEAD_BYTES + 1.5 * weight,
-                    package_bytes=weight + 5000,
-                    n=15,
-                    valid=True,
-                )
+            kind = working_set(graph.units, kernel, header.cache_bytes)
+            times = [
+                UnitRow(*unit.shape, kernel, tokens, kind, unit_ms(unit, kernel, tokens), 1e-5, 7, True)
+                for tokens in token_counts(graph, unit.shape, workload)
             ]
-        )
+            table = table.adding([MemoryRow(*unit.shape, kernel, 1.5 * weight, weight, 2), *times])
+    for wanted in missing(graph, workload, table):
+        anchor = wanted.anchor
+        units = units_within(graph.units, anchor.layers)
+        for phase in wanted.times:
+            times_ms = [unit_ms(unit, anchor.policy[unit.name], tokens_in_flight(unit, phase)) for unit in units]
+            key = (graph.fingerprint, phase.name, phase.batch, phase.tokens, phase.past, anchor.layers, anchor.name)
+            latency = OVERHEAD_MS + MS_PER_POSITION * phase.past + sum(times_ms)
+            table = table.adding([ModelRow(*key, dict(anchor.policy), latency, 0.0, 15, True)])
+        weight = sum(packed_bytes(unit, CATALOGUE[anchor.policy[unit.name]]) for unit in units)
+        for tokens in wanted.memory:
+            capacity = tokens + workload.new_tokens
+            peak = OVERHEAD_BYTES + BYTES_PER_TOKEN * tokens + 1.5 * weight + anchor.layers * graph.cache_bytes_per_layer(capacity)
+            key_ = (graph.fingerprint, workload.batch, tokens, capacity, anchor.layers, anchor.name)
+            table = table.adding([ModelMemoryRow(*key_, dict(anchor.policy), peak, peak)])
     return table

@@ -152,7 +152,7 @@ def _seen(trials: list[float], valid: bool):
     from toolchain.profiler.measure import Observation, summarise
 
     memory = Measurement(5e6, 0.0, 3, True, (5e6, 5e6, 5e6))
-    return Observation({"latency_ms": summarise(trials, valid), "peak_memory_bytes": memory}, 20.0, 0)
+    return Observation({"latency_ms": summarise(trials, valid), "peak_memory_bytes": memory}, 20.0, 0, 1e6)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FEWER_WINDOWS, Profiled
+from conftest import FEWER_MIXED, FEWER_WINDOWS, Profiled
 from random_models import CONTEXT, VOCABULARY
 
 from toolchain.commands import acceptance
@@ -24,6 +24,7 @@ def few_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     real = acceptance.measure_package
     monkeypatch.setattr(unit_rows, "WINDOWS", FEWER_WINDOWS)
     monkeypatch.setattr(model_rows, "WINDOWS", FEWER_WINDOWS)
+    monkeypatch.setattr(model_rows, "MIXED", FEWER_MIXED)
     monkeypatch.setattr(acceptance, "measure_package", lambda *words: real(*words, windows=FEWER_WINDOWS))
 
 

@@ -225,7 +225,7 @@ def _units(arguments: argparse.Namespace) -> int:
 def _profile(arguments: argparse.Namespace) -> int:
     from toolchain import hardware
     from toolchain.commands import workflow
-    from toolchain.costs.table import ModelRow, UnitRow
+    from toolchain.costs.rows import ModelRow, UnitRow
     from toolchain.report import table
 
     device = hardware.load(arguments.device)
@@ -236,7 +236,7 @@ def _profile(arguments: argparse.Namespace) -> int:
     rows = [row for row in costs.table.of(ModelRow) if row.model == source.graph.fingerprint]
     timed = [*costs.table.of(UnitRow), *rows]
     invalid = sum(not row.valid for row in timed)
-    columns = ("policy", "latency_ms", "first_token_ms", "peak_memory_bytes", "package_bytes")
+    columns = ("phase", "batch", "tokens", "past", "layers", "policy", "latency_ms", "spread_ms", "valid")
     shown = [{name: getattr(row, name) for name in columns} for row in rows]
     data = {
         "table": str(costs.path),
@@ -245,7 +245,7 @@ def _profile(arguments: argparse.Namespace) -> int:
         "workload": str(costs.model.workload),
         "measured": shown,
     }
-    text = f"{costs.path}: {len(costs.table.rows)} rows, measured whole models for {costs.model.workload}:\n{table(shown, columns)}"
+    text = f"{costs.path}: {len(costs.table.rows)} rows, measured models:\n{table(shown, columns)}"
     if invalid:
         text += f"\n{invalid} rows are not valid: others used the CPU meanwhile. Type the same command again to repeat them."
     _show(arguments, data, text)
@@ -260,7 +260,7 @@ def _predict(arguments: argparse.Namespace) -> int:
         policy = workflow.read_policy(arguments.policy, source.graph)
         device = hardware.load(arguments.device)
         costs = workflow.find_costs(source.graph, device, workflow.profile_folders(arguments.profiles), _workload(arguments))
-    data = costs.model.predict(policy).to_json()
+        data = workflow.predicted(source.graph, costs, policy).to_json()
     _show(arguments, data, _cost_lines(data))
     return 0
 
@@ -358,6 +358,8 @@ def _check(arguments: argparse.Namespace) -> int:
         write_atomic(Path(arguments.junit), check.junit(checked.limits, f"bittailor check {Path(arguments.package).name}"))
     rows = [verdict.to_json() for verdict in checked.limits]
     text = f"{table(rows, ['name', 'limit', 'measured', 'low', 'high', 'verdict', 'reason'])}\n{checked.verdict}"
+    if checked.load_peak:
+        text += f"\n{checked.load_peak}"
     _show(arguments, {"package": arguments.package, "device": arguments.device, **checked.to_json()}, text)
     return check.exit_code(checked.verdict)
 

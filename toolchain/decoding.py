@@ -43,6 +43,12 @@ class Decoder:
         """Forget the sequence. The buffers keep their bytes: positions past `used` are never read."""
         self._used = 0
 
+    def seek(self, used: int) -> None:
+        """Go on as if `used` positions were filled: what a step costs there does not depend on what is in them."""
+        if not 0 <= used <= self.capacity:
+            raise InputError(f"expected a position from 0 to {self.capacity}, got {used}")
+        self._used = used
+
     def prefill(self, ids: np.ndarray) -> np.ndarray:
         """Start over with the tokens ids [T]; logits [V] after the last. InputError if they are none or more than the capacity."""
         self.reset()

@@ -87,6 +87,21 @@ class Unit:
 
 
 @dataclass(frozen=True)
+class Phase:
+    """One run of the model within a workload: `tokens` of each of `batch` sequences at once, after `past` earlier ones in the cache."""
+
+    name: str
+    batch: int
+    tokens: int
+    past: int = 0
+
+    @property
+    def in_flight(self) -> int:
+        """Rows that a linear layer multiplies (M)."""
+        return self.batch * self.tokens
+
+
+@dataclass(frozen=True)
 class Workload:
     """What one inference is: `generate:P+N` (prefill of P tokens, N decode steps) or `encode:BxT`. Every cost is for one."""
 
@@ -117,11 +132,16 @@ class Workload:
         return f"encode:{self.batch}x{self.prompt_tokens}"
 
     @property
-    def phases(self) -> dict[str, int]:
-        """Tokens in flight of each phase: {"prefill": P, "decode": 1} or {"encode": B·T}."""
+    def phases(self) -> tuple[Phase, ...]:
+        """prefill of P tokens and decode of one, its cache half way through the N steps; or encode of B sequences of T tokens."""
         if self.kind == "generate":
-            return {"prefill": self.prompt_tokens, "decode": 1}
-        return {"encode": self.batch * self.prompt_tokens}
+            return (Phase("prefill", 1, self.prompt_tokens), Phase("decode", 1, 1, self.prompt_tokens + self.new_tokens // 2))
+        return (Phase("encode", self.batch, self.prompt_tokens),)
+
+    @property
+    def positions(self) -> int:
+        """Positions of the cache that one inference fills, or tokens of one sequence of an encoder."""
+        return self.prompt_tokens + self.new_tokens
 
 
 @dataclass(frozen=True)
@@ -163,16 +183,20 @@ class Policy(Mapping[str, str]):
 
 @dataclass(frozen=True)
 class Estimate:
-    """A predicted number: value and spread (the largest residual of the measured models), in the unit of its field."""
+    """A predicted number: value and spread (the largest error left when a measured model predicts another), in the unit of its field.
+
+    note: what the number rests on besides measurements of this device, if anything.
+    """
 
     value: float | None
     spread: float | None = None
     reason: str = ""
+    note: str = ""
 
     def to_json(self) -> dict[str, Any]:
         if self.value is None:
             return {"value": None, "reason": self.reason}
-        return {"value": self.value, "spread": self.spread}
+        return {"value": self.value, "spread": self.spread, **({"note": self.note} if self.note else {})}
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,9 @@ from toolchain.spec import DERIVED_BUDGETS, Budget, Device, Measurement, Verdict
 SLOWER = 1.15
 """From this ratio of the reference kernel's time on, a broken latency limit may be the machine's doing."""
 
+LOAD_PEAK = 1.05
+"""From this ratio of peak to running memory on, the report says that loading sets the peak."""
+
 
 @dataclass(frozen=True)
 class Checked:
@@ -32,6 +35,15 @@ class Checked:
     measured: Mapping[str, Measurement]
     predicted: Mapping[str, Any] | None
     reference_ratio: float | None
+    running_bytes: float
+
+    @property
+    def load_peak(self) -> str:
+        """One line where loading, not running, sets the peak; empty where it does not."""
+        peak = self.measured["peak_memory_bytes"].value
+        if peak is None or peak < LOAD_PEAK * self.running_bytes:
+            return ""
+        return f"loading sets the peak of {peak / 1e6:.1f} MB; once it runs, {self.running_bytes / 1e6:.1f} MB stay resident"
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -43,6 +55,8 @@ class Checked:
             },
             "predicted": self.predicted,
             "reference_ratio": self.reference_ratio,
+            "running_bytes": self.running_bytes,
+            "load_peak": self.load_peak or None,
         }
 
 
@@ -57,7 +71,7 @@ def check_package(directory: Path, device: Device, limits: Mapping[str, float]) 
     measurements = {**seen.measurements, **_counted(package, device)}
     ratio = _slowness(package, seen, device) if not limits else None
     verdicts = tuple(_judge(verdict, measurements, ratio, budget) for verdict in check.decide(budget, measurements))
-    return Checked(check.overall(verdicts), verdicts, measurements, package.data["predicted"], ratio)
+    return Checked(check.overall(verdicts), verdicts, measurements, package.data["predicted"], ratio, seen.running_bytes)
 
 
 def _judge(verdict: Verdict, measurements: Mapping[str, Measurement], ratio: float | None, budget: Budget) -> Verdict:

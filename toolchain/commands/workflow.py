@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain.costs.encoding import encode
-from toolchain.costs.model import CostModel, cost_model, flops
-from toolchain.costs.table import CostTable, ModelRow, find_table, open_table, refuse_if_stale
+from toolchain.costs.from_table import cost_model
+from toolchain.costs.model import CostModel
+from toolchain.costs.rows import ModelRow
+from toolchain.costs.table import CostTable, find_table, open_table, refuse_if_stale
 from toolchain.errors import DamagedFileError, InfeasibleBudgetError, InputError, MissingCostError
 from toolchain.files import scratch, write_atomic
-from toolchain.graph.assemble import Weights, round_to_nearest
+from toolchain.graph.assemble import Weights, package_bytes, round_to_nearest
 from toolchain.graph.build import build
 from toolchain.graph.model import Graph
 from toolchain.hardware import meter, named_budget, read_budget, shipped, thread_count
@@ -29,7 +31,7 @@ from toolchain.policy.solver import measured_limits
 from toolchain.profiler.probe import working_kernels
 from toolchain.profiler.profile import check_workload, current_header, default_workload, profile
 from toolchain.progress import note
-from toolchain.spec import Budget, Device, Policy, Workload
+from toolchain.spec import Budget, Cost, Device, Estimate, Policy, Workload
 
 if TYPE_CHECKING:
     from toolchain.supernet.store import SupernetFolder
@@ -87,18 +89,13 @@ def find_costs(graph: Graph, device: Device, folders: Sequence[Path], workload: 
     table = open_table(path)
     if device.transport == "local":
         refuse_if_stale(table, current_header(device, thread_count(device)))
-    costs = Costs(_cost_model(graph, table, workload), table, path)
+    costs = Costs(cost_model(graph, table, workload), table, path)
     invalid = sum(not row.valid for row in table.of(ModelRow) if row.model == graph.fingerprint)
     if invalid:
         note(
             f"bittailor: {invalid} whole-model rows of {path} are not valid (others used the CPU); type: bittailor profile to repeat them"
         )
     return costs
-
-
-def _cost_model(graph: Graph, table: CostTable, workload: Workload) -> CostModel:
-    flop = flops(graph.units, workload, graph.layers, graph.attention_width)
-    return cost_model(graph.units, graph.fingerprint, table, workload, flop, table.header.cache_bytes)
 
 
 def measure_costs(graph: Graph, device: Device, folder: Path, workload: Workload | None, command: str, renew: bool) -> Costs:
@@ -108,10 +105,15 @@ def measure_costs(graph: Graph, device: Device, folder: Path, workload: Workload
     name, reason = meter(device)
     header = current_header(device, thread_count(device), f"none: {reason}" if reason else name, command)
     table = profile(graph, header, device, workload, path, renew)
-    costs = Costs(_cost_model(graph, table, workload), table, path)
+    costs = Costs(cost_model(graph, table, workload), table, path)
     derived = {name: budget.to_json() for name, budget in budgets.derive(costs.model).items()}
     write_atomic(_budget_file(path, graph, workload), json.dumps({"workload": str(workload), **derived}, indent=1) + "\n")
     return costs
+
+
+def predicted(graph: Graph, costs: Costs, policy: Policy) -> Cost:
+    """A policy's predicted cost; the package's bytes are counted, not estimated."""
+    return replace(costs.model.predict(policy), package_bytes=Estimate(float(package_bytes(graph, policy)), 0.0))
 
 
 def _budget_file(table: Path, graph: Graph, workload: Workload) -> Path:
@@ -226,7 +228,7 @@ def cut(
     source: Source, choice: Choice, out: Path, device: Device, budget: Budget | None, costs: Costs | None, workload: Workload
 ) -> Package:
     """Export a policy as a package. Without a budget the package promises its own prediction, if there is one."""
-    predicted = costs.model.predict(choice.policy) if costs else None
+    cost = predicted(source.graph, costs, choice.policy) if costs else None
     if budget is None and costs is not None:
         budget = budgets.promise(costs.model.totals(choice.policy), costs.model)
     training = dict(source.supernet.description.get("training", {})) if source.supernet else None
@@ -251,7 +253,7 @@ def cut(
         workload=workload,
         device=device.name,
         budget=budget,
-        predicted=predicted,
+        predicted=cost,
         gap_to_optimum=choice.gap_to_optimum,
         runtime=runtime,
         evidence=evidence,

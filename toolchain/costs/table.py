@@ -11,110 +11,26 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+from toolchain.costs.rows import KINDS, Header, MemoryRow, ModelMemoryRow, ModelRow, Row, UnitRow, between
 from toolchain.errors import DamagedFileError, MissingCostError, StaleTableError
 from toolchain.files import write_atomic
 from toolchain.spec import Unit
 
-FORMAT = "bittailor cost table 1"
+FORMAT = "bittailor cost table 2"
 FILE_NAME = "table.jsonl"
 
 
 @dataclass(frozen=True)
-class Header:
-    """What was measured on, by which protocol. A table speaks only for a runtime that agrees in `identity`."""
+class Timed:
+    """Milliseconds of one unit, and the relative error that interpolation may have added (0: measured)."""
 
-    device: str
-    cpu: str
-    provider: str
-    threads: int
-    runtime: str
-    protocol: str
-    meter: str
-    reference_ns: float = 0.0
-    date: str = ""
-    command: str = ""
-    kernels: tuple[str, ...] = ()
-    cache_bytes: int = 0
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("cpu", "provider", "threads", "runtime", "protocol")}
-
-
-@dataclass(frozen=True)
-class UnitRow:
-    """Time of one execution of a unit of this shape under a kernel, `tokens` in flight.
-
-    working_set "cached": the weights between two uses of the same unit fit the last-level cache; "streamed": they do not.
-    latency_ms: median over n interleaved trials, corrected for the machine's drift by the reference kernel; spread_ms: half the
-    distance between the 10th and the 90th percentile.
-    """
-
-    op: str
-    K: int
-    N: int
-    kernel: str
-    tokens: int
-    working_set: str
     latency_ms: float
-    spread_ms: float
-    n: int
-    valid: bool
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        return ("unit", self.op, self.K, self.N, self.working_set, self.tokens, self.kernel)
-
-
-@dataclass(frozen=True)
-class MemoryRow:
-    """Rise of a fresh process's peak resident set per unit of this shape and kernel, loading and running included."""
-
-    op: str
-    K: int
-    N: int
-    kernel: str
-    peak_bytes: float
-    packed_bytes: int
-    copies: int
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        return ("memory", self.op, self.K, self.N, self.kernel)
-
-
-@dataclass(frozen=True)
-class ModelRow:
-    """One whole model measured under one policy: what the sum of its units leaves over is the model's remainder.
-
-    latency_ms per generated token (or per inference of an encoder), first_token_ms None for encoders. policy: a kernel name
-    (uniform) or unit → kernel.
-    """
-
-    model: str
-    workload: str
-    policy: str
-    units: Mapping[str, str] = field(default_factory=dict)
-    latency_ms: float = 0.0
-    latency_spread_ms: float = 0.0
-    first_token_ms: float | None = None
-    first_token_spread_ms: float | None = None
-    peak_memory_bytes: float = 0.0
-    package_bytes: int = 0
-    n: int = 0
-    valid: bool = False
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        return ("model", self.model, self.workload, self.policy)
-
-
-Row = UnitRow | MemoryRow | ModelRow
-_KINDS: dict[str, type[Row]] = {"unit": UnitRow, "memory": MemoryRow, "model": ModelRow}
+    interpolation_error: float
 
 
 @dataclass(frozen=True)
@@ -130,13 +46,28 @@ class CostTable:
     def of(self, kind: type) -> list[Any]:
         return [row for row in self.rows.values() if isinstance(row, kind)]
 
-    def unit(self, unit: Unit, kernel: str, tokens: int, working_set: str) -> UnitRow:
-        """The row for a unit. Raises MissingCostError naming the command that measures it."""
-        row = self.rows.get(("unit", *unit.shape, working_set, tokens, kernel))
-        if row is None:
+    def latency(self, unit: Unit, kernel: str, tokens: int, working_set: str) -> Timed:
+        """Time of a unit at `tokens` in flight: measured, or on the line between the two measured counts around it.
+
+        Raises MissingCostError naming the command that measures it; one token is never interpolated.
+        """
+        rows = self._grids.get((*unit.shape, working_set, kernel), {})
+        if tokens in rows:
+            return Timed(rows[tokens].latency_ms, 0.0)
+        below = [count for count in rows if 1 < count < tokens]
+        above = [count for count in rows if count > tokens]
+        if not below or not above or tokens == 1:
             raise missing(f"{unit.op} {unit.K}x{unit.N} {kernel} at {tokens} tokens ({working_set})", self.header.device)
-        assert isinstance(row, UnitRow)
-        return row
+        low, high = rows[max(below)], rows[min(above)]
+        errors = [row.interpolation_error for row in (low, high) if row.interpolation_error is not None]
+        return Timed(between(tokens, low.tokens, low.latency_ms, high.tokens, high.latency_ms), max(errors, default=0.0))
+
+    @cached_property
+    def _grids(self) -> dict[tuple[Any, ...], dict[int, UnitRow]]:
+        grids: dict[tuple[Any, ...], dict[int, UnitRow]] = {}
+        for row in self.of(UnitRow):
+            grids.setdefault((row.op, row.K, row.N, row.working_set, row.kernel), {})[row.tokens] = row
+        return grids
 
     def memory(self, unit: Unit, kernel: str) -> MemoryRow:
         """The memory row for a unit. Raises MissingCostError naming the command that measures it."""
@@ -172,7 +103,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "float | None": (int, float, type(None)),
     "Mapping[str, str]": dict,
 }
-_Typed = TypeVar("_Typed", bound="Header | UnitRow | MemoryRow | ModelRow")
+_Typed = TypeVar("_Typed", bound="Header | UnitRow | MemoryRow | ModelRow | ModelMemoryRow")
 
 
 def _typed(made: _Typed) -> _Typed:
@@ -204,7 +135,7 @@ def open_table(path: Path) -> CostTable:
     for number, line in enumerate(body.splitlines(), start=2):
         try:
             data = json.loads(line)
-            row = _typed(_KINDS[data.pop("row")](**data))
+            row = _typed(KINDS[data.pop("row")](**data))
             rows[row.key] = row
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedFileError(

@@ -6,17 +6,20 @@ ensures:  the folder runs on stock onnxruntime; equal tensors are stored once; s
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import onnx
 from onnx import helper
 
 from toolchain.graph.external import DATA_NAME, MODEL_NAME, DataWriter, load_array, read_model
+from toolchain.graph.layers import keep_layers
 from toolchain.graph.model import Graph
 from toolchain.graph.nodes import quantised_node
 from toolchain.kernels import CATALOGUE
-from toolchain.quantize.affine import Quantized, quantize
+from toolchain.quantize.affine import Quantized, groups, quantize
 from toolchain.spec import Kernel, Unit
 
 Weights = Callable[[Unit, Kernel], Quantized]
@@ -27,39 +30,71 @@ def round_to_nearest(graph: Graph) -> Weights:
     return lambda unit, kernel: quantize(graph.weight(unit), kernel)
 
 
-def assemble(graph: Graph, policy: Mapping[str, str], weights: Weights, out: Path) -> None:
-    """Write model.onnx and model.onnx.data for `policy` into `out`. The policy is assumed valid (`kernels.validate`)."""
+def assemble(graph: Graph, policy: Mapping[str, str], weights: Weights, out: Path, layers: int | None = None) -> None:
+    """Write model.onnx and model.onnx.data for `policy` into `out`. The policy is assumed valid (`kernels.validate`).
+
+    layers: only the first so many, with embedding and head (`layers.keep_layers`); the policy need not name the others' units.
+    """
+    with DataWriter(out / DATA_NAME) as writer:
+        model = _assembled(graph, policy, weights, writer, graph.layers if layers is None else layers)
+    onnx.save(model, out / MODEL_NAME)
+
+
+def package_bytes(graph: Graph, policy: Mapping[str, str]) -> int:
+    """Bytes of the files that `assemble` would write for `policy`, and of the tokenizer files beside them: exact, nothing is written."""
+    with DataWriter(None) as writer:
+        model = _assembled(graph, policy, lambda unit, kernel: _stand_in(graph, unit, kernel), writer, graph.layers)
+    return model.ByteSize() + writer.size + sum(path.stat().st_size for path in graph.companions())
+
+
+def _stand_in(graph: Graph, unit: Unit, kernel: Kernel) -> Quantized:
+    """Tensors of the right sizes, equal where real ones are equal: those of units with the same weights under the same kernel."""
+    G, width = groups(unit.K, kernel)
+    digest = hashlib.blake2b(graph.first_row(unit).tobytes() + kernel.name.encode(), digest_size=8).digest()
+    mark = np.frombuffer(digest, np.uint8)
+    codes, scales = np.zeros((unit.N, G, width), np.uint8), np.zeros((unit.N, G), np.float32)
+    codes[: len(mark), 0, 0] = mark[: unit.N] % 4
+    scales[0, 0] = int.from_bytes(mark.tobytes(), "little") / 2**64
+    zero_points = np.zeros((unit.N, G), np.uint8)
+    zero_points[: len(mark), 0] = mark[: unit.N] // 4 % 4
+    return Quantized(codes, scales, zero_points, unit.K)
+
+
+def _assembled(graph: Graph, policy: Mapping[str, str], weights: Weights, writer: DataWriter, layers: int) -> onnx.ModelProto:
     model = read_model(graph.directory)
-    units = {unit.node: unit for unit in graph.units}
-    arrays = {tensor.name: tensor for tensor in model.graph.initializer}
-    quantised = [unit for unit in graph.units if CATALOGUE[policy[unit.name]].quantised]
+    keep_layers(model, graph.layers, layers)
+    present = {node.name for node in model.graph.node}
+    units = {unit.node: unit for unit in graph.units if unit.node in present}
+    all_weights = {unit.weight for unit in graph.units}
+    read = {name for node in model.graph.node for name in node.input}
+    arrays = {tensor.name: tensor for tensor in model.graph.initializer if tensor.name in read}
+    quantised = [unit for unit in units.values() if CATALOGUE[policy[unit.name]].quantised]
     # A tied fp32 embedding reads the head's weight through a Transpose; that holds only while both are fp32.
     untied = any(unit.tied_to for unit in quantised)
-    own_copy = {unit.name for unit in graph.units if unit.op == "Gather" and unit.tied_to and untied}
-    fp32_weights = {unit.weight for unit in graph.units if unit not in quantised and unit.name not in own_copy}
+    own_copy = {unit.name for unit in units.values() if unit.op == "Gather" and unit.tied_to and untied}
+    fp32_weights = {unit.weight for unit in units.values() if unit not in quantised and unit.name not in own_copy}
     nodes = []
-    with DataWriter(out / DATA_NAME) as writer:
-        initializers = [
-            writer.tensor(name, load_array(tensor, graph.directory))
-            for name, tensor in arrays.items()
-            if name in fp32_weights or name not in {unit.weight for unit in graph.units}
-        ]
-        for node in model.graph.node:
-            unit = units.get(node.name)
-            if unit is None:
-                nodes.append(node)
-            elif CATALOGUE[policy[unit.name]].quantised:
-                kernel = CATALOGUE[policy[unit.name]]
-                data = node.input[1] if unit.op == "Gather" else node.input[0]
-                made, tensors = quantised_node(unit, kernel, weights(unit, kernel), data, node.output[0], node.name)
-                nodes.append(made)
-                initializers += [writer.tensor(name, array) for name, array in tensors]
-            elif unit.name in own_copy:
-                name = f"{unit.name}.weight"
-                nodes.append(helper.make_node("Gather", [name, node.input[1]], node.output, name=node.name))
-                initializers.append(writer.tensor(name, graph.weight(unit)))
-            else:
-                nodes.append(node)
+    initializers = [
+        writer.tensor(name, load_array(tensor, graph.directory))
+        for name, tensor in arrays.items()
+        if name in fp32_weights or name not in all_weights
+    ]
+    for node in model.graph.node:
+        unit = units.get(node.name)
+        if unit is None:
+            nodes.append(node)
+        elif CATALOGUE[policy[unit.name]].quantised:
+            kernel = CATALOGUE[policy[unit.name]]
+            data = node.input[1] if unit.op == "Gather" else node.input[0]
+            made, tensors = quantised_node(unit, kernel, weights(unit, kernel), data, node.output[0], node.name)
+            nodes.append(made)
+            initializers += [writer.tensor(name, array) for name, array in tensors]
+        elif unit.name in own_copy:
+            name = f"{unit.name}.weight"
+            nodes.append(helper.make_node("Gather", [name, node.input[1]], node.output, name=node.name))
+            initializers.append(writer.tensor(name, graph.weight(unit)))
+        else:
+            nodes.append(node)
     _drop_dead(nodes, {output.name for output in model.graph.output})
     used = {name for node in nodes for name in node.input}
     del model.graph.node[:], model.graph.initializer[:]
@@ -68,7 +103,7 @@ def assemble(graph: Graph, policy: Mapping[str, str], weights: Weights, out: Pat
     if not any(opset.domain == "com.microsoft" for opset in model.opset_import):
         model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     model.producer_name, model.producer_version = "bittailor", ""
-    onnx.save(model, out / MODEL_NAME)
+    return model
 
 
 def _drop_dead(nodes: list[onnx.NodeProto], outputs: set[str]) -> None:

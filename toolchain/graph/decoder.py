@@ -84,7 +84,9 @@ def head_on_last_positions(model: onnx.ModelProto) -> None:
     start, last = "/lm_head/last/start", "/lm_head/last/output_0"
     nodes = [
         helper.make_node("Neg", [LOGITS_TO_KEEP], [start], name="/lm_head/last/Neg"),
-        helper.make_node("Slice", [head.input[0], start, "/lm_head/last/end", "/lm_head/last/axis"], [last], name="/lm_head/last/Slice"),
+        helper.make_node(
+            "Slice", [head.input[0], start, "/lm_head/last/end", "/lm_head/last/axis"], [last], name="/lm_head/last/Slice"
+        ),
     ]
     head.input[0] = last
     place = list(model.graph.node).index(head)

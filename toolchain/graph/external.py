@@ -26,12 +26,15 @@ MODEL_NAME = "model.onnx"
 
 
 class DataWriter:
-    """Writes tensors to one data file in call order; `tensor` returns the TensorProto that refers to them."""
+    """Writes tensors to one data file in call order; `tensor` returns the TensorProto that refers to them. `size`: bytes so far.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._stream = open(path, "wb")  # noqa: SIM115 - closed by __exit__: the writer is the context manager
-        self._offset = 0
+    path None: nothing is written, only counted.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._name = path.name if path else DATA_NAME
+        self._stream = open(path, "wb") if path else open(os.devnull, "wb")  # noqa: SIM115 - closed by __exit__: the writer is the context manager
+        self.size = 0
         self._written: dict[bytes, tuple[int, int]] = {}
 
     def __enter__(self) -> DataWriter:
@@ -40,7 +43,8 @@ class DataWriter:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         if kind is None:
             self._stream.flush()
-            os.fsync(self._stream.fileno())
+            if self._stream.name != os.devnull:
+                os.fsync(self._stream.fileno())
         self._stream.close()
 
     def tensor(self, name: str, array: np.ndarray) -> TensorProto:
@@ -51,16 +55,16 @@ class DataWriter:
         view = array.reshape(-1).view(np.uint8).data
         digest = hashlib.blake2b(view, digest_size=16).digest()
         if digest not in self._written:
-            padding = -self._offset % ALIGNMENT_BYTES
+            padding = -self.size % ALIGNMENT_BYTES
             self._stream.write(b"\0" * padding)
-            self._offset += padding
+            self.size += padding
             self._stream.write(view)
-            self._written[digest] = (self._offset, array.nbytes)
-            self._offset += array.nbytes
+            self._written[digest] = (self.size, array.nbytes)
+            self.size += array.nbytes
         offset, length = self._written[digest]
         proto = TensorProto(name=name, dims=array.shape, data_type=helper.np_dtype_to_tensor_dtype(array.dtype))
         proto.data_location = TensorProto.EXTERNAL
-        for key, value in (("location", self.path.name), ("offset", offset), ("length", length)):
+        for key, value in (("location", self._name), ("offset", offset), ("length", length)):
             proto.external_data.add(key=key, value=str(value))
         return proto
 

@@ -66,17 +66,27 @@ class Graph:
         """Heads × head width, as the output projection takes it in: not always the hidden size (Mistral-Nemo's is 4096 of 5120)."""
         return next((unit.K for unit in self.units if unit.name.endswith(".attn.o_proj")), self.hidden)
 
+    def cache_bytes_per_layer(self, positions: int) -> int:
+        """Bytes of one layer's keys and values with room for so many positions, float32; 0 for an encoder, which has no cache."""
+        return 2 * self.kv_heads * self.head_dim * 4 * positions if self.kind == "decoder" else 0
+
     def unit(self, name: str) -> Unit:
         return next(unit for unit in self.units if unit.name == name)
 
     def weight(self, unit: Unit) -> np.ndarray:
         """float32 [N, K]: one row per output of a linear, one row per token of an embedding."""
+        return np.ascontiguousarray(self._rows(unit), dtype=np.float32)
+
+    def first_row(self, unit: Unit) -> np.ndarray:
+        """float32 [K]: the first row of `weight`, without reading the others."""
+        return np.ascontiguousarray(self._rows(unit)[0], dtype=np.float32)
+
+    def _rows(self, unit: Unit) -> np.ndarray:
         from toolchain.graph.external import load_array
 
-        tensor = self._initializers[unit.weight]
-        array = load_array(tensor, self.directory)
+        array = load_array(self._initializers[unit.weight], self.directory)
         rows_first = array.shape == (unit.N, unit.K) and unit.op == "Gather" and not self._shared_with_head(unit)
-        return np.ascontiguousarray(array if rows_first else array.T, dtype=np.float32)
+        return array if rows_first else array.T
 
     def _shared_with_head(self, unit: Unit) -> bool:
         return any(other.weight == unit.weight for other in self.units if other.name != unit.name)

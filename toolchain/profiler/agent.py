@@ -33,10 +33,12 @@ from toolchain.errors import BittailorError, InputError
 from toolchain.profiler.contention import Watch
 from toolchain.session import open_session, token_feeds
 
-PROTOCOL = "interleaved windows, drift-corrected, 1"
+PROTOCOL = "interleaved windows, drift-corrected, 2"
 WINDOW_SECONDS = 0.2
 BUSY = 0.15
+ROUNDS, LONGEST_SECONDS = 5, 1.0
 VALID_WINDOWS = 5
+STEPS = 6
 SETTLE_SECONDS = 10.0
 REFERENCE = Path(__file__).with_name("graphs") / "reference"
 _INSTRUCTION_SETS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
@@ -106,12 +108,14 @@ class _Subject(Protocol):
 
 
 class _Unit:
-    """A one-unit graph: a trial is two runs over all its copies, the second timed: it finds the caches as a model's next token does."""
+    """A one-unit graph: a trial is a run over all its copies. One token in flight: a second run is timed, which finds the caches as a
+    model's next token does; several are bound by arithmetic, and the first will do."""
 
     def __init__(self, subject: dict[str, Any], threads: int, shared_pool: bool) -> None:
         self._session = open_session(Path(subject["folder"]), threads, shared_pool=shared_pool)
         rng = np.random.default_rng(0)
         value = self._session.get_inputs()[0]
+        self._untimed = int(subject["tokens"] == 1)
         if value.type == "tensor(int64)":
             feed = rng.integers(0, subject["rows"], subject["tokens"])
         else:
@@ -122,14 +126,26 @@ class _Unit:
             self._binding.bind_output(output.name)
 
     def trial(self) -> dict[str, float]:
-        self._session.run_with_iobinding(self._binding)
+        for _ in range(self._untimed):
+            self._session.run_with_iobinding(self._binding)
         start = time.perf_counter_ns()
         self._session.run_with_iobinding(self._binding)
         return {"run_ns": time.perf_counter_ns() - start}
 
 
+def _median_step_ns(decoder: Decoder, token: int, steps: int) -> float:
+    """Median time of `steps` greedy steps, the first of them from `token`."""
+    times = []
+    for _ in range(steps):
+        start = time.perf_counter_ns()
+        token = int(decoder.step(token).argmax())
+        times.append(time.perf_counter_ns() - start)
+    return float(median(times))
+
+
 class _Generate:
-    """A decoder: a trial is one prefill and `new_tokens` greedy steps. decode_ns is the mean step."""
+    """A decoder: a trial is one prefill and `new_tokens` greedy steps. decode_ns is the median step: a step that somebody else held up for
+    ten times as long would tell of them."""
 
     def __init__(self, subject: dict[str, Any], threads: int, shared_pool: bool) -> None:
         self._new = int(subject["new_tokens"])
@@ -140,9 +156,7 @@ class _Generate:
         start = time.perf_counter_ns()
         token = int(self._decoder.prefill(self._ids).argmax())
         middle = time.perf_counter_ns()
-        for _ in range(self._new):
-            token = int(self._decoder.step(token).argmax())
-        return {"prefill_ns": middle - start, "decode_ns": (time.perf_counter_ns() - middle) / self._new}
+        return {"prefill_ns": middle - start, "decode_ns": _median_step_ns(self._decoder, token, self._new)}
 
 
 class _Encode:
@@ -159,7 +173,66 @@ class _Encode:
         return {"encode_ns": time.perf_counter_ns() - start}
 
 
-_SUBJECTS: dict[str, Callable[[dict[str, Any], int, bool], _Subject]] = {"unit": _Unit, "generate": _Generate, "encode": _Encode}
+class _DecoderPhases:
+    """A decoder: a trial is one run of each prefill asked for, and STEPS steps around each asked position of the cache.
+
+    The steps follow an untimed one, as a token follows a token; what is in the cache does not matter to their time.
+    Quick steps are repeated until they fill 5 ms.
+    """
+
+    def __init__(self, subject: dict[str, Any], threads: int, shared_pool: bool) -> None:
+        self._phases = subject["phases"]
+        capacity = max(phase["past"] + max(phase["tokens"], STEPS + 1) for phase in self._phases)
+        self._decoder = Decoder(Path(subject["folder"]), threads, max(capacity, subject.get("capacity", 0)), shared_pool)
+        self._ids = np.random.default_rng(0).integers(0, subject["rows"], self._decoder.capacity)
+
+    def trial(self) -> dict[str, float]:
+        seen = {}
+        for phase in self._phases:
+            if phase["tokens"] > 1 or not phase["past"]:
+                start = time.perf_counter_ns()
+                self._decoder.prefill(self._ids[: phase["tokens"]]).argmax()
+                seen[phase["label"]] = float(time.perf_counter_ns() - start)
+                continue
+            seen[phase["label"]] = self._steps(phase["past"])
+        return seen
+
+    def _steps(self, past: int) -> float:
+        times: list[float] = []
+        start = time.perf_counter_ns()
+        while len(times) < 8 and (not times or time.perf_counter_ns() - start < 5e6):
+            self._decoder.seek(max(0, past - 1 - STEPS // 2))
+            times.append(_median_step_ns(self._decoder, int(self._decoder.step(1).argmax()), STEPS))
+        return float(median(times))
+
+
+class _EncoderPhases:
+    """An encoder: a trial is one inference of each [batch, tokens] asked for."""
+
+    def __init__(self, subject: dict[str, Any], threads: int, shared_pool: bool) -> None:
+        self._session = open_session(Path(subject["folder"]), threads, shared_pool=shared_pool)
+        rng = np.random.default_rng(0)
+        self._feeds = {
+            phase["label"]: token_feeds(self._session, rng.integers(0, subject["rows"], (phase["batch"], phase["tokens"])))
+            for phase in subject["phases"]
+        }
+
+    def trial(self) -> dict[str, float]:
+        seen = {}
+        for label, feeds in self._feeds.items():
+            start = time.perf_counter_ns()
+            self._session.run(None, feeds)
+            seen[label] = float(time.perf_counter_ns() - start)
+        return seen
+
+
+_SUBJECTS: dict[str, Callable[[dict[str, Any], int, bool], _Subject]] = {
+    "unit": _Unit,
+    "generate": _Generate,
+    "encode": _Encode,
+    "decoder phases": _DecoderPhases,
+    "encoder phases": _EncoderPhases,
+}
 
 
 def time_subjects(request: dict[str, Any]) -> dict[str, Any]:
@@ -206,13 +279,18 @@ def _window(reference: _Subject, subjects: Mapping[str, _Subject], turn: int, wa
     names = list(subjects)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     references: list[float] = []
-    while not references or watch.usage().seconds < WINDOW_SECONDS:
+    while not references or _goes_on(len(references), watch.usage().seconds):
         references.append(reference.trial()["run_ns"])
         start = (turn + len(references)) % len(names)
         for name in names[start:] + names[:start]:
             runs[name].append(subjects[name].trial())
     trials = {name: {phase: median(run[phase] for run in done) for phase in done[0]} for name, done in runs.items()}
     return _Window(trials, median(references))
+
+
+def _goes_on(rounds: int, seconds: float) -> bool:
+    """A window is at least 200 ms and five rounds long; of slow subjects it holds what fits into one second."""
+    return seconds < WINDOW_SECONDS or (rounds < ROUNDS and seconds < LONGEST_SECONDS)
 
 
 def _settle() -> None:
@@ -227,26 +305,37 @@ def _settle() -> None:
 
 
 def peak(request: dict[str, Any]) -> dict[str, Any]:
-    """Rise of this process's peak resident set, loading and two trials included, over a bare runtime process. Needs a fresh process."""
+    """Rise of this process's resident set over a bare runtime process: highest, loading and two trials included, and afterwards.
+
+    Needs a fresh process.
+    """
     threads = int(request["threads"])
     subject = request["subject"]
     _Unit({"folder": BARE, "tokens": 1, "rows": 1}, threads, shared_pool=False).trial()
-    before = _peak_bytes()
+    before, resident = _peak_bytes(), _resident_bytes()
     try:
         running = _SUBJECTS[subject["kind"]](subject, threads, False)
         running.trial()
         running.trial()
     except MemoryError as error:
         raise InputError(f"expected the model to fit in this device's memory, it did not: {error}") from error
-    return {"peak_bytes": _peak_bytes() - before}
+    return {"peak_bytes": _peak_bytes() - before, "running_bytes": _resident_bytes() - resident}
 
 
 def _peak_bytes() -> int:
     """VmHWM: unlike getrusage's figure, it does not inherit the peak of the process that started this one."""
+    return _status_bytes("VmHWM")
+
+
+def _resident_bytes() -> int:
+    return _status_bytes("VmRSS")
+
+
+def _status_bytes(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
+        if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
-    raise InputError("expected VmHWM in /proc/self/status, found none: this system cannot tell peak memory")
+    raise InputError(f"expected {field} in /proc/self/status, found none: this system cannot tell memory")
 
 
 if __name__ == "__main__":

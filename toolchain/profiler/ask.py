@@ -33,9 +33,9 @@ class Host:
         """{"trials": {name: [{phase_ns}]}, "reference_ns": [...], "dropped", "valid"}, all subjects in rotation in one process."""
         return self._ask({"action": "time", "threads": self.threads, "subjects": list(subjects), "windows": windows})
 
-    def peak(self, subject: dict[str, Any]) -> int:
-        """Rise of a fresh process's peak resident set, in bytes."""
-        return int(self._ask({"action": "peak", "threads": self.threads, "subject": subject})["peak_bytes"])
+    def peak(self, subject: dict[str, Any]) -> dict[str, int]:
+        """{"peak_bytes", "running_bytes"}: rise of a fresh process's resident set, highest and after the runs."""
+        return self._ask({"action": "peak", "threads": self.threads, "subject": subject})
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """Raises InputError for a transport we do not have, BittailorError for what the agent refuses or dies of."""

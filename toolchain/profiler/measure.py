@@ -21,6 +21,8 @@ class Observation:
     measurements: Mapping[str, Measurement]
     reference_ns: float
     dropped: int
+    running_bytes: float
+    """Resident bytes once it runs: less than the peak where loading sets it."""
 
 
 def summarise(trials: Iterable[float], valid: bool) -> Measurement:
@@ -32,6 +34,25 @@ def summarise(trials: Iterable[float], valid: bool) -> Measurement:
     low, high = (ordered[round(share * (len(ordered) - 1))] for share in (0.1, 0.9))
     reason = "" if valid else "other processes used the CPU during the trials"
     return Measurement(median(values), (high - low) / 2, len(values), valid and len(values) > 1, values, reason)
+
+
+def levelled(trials: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, list[dict[str, float]]]:
+    """Trials of subjects in rotation with each window's common slowness taken out: what all of them felt, the machine did.
+
+    A window's slowness in a phase is the median, over subjects, of its trial over the subject's own median. Fewer than four subjects
+    cannot tell the machine's moods from their own: they are returned as they are.
+    """
+    made: dict[str, list[dict[str, float]]] = {name: [dict(trial) for trial in seen] for name, seen in trials.items()}
+    phases = {phase: [name for name, seen in trials.items() if phase in seen[0]] for seen in trials.values() for phase in seen[0]}
+    for phase, names in phases.items():
+        if len(names) < 4:
+            continue
+        middle = {name: median(trial[phase] for trial in trials[name]) for name in names}
+        for window in range(len(trials[names[0]])):
+            slowness = median(trials[name][window][phase] / middle[name] for name in names)
+            for name in names:
+                made[name][window][phase] /= slowness
+    return made
 
 
 def subject(name: str, folder: Path, workload: Workload, vocabulary: int) -> dict[str, Any]:
@@ -62,5 +83,7 @@ def measure_package(
     host = Host(device, threads)
     answer = host.time([what], windows)
     measured = latencies(answer["trials"]["package"], answer["valid"])
-    measured["peak_memory_bytes"] = summarise((float(host.peak(what)) for _ in range(MEMORY_TRIALS)), valid=True)
-    return Observation(measured, median(answer["reference_ns"]), answer["dropped"])
+    weighed = [host.peak(what) for _ in range(MEMORY_TRIALS)]
+    measured["peak_memory_bytes"] = summarise((float(seen["peak_bytes"]) for seen in weighed), valid=True)
+    running = float(median(seen["running_bytes"] for seen in weighed))
+    return Observation(measured, median(answer["reference_ns"]), answer["dropped"], running)

@@ -8,13 +8,15 @@ machine had when the table began, by the reference kernel. Refuses to know budge
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from statistics import median
 
-from toolchain.costs.model import working_set
-from toolchain.costs.table import CostTable, Header, ModelRow, Row, UnitRow, open_table, refuse_if_stale
+from toolchain.costs.from_table import working_set
+from toolchain.costs.rows import Header, ModelRow, Row, UnitRow
+from toolchain.costs.table import CostTable, open_table, refuse_if_stale
 from toolchain.errors import InputError
 from toolchain.graph.model import Graph
 from toolchain.kernels import candidates, runs_as
@@ -71,35 +73,41 @@ def profile(graph: Graph, header: Header, device: Device, workload: Workload, pa
         refuse_if_stale(table, header)
     jobs = list(_jobs(graph, Host(device, header.threads), workload, table))
     for job in track(jobs, len(jobs), f"profile {Path(graph.source).name}"):
-        rows, references = job()
+        rows, references = job.measure()
         table = _adding(table, rows, references)
+        if job.unit:
+            table = unit_rows.with_errors(table, job.unit)
         table.save(path)
     return table
 
 
-Job = Callable[[], tuple[list[Row], list[float]]]
+@dataclass(frozen=True)
+class _Job:
+    """One save of the table: rows not yet corrected for drift, and the reference's times meanwhile. unit: whose shape it is about."""
+
+    measure: Callable[[], tuple[list[Row], list[float]]]
+    unit: Unit | None = None
 
 
-def _jobs(graph: Graph, host: Host, workload: Workload, table: CostTable) -> Iterator[Job]:
-    """One job per distinct unit shape that lacks a row, and one for the whole models. Units first: their table is what is shared."""
+def _jobs(graph: Graph, host: Host, workload: Workload, table: CostTable) -> Iterator[_Job]:
+    """One job per distinct unit shape that lacks a row, one for the time of the whole models, one for the memory of each."""
     for unit in {unit.shape: unit for unit in graph.units}.values():
         names = dict.fromkeys(runs_as(name) for name in candidates(unit, table.header.kernels))
         sets = {name: working_set(graph.units, name, table.header.cache_bytes) for name in names}
         wanted = unit_rows.cases(graph, unit, sets, workload, table.header.cache_bytes)
-        times, memory = unit_rows.missing(unit, wanted, table)
+        times, memory = unit_rows.missing(unit, wanted, table, workload)
         if times or memory:
-            yield _unit_job(host, unit, times, memory)
-    if not model_rows.complete(graph, workload, table):
-        yield lambda: _model_job(host, graph, workload, table.header)
+            yield _Job(partial(unit_rows.measure, host, unit, times, memory), unit)
+    lacking = model_rows.missing(graph, workload, table)
+    if timed := [item for item in lacking if item.times]:
+        yield _Job(partial(model_rows.time, host, graph, timed))
+    for item in lacking:
+        if item.memory:
+            yield _Job(partial(_weigh, host, graph, workload, item))
 
 
-def _unit_job(host: Host, unit: Unit, times: list[unit_rows.Case], memory: list[unit_rows.Case]) -> Job:
-    return lambda: unit_rows.measure(host, unit, times, memory)
-
-
-def _model_job(host: Host, graph: Graph, workload: Workload, header: Header) -> tuple[list[Row], list[float]]:
-    rows, references = model_rows.measure(host, graph, workload, header.kernels)
-    return [*rows], references
+def _weigh(host: Host, graph: Graph, workload: Workload, wanted: model_rows.Wanted) -> tuple[list[Row], list[float]]:
+    return model_rows.weigh(host, graph, workload, wanted), []
 
 
 def _adding(table: CostTable, rows: list[Row], references: list[float]) -> CostTable:
@@ -118,11 +126,6 @@ def _adding(table: CostTable, rows: list[Row], references: list[float]) -> CostT
 
 
 def _scaled(row: Row, scale: float) -> Row:
-    if isinstance(row, UnitRow):
+    if isinstance(row, UnitRow | ModelRow):
         return replace(row, latency_ms=row.latency_ms * scale, spread_ms=row.spread_ms * scale)
-    if isinstance(row, ModelRow):
-        first = row.first_token_ms and row.first_token_ms * scale
-        first_spread = row.first_token_spread_ms and row.first_token_spread_ms * scale
-        latency, spread = row.latency_ms * scale, row.latency_spread_ms * scale
-        return replace(row, latency_ms=latency, latency_spread_ms=spread, first_token_ms=first, first_token_spread_ms=first_spread)
     return row

@@ -1,0 +1,181 @@
+"""Does the cost table predict? Random policies, spread evenly over mean bits: predicted against measured, and the noise floor beside it.
+
+    python benchmarks/predict_accuracy.py MODEL --workload generate:64+32 [--policies 80] [--work DIR] [--json FILE]
+
+Profiles the model first, if the table in --work lacks rows. Then packages are made and measured in groups, in rotation, as the workload
+says (a real prefill and real decode steps, not the profiler's single phases), in random order. Every latency is brought to the speed that
+the machine had when the table began, by the reference kernel that runs in every round; raw ratios are printed too. A quarter of the
+policies is measured a second time in other groups: how well a measurement predicts itself is the noise floor.
+
+Goal: latency within 5% for 90 of 100 policies and within 10% for 99, Spearman >= 0.98, peak memory within 5% for 95, bytes exact.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from toolchain import hardware
+from toolchain.commands.workflow import measure_costs, opened
+from toolchain.costs.model import CostModel
+from toolchain.files import scratch
+from toolchain.graph.assemble import assemble, package_bytes
+from toolchain.graph.model import Graph
+from toolchain.hardware import thread_count
+from toolchain.kernels import CATALOGUE, candidates, mean_bits
+from toolchain.profiler.ask import Host
+from toolchain.profiler.measure import latencies, levelled, subject
+from toolchain.profiler.model_rows import drawn
+from toolchain.spec import Policy, Workload
+
+GROUP, WINDOWS = 8, 11
+
+
+def random_policy(graph: Graph, costs: CostModel, bits: float, rng: random.Random) -> Policy:
+    """Every unit draws a kernel; the odds are tilted until the mean is `bits`, and one policy in four holds some full-precision units."""
+    full = rng.random() < 0.25
+    quantised = {unit.name: [name for name in costs.kernels[unit.name] if name != "fp32"] for unit in graph.units}
+    low, high = -3.0, 3.0
+    policy = {}
+    for _ in range(30):
+        tilt, state = (low + high) / 2, random.Random(rng.random())
+        policy = {
+            name: state.choices(names, [np.exp(tilt * CATALOGUE[kernel].weight_bits) for kernel in names])[0]
+            for name, names in quantised.items()
+        }
+        if abs(mean_bits(policy, graph.units) - bits) < 0.1:
+            break
+        low, high = (tilt, high) if mean_bits(policy, graph.units) < bits else (low, tilt)
+    if full:
+        for unit in rng.sample(graph.units, max(1, len(graph.units) // 12)):
+            if "fp32" in candidates(unit, costs.kernels[unit.name]):
+                policy[unit.name] = "fp32"
+    return Policy.of(policy)
+
+
+def measured(
+    graph: Graph, policies: dict[str, Policy], workload: Workload, host: Host, memory: bool
+) -> dict[str, dict[str, float]]:
+    """Per name: latencies, the reference's time meanwhile, and if asked peak memory and the files' bytes."""
+    seen: dict[str, dict[str, float]] = {}
+    with scratch() as folder:
+        subjects = {}
+        for name, policy in policies.items():
+            place = folder / name
+            place.mkdir()
+            assemble(graph, policy, drawn, place)
+            subjects[name] = subject(name, place, workload, graph.vocabulary)
+        answer = host.time(list(subjects.values()), WINDOWS)
+        trials = levelled(answer["trials"])
+        for name, what in subjects.items():
+            row = {key: value.value or 0.0 for key, value in latencies(trials[name], answer["valid"]).items()}
+            row |= {"reference_ns": median(answer["reference_ns"]), "valid": float(answer["valid"])}
+            if memory:
+                files = [*Path(what["folder"]).iterdir(), *graph.companions()]
+                row |= {
+                    "peak_memory_bytes": host.peak(what)["peak_bytes"],
+                    "package_bytes": sum(file.stat().st_size for file in files),
+                }
+            seen[name] = row
+    return seen
+
+
+def spearman(a: list[float], b: list[float]) -> float:
+    """Rank correlation (scipy's, which is there wherever the solver is)."""
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(a, b).statistic)
+
+
+def summary(name: str, ratios: list[float]) -> dict[str, float | str]:
+    errors = np.abs(np.array(ratios) - 1)
+    return {
+        "what": name,
+        "n": len(ratios),
+        "within 5%": float((errors <= 0.05).mean()),
+        "within 10%": float((errors <= 0.10).mean()),
+        "worst": float(errors.max()),
+        "median ratio": float(np.median(ratios)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--workload", required=True, type=Workload.parse)
+    parser.add_argument("--policies", type=int, default=80)
+    parser.add_argument("--work", type=Path, help="keep the cost table here")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    device = hardware.load("local")
+    host = Host(device, thread_count(device))
+    rng = random.Random(1)
+    with tempfile.TemporaryDirectory() as temporary, opened(arguments.model) as source:
+        graph = source.graph
+        costs = measure_costs(graph, device, arguments.work or Path(temporary), arguments.workload, "benchmark", renew=False)
+        bits = np.linspace(2.1, 7.9, arguments.policies)
+        policies = {f"policy {number}": random_policy(graph, costs.model, value, rng) for number, value in enumerate(bits)}
+        order = rng.sample(list(policies), len(policies))
+        again = rng.sample(order, max(GROUP, len(order) // 4))
+        first: dict[str, dict[str, float]] = {}
+        second: dict[str, dict[str, float]] = {}
+        for names, into, memory in ((order, first, True), (again, second, False)):
+            for start in range(0, len(names), GROUP):
+                group = {name: policies[name] for name in names[start : start + GROUP]}
+                into |= measured(graph, group, arguments.workload, host, memory)
+                print(f"measured {len(first)} + {len(second)} of {len(order)} + {len(again)}", file=sys.stderr)
+        reference = costs.table.header.reference_ns
+        predicted = {name: costs.model.totals(policy) for name, policy in policies.items()}
+        rows, ranks = [], []
+        for resource in ("latency_ms", "first_token_ms"):
+            if resource not in costs.model.per_unit:
+                continue
+            now = {name: row[resource] * reference / row["reference_ns"] for name, row in first.items()}
+            then = {name: row[resource] * reference / row["reference_ns"] for name, row in second.items()}
+            rows.append(summary(f"{resource}: predicted / measured", [predicted[name][resource] / now[name] for name in order]))
+            rows.append(summary(f"{resource}: measured again / measured", [then[name] / now[name] for name in again]))
+            rows.append(
+                summary(
+                    f"{resource}: predicted / measured, raw", [predicted[name][resource] / first[name][resource] for name in order]
+                )
+            )
+            ranks.append((resource, spearman([predicted[name][resource] for name in order], [now[name] for name in order])))
+        memory_ratios = [predicted[name]["peak_memory_bytes"] / first[name]["peak_memory_bytes"] for name in order]
+        rows.append(summary("peak_memory_bytes: predicted / measured", memory_ratios))
+        exact = sum(package_bytes(graph, policies[name]) == first[name]["package_bytes"] for name in order)
+    print(
+        f"{graph.source}, {arguments.workload}, {thread_count(device)} threads, {costs.table.header.runtime}, {costs.table.header.cpu}"
+    )
+    print("| what | n | within 5% | within 10% | worst | median ratio |\n|---|---|---|---|---|---|")
+    for row in rows:
+        shares = f"{row['within 5%']:.1%} | {row['within 10%']:.1%} | {row['worst']:.1%}"
+        print(f"| {row['what']} | {row['n']} | {shares} | {row['median ratio']:.3f} |")
+    for resource, rank in ranks:
+        print(f"Spearman {resource}: {rank:.4f}")
+    print(
+        f"package bytes exact: {exact} of {len(order)}; groups disturbed: {sum(not row['valid'] for row in first.values()) // GROUP}"
+    )
+    spread = {name: f"{value:.1%}" for name, value in costs.model.relative_spread.items()}
+    print(f"spread that the table promised: {spread}")
+    if arguments.json:
+        details = {
+            name: {
+                "bits": mean_bits(policies[name], graph.units),
+                "predicted": predicted[name],
+                "measured": first[name],
+                "again": second.get(name),
+            }
+            for name in order
+        }
+        arguments.json.write_text(json.dumps({"rows": rows, "spearman": dict(ranks), "policies": details}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

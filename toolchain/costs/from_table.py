@@ -1,0 +1,225 @@
+"""A graph, a cost table and a workload → `CostModel`.
+
+    latency(π) = Σ_units a_k · t(shape, k, tokens) + remainder(layers, tokens, past)
+    memory(π)  = Σ_units a_k · bytes(shape, k) + remainder(layers, tokens) + cache(layers, positions)
+
+Factors a_k and remainder come from the whole models that were measured (`calibrate.py`), most of them at one point of (tokens, past). One
+of them was also measured at others: what its remainder gains or loses there, every policy's does, in proportion to the layers.
+Raises MissingCostError where a row is missing: nothing is extrapolated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from toolchain.costs.calibrate import Calibration, Sample, calibrate
+from toolchain.costs.model import NO_METER, CostModel, Tie
+from toolchain.costs.rows import ModelMemoryRow, ModelRow, between
+from toolchain.costs.table import CostTable, missing
+from toolchain.graph.layers import units_within
+from toolchain.graph.model import Graph
+from toolchain.kernels import CATALOGUE, candidates, runs_as
+from toolchain.quantize.packing import packed_bytes
+from toolchain.spec import Phase, Unit, Workload
+
+Costs = Mapping[str, Mapping[str, float]]
+"""unit → kernel → isolated cost."""
+
+_FULL = 5
+"""Measured models that a point needs to be calibrated at; fewer are the models that show how the remainder moves."""
+
+
+def working_set(units: Iterable[Unit], kernel: str, cache_bytes: int) -> str:
+    """Whether a model whose units all took `kernel` streams its weights from memory between two uses of one unit."""
+    total = sum(packed_bytes(unit, CATALOGUE[kernel]) for unit in units if unit.op != "Gather")
+    return "streamed" if total > cache_bytes else "cached"
+
+
+def tokens_in_flight(unit: Unit, phase: Phase) -> int:
+    """Rows that a unit multiplies in a phase. A decoder's head sees the last position only (`graph/decoder.py`)."""
+    return phase.batch if unit.role == "head" and phase.name == "prefill" else phase.in_flight
+
+
+def cost_model(graph: Graph, table: CostTable, workload: Workload) -> CostModel:
+    """The cost model of a graph for a workload. Raises MissingCostError naming the first missing row."""
+    units, device = graph.units, table.header.device
+    kernels = {unit.name: candidates(unit, table.header.kernels) for unit in units}
+    resources = {"decode": "latency_ms", "prefill": "first_token_ms", "encode": "latency_ms"}
+    parts = {resources[phase.name]: _latency(graph, table, phase, kernels) for phase in workload.phases}
+    sizes = {unit.name: {name: float(packed_bytes(unit, CATALOGUE[name])) for name in kernels[unit.name]} for unit in units}
+    parts["peak_memory_bytes"] = _memory(graph, table, workload, kernels)
+    per_unit = {name: part.costs for name, part in parts.items()}
+    fixed = {name: part.fixed for name, part in parts.items()}
+    spread = {name: part.spread for name, part in parts.items()}
+    per_unit["package_bytes"] = sizes
+    per_unit["compute_flop"] = {unit.name: dict.fromkeys(kernels[unit.name], 0.0) for unit in units}
+    fixed |= {"package_bytes": 0.0, "compute_flop": flops(units, workload, graph.layers, graph.attention_width)}
+    spread |= {"package_bytes": 0.0, "compute_flop": 0.0}
+    meter = table.header.meter
+    why = meter.removeprefix("none: ") if meter.startswith("none") else f"this version does not read {meter!r}"
+    no_energy = f"{NO_METER}: {why}" if why else NO_METER
+    return CostModel(units, kernels, per_unit, fixed, _ties(units, kernels), spread, workload, device, no_energy)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One resource: calibrated cost per unit and kernel, fixed part, relative spread."""
+
+    costs: dict[str, dict[str, float]]
+    fixed: float
+    spread: float
+
+
+def _latency(graph: Graph, table: CostTable, phase: Phase, kernels: Mapping[str, Sequence[str]]) -> _Part:
+    sets = {name: working_set(graph.units, name, table.header.cache_bytes) for name in CATALOGUE}
+    errors = []
+
+    def isolated(at: Phase) -> Costs:
+        costs: dict[str, dict[str, float]] = {}
+        for unit in graph.units:
+            for kernel in kernels[unit.name]:
+                timed = table.latency(unit, runs_as(kernel), tokens_in_flight(unit, at), sets[kernel])
+                costs.setdefault(unit.name, {})[kernel] = timed.latency_ms
+                if at == phase:
+                    errors.append(timed.interpolation_error)
+        return costs
+
+    rows = [row for row in table.of(ModelRow) if (row.model, row.phase, row.batch) == (graph.fingerprint, phase.name, phase.batch)]
+    points: dict[Phase, list[ModelRow]] = {}
+    for row in rows:
+        points.setdefault(Phase(row.phase, row.batch, row.tokens, row.past), []).append(row)
+    wanted = f"whole-model rows of {phase.name} at {phase.tokens} tokens, {phase.past} in the cache,"
+    centre = _centre(points, phase)
+    if centre is None:
+        raise missing(f"{wanted} of this model", table.header.device)
+    here = isolated(phase)
+    at_centre = here if centre == phase else isolated(centre)
+    # Full precision is left out: a model of that alone finds the caches in another state than any policy that will be predicted.
+    calibration = calibrate(
+        [
+            _sample(row, row.latency_ms, at_centre, graph, row.spread_ms / row.latency_ms / row.n**0.5)
+            for row in points[centre]
+            if row.policy != "fp32"
+        ]
+    )
+    costs = _calibrated(graph.units, here, calibration)
+    fixed = calibration.remainder(graph.layers)
+    if centre != phase:
+        # What the model measured at several points says of this one, in proportion to its layers.
+        leftover = {}
+        for point, group in points.items():
+            for row in group:
+                if row.policy == _anywhere(points):
+                    sample = _sample(row, row.latency_ms, isolated(point), graph)
+                    units_alone = calibration.predict(sample.sums, 0) - calibration.per_run
+                    leftover[point.past if phase.name == "decode" else point.tokens] = (row.latency_ms - units_alone) / row.layers
+        x, base = (phase.past, centre.past) if phase.name == "decode" else (phase.tokens, centre.tokens)
+        moved = _interpolate(leftover, x)
+        if moved is None:
+            raise missing(f"{wanted} or on both sides of it", table.header.device)
+        fixed = max(0.0, fixed + graph.layers * (moved - leftover[base]))
+    return _Part(costs, fixed, calibration.spread + max(errors, default=0.0))
+
+
+def _centre(points: Mapping[Phase, Sequence[object]], phase: Phase) -> Phase | None:
+    """The point where enough models were measured to calibrate: this phase's own, or the nearest."""
+    full = [point for point, rows in points.items() if len(rows) >= _FULL]
+    return min(full, key=lambda point: abs(point.tokens - phase.tokens) + abs(point.past - phase.past), default=None)
+
+
+def _anywhere(points: Mapping[Phase, Sequence[ModelRow]]) -> str:
+    """Name of the policy that was measured at the most points."""
+    names = [row.policy for rows in points.values() for row in rows]
+    return max(names, key=names.count)
+
+
+def _interpolate(points: Mapping[int, float], x: int) -> float | None:
+    """The value at x on the line between its neighbours; None outside."""
+    if x in points:
+        return points[x]
+    below, above = [p for p in points if p < x], [p for p in points if p > x]
+    if not below or not above:
+        return None
+    low, high = max(below), min(above)
+    return between(x, low, points[low], high, points[high])
+
+
+def _sample(row: ModelRow | ModelMemoryRow, whole: float, isolated: Costs, graph: Graph, noise: float = 0.0) -> Sample:
+    sums: dict[str, float] = {}
+    for unit in units_within(graph.units, row.layers):
+        kernel = row.units[unit.name]
+        kind = _kind(unit, kernel)
+        sums[kind] = sums.get(kind, 0.0) + isolated[unit.name][kernel]
+    return Sample(whole, sums, row.layers, noise, typical=row.policy not in CATALOGUE)
+
+
+def _kind(unit: Unit, kernel: str) -> str:
+    """What shares a factor: a kernel in the layers; in the head and the embedding, whose shapes and neighbours differ, another."""
+    return kernel if unit.role == "linear" else f"{unit.role} {kernel}"
+
+
+def _calibrated(units: Iterable[Unit], isolated: Costs, calibration: Calibration) -> dict[str, dict[str, float]]:
+    return {
+        unit.name: {name: calibration.factors.get(_kind(unit, name), 1.0) * cost for name, cost in isolated[unit.name].items()}
+        for unit in units
+    }
+
+
+def _memory(graph: Graph, table: CostTable, workload: Workload, kernels: Mapping[str, Sequence[str]]) -> _Part:
+    isolated = {
+        unit.name: {name: table.memory(unit, runs_as(name)).peak_bytes for name in kernels[unit.name]} for unit in graph.units
+    }
+    rows = [row for row in table.of(ModelMemoryRow) if (row.model, row.batch) == (graph.fingerprint, workload.batch)]
+    points: dict[int, list[ModelMemoryRow]] = {}
+    for row in rows:
+        points.setdefault(row.tokens, []).append(row)
+    full = [tokens for tokens, group in points.items() if len(group) >= _FULL]
+    wanted = f"whole-model memory rows at {workload.prompt_tokens} tokens"
+    if not full:
+        raise missing(f"{wanted} of this model", table.header.device)
+    centre = min(full, key=lambda tokens: abs(tokens - workload.prompt_tokens))
+
+    def sample(row: ModelMemoryRow) -> Sample:
+        return _sample(row, row.peak_bytes - row.layers * graph.cache_bytes_per_layer(row.capacity), isolated, graph)
+
+    calibration = calibrate([sample(row) for row in points[centre]])
+    costs = _calibrated(graph.units, isolated, calibration)
+    fixed = calibration.remainder(graph.layers)
+    if workload.prompt_tokens != centre:
+        names = [row.policy for group in points.values() for row in group]
+        common = max(names, key=names.count)
+        leftover = {row.tokens: sample(row).whole for group in points.values() for row in group if row.policy == common}
+        moved = _interpolate(leftover, workload.prompt_tokens)
+        if moved is None:
+            raise missing(f"{wanted} or on both sides of it", table.header.device)
+        fixed = max(0.0, fixed + moved - leftover[centre])
+    cache = graph.layers * graph.cache_bytes_per_layer(workload.positions)
+    return _Part(costs, fixed + cache, calibration.spread)
+
+
+def _ties(units: tuple[Unit, ...], kernels: Mapping[str, tuple[str, ...]]) -> tuple[Tie, ...]:
+    ties = []
+    for unit in units:
+        if unit.role == "embedding" and unit.tied_to:
+            both = set(kernels[unit.name]) & set(kernels[unit.tied_to])
+            savings = {kernel: {"package_bytes": float(packed_bytes(unit, CATALOGUE[kernel]))} for kernel in both}
+            ties.append(Tie((unit.name, unit.tied_to), savings))
+    return tuple(ties)
+
+
+def flops(units: Iterable[Unit], workload: Workload, layers: int, width: int) -> float:
+    """Floating-point operations of one inference: 2·K·N per token of every linear, plus 4·width per attended pair and layer.
+
+    The head works on the last position of a prefill and on every generated one. A multiply-add counts two, whatever its number format;
+    `width` is heads × head width. Norms and activations (below 1%) are left out.
+    """
+    units = tuple(units)
+    head = sum(2.0 * unit.parameters for unit in units if unit.role == "head")
+    linear = sum(2.0 * unit.parameters for unit in units if unit.op != "Gather") - head
+    attended = 4.0 * width * layers
+    if workload.kind == "encode":
+        tokens = workload.prompt_tokens
+        return workload.batch * (tokens * (linear + head) + attended * tokens * tokens)
+    total = workload.positions
+    return total * linear + (workload.new_tokens + 1) * head + attended * total * (total + 1) / 2

@@ -1,0 +1,147 @@
+"""The rows of a cost table and its header: what was measured, on what, how well. Measurements only, one frozen noun per kind.
+
+A row's key is what it is about; its values are what was seen. Refuses to know files (`table.py`) and predictions (`from_table.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Header:
+    """What was measured on, by which protocol. A table speaks only for a runtime that agrees in `identity`."""
+
+    device: str
+    cpu: str
+    provider: str
+    threads: int
+    runtime: str
+    protocol: str
+    meter: str
+    reference_ns: float = 0.0
+    date: str = ""
+    command: str = ""
+    kernels: tuple[str, ...] = ()
+    cache_bytes: int = 0
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("cpu", "provider", "threads", "runtime", "protocol")}
+
+
+@dataclass(frozen=True)
+class UnitRow:
+    """Time of one execution of a unit of this shape under a kernel, `tokens` in flight.
+
+    working_set "cached": the weights between two uses of the same unit fit the last-level cache; "streamed": they do not.
+    latency_ms: median over n interleaved trials, corrected for the machine's drift by the reference kernel; spread_ms: half the
+    distance between the 10th and the 90th percentile. interpolation_error: |line between the neighbours on the grid − measured| /
+    measured; None at the ends of the grid and where one token is in flight, which is never interpolated.
+    """
+
+    op: str
+    K: int
+    N: int
+    kernel: str
+    tokens: int
+    working_set: str
+    latency_ms: float
+    spread_ms: float
+    n: int
+    valid: bool
+    interpolation_error: float | None = None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return ("unit", self.op, self.K, self.N, self.working_set, self.tokens, self.kernel)
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    """Rise of a fresh process's peak resident set per unit of this shape and kernel: its tensors and what prepacking adds."""
+
+    op: str
+    K: int
+    N: int
+    kernel: str
+    peak_bytes: float
+    packed_bytes: int
+    copies: int
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return ("memory", self.op, self.K, self.N, self.kernel)
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """One phase of a model's first `layers` layers, embedding and head, measured under one policy (`units`: unit → kernel).
+
+    What the sum of its units leaves over is the remainder: attention, norms, cache, per-run overhead. latency_ms is for one run:
+    a step of decoding with `past` positions in the cache, a prefill or an encoding of batch × tokens.
+    """
+
+    model: str
+    phase: str
+    batch: int
+    tokens: int
+    past: int
+    layers: int
+    policy: str
+    units: Mapping[str, str]
+    latency_ms: float
+    spread_ms: float
+    n: int
+    valid: bool
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return ("model", self.model, self.phase, self.batch, self.tokens, self.past, self.layers, self.policy)
+
+
+@dataclass(frozen=True)
+class ModelMemoryRow:
+    """Memory of a fresh process that loaded these layers and ran batch × tokens, with room for `capacity` positions in the cache.
+
+    peak_bytes: highest resident set, running_bytes: the resident set afterwards, both over a bare runtime process.
+    """
+
+    model: str
+    batch: int
+    tokens: int
+    capacity: int
+    layers: int
+    policy: str
+    units: Mapping[str, str]
+    peak_bytes: float
+    running_bytes: float
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return ("model memory", self.model, self.batch, self.tokens, self.capacity, self.layers, self.policy)
+
+
+Row = UnitRow | MemoryRow | ModelRow | ModelMemoryRow
+KINDS: dict[str, type[Row]] = {"unit": UnitRow, "memory": MemoryRow, "model": ModelRow, "model memory": ModelMemoryRow}
+
+
+def between(x: float, low: float, at_low: float, high: float, at_high: float) -> float:
+    """The value at x on the line through (low, at_low) and (high, at_high)."""
+    return at_low + (at_high - at_low) * (x - low) / (high - low)
+
+
+def with_interpolation_errors(rows: Sequence[UnitRow]) -> list[UnitRow]:
+    """Rows of one unit, kernel and working set, each inner one of the grid with what its neighbours would have said of it."""
+    grid = sorted((row for row in rows if row.tokens > 1), key=lambda row: row.tokens)
+    made = [replace(row, interpolation_error=None) for row in rows if row.tokens == 1]
+    for place, row in enumerate(grid):
+        error = None
+        if 0 < place < len(grid) - 1:
+            low, high = grid[place - 1], grid[place + 1]
+            drawn = between(row.tokens, low.tokens, low.latency_ms, high.tokens, high.latency_ms)
+            error = abs(drawn - row.latency_ms) / row.latency_ms
+        made.append(replace(row, interpolation_error=error))
+    return made
