@@ -3,9 +3,10 @@
     python benchmarks/predict_accuracy.py MODEL --workload generate:64+32 [--policies 80] [--work DIR] [--json FILE]
 
 Profiles the model first, if the table in --work lacks rows. Then packages are made and measured in groups, in rotation, as the workload
-says (a real prefill and real decode steps, not the profiler's single phases), in random order. Every latency is brought to the speed that
-the machine had when the table began, by the reference kernel that runs in every round; raw ratios are printed too. A quarter of the
-policies is measured a second time in other groups: how well a measurement predicts itself is the noise floor.
+says (a real prefill and real decode steps, not the profiler's single phases), in random order. In every group's rotation stands one model
+that the table holds (uniform w8g128): how much slower it runs now than it did then is the machine's doing, and is taken out of the
+group's figures; the raw ratios are printed too. A quarter of the policies is measured a second time in other groups: how well a
+measurement predicts itself is the noise floor.
 
 Goal: latency within 5% for 90 of 100 policies and within 10% for 99, Spearman >= 0.98, peak memory within 5% for 95, bytes exact.
 """
@@ -18,24 +19,27 @@ import random
 import sys
 import tempfile
 from pathlib import Path
-from statistics import median
+from typing import Any
 
 import numpy as np
 
 from toolchain import hardware
 from toolchain.commands.workflow import measure_costs, opened
+from toolchain.costs.from_table import cost_model
 from toolchain.costs.model import CostModel
+from toolchain.costs.rows import ModelRow
+from toolchain.costs.table import CostTable
 from toolchain.files import scratch
 from toolchain.graph.assemble import assemble, package_bytes
 from toolchain.graph.model import Graph
 from toolchain.hardware import thread_count
-from toolchain.kernels import CATALOGUE, candidates, mean_bits
+from toolchain.kernels import CATALOGUE, candidates, mean_bits, uniform
 from toolchain.profiler.ask import Host
 from toolchain.profiler.measure import latencies, levelled, subject
 from toolchain.profiler.model_rows import drawn
 from toolchain.spec import Policy, Workload
 
-GROUP, WINDOWS = 8, 11
+GROUP, WINDOWS, KNOWN = 8, 11, "w8g128"
 
 
 def random_policy(graph: Graph, costs: CostModel, bits: float, rng: random.Random) -> Policy:
@@ -63,7 +67,7 @@ def random_policy(graph: Graph, costs: CostModel, bits: float, rng: random.Rando
 def measured(
     graph: Graph, policies: dict[str, Policy], workload: Workload, host: Host, memory: bool
 ) -> dict[str, dict[str, float]]:
-    """Per name: latencies, the reference's time meanwhile, and if asked peak memory and the files' bytes."""
+    """Per name: latencies, and if asked peak memory and the files' bytes."""
     seen: dict[str, dict[str, float]] = {}
     with scratch() as folder:
         subjects = {}
@@ -76,15 +80,25 @@ def measured(
         trials = levelled(answer["trials"])
         for name, what in subjects.items():
             row = {key: value.value or 0.0 for key, value in latencies(trials[name], answer["valid"]).items()}
-            row |= {"reference_ns": median(answer["reference_ns"]), "valid": float(answer["valid"])}
+            row["valid"] = float(answer["valid"])
             if memory:
                 files = [*Path(what["folder"]).iterdir(), *graph.companions()]
-                row |= {
-                    "peak_memory_bytes": host.peak(what)["peak_bytes"],
-                    "package_bytes": sum(file.stat().st_size for file in files),
-                }
+                row["peak_memory_bytes"] = host.peak(what)["peak_bytes"]
+                row["package_bytes"] = sum(file.stat().st_size for file in files)
             seen[name] = row
     return seen
+
+
+def known_latencies(table: CostTable, graph: Graph, workload: Workload) -> dict[str, float]:
+    """What the table says of KNOWN in the workload's phases: as measured, or as predicted where the profile cut the model."""
+    resources = {"decode": "latency_ms", "prefill": "first_token_ms", "encode": "latency_ms"}
+    found = dict(cost_model(graph, table, workload).totals(uniform(KNOWN, graph.units)))
+    for phase in workload.phases:
+        for row in table.of(ModelRow):
+            point = (row.model, row.policy, row.layers, row.phase, row.batch, row.tokens, row.past)
+            if point == (graph.fingerprint, KNOWN, graph.layers, phase.name, phase.batch, phase.tokens, phase.past):
+                found[resources[phase.name]] = row.latency_ms
+    return found
 
 
 def spearman(a: list[float], b: list[float]) -> float:
@@ -124,37 +138,38 @@ def main() -> None:
         policies = {f"policy {number}": random_policy(graph, costs.model, value, rng) for number, value in enumerate(bits)}
         order = rng.sample(list(policies), len(policies))
         again = rng.sample(order, max(GROUP, len(order) // 4))
-        first: dict[str, dict[str, float]] = {}
-        second: dict[str, dict[str, float]] = {}
+        first: dict[str, dict[str, Any]] = {}
+        second: dict[str, dict[str, Any]] = {}
         for names, into, memory in ((order, first, True), (again, second, False)):
             for start in range(0, len(names), GROUP):
-                group = {name: policies[name] for name in names[start : start + GROUP]}
-                into |= measured(graph, group, arguments.workload, host, memory)
+                group = {KNOWN: uniform(KNOWN, graph.units)} | {name: policies[name] for name in names[start : start + GROUP]}
+                rows = measured(graph, group, arguments.workload, host, memory)
+                known = rows.pop(KNOWN)
+                into |= {name: {**row, "known": known} for name, row in rows.items()}
                 print(f"measured {len(first)} + {len(second)} of {len(order)} + {len(again)}", file=sys.stderr)
-        reference = costs.table.header.reference_ns
+        then_ms = known_latencies(costs.table, graph, arguments.workload)
         predicted = {name: costs.model.totals(policy) for name, policy in policies.items()}
-        rows, ranks = [], []
+        lines, ranks = [], []
         for resource in ("latency_ms", "first_token_ms"):
             if resource not in costs.model.per_unit:
                 continue
-            now = {name: row[resource] * reference / row["reference_ns"] for name, row in first.items()}
-            then = {name: row[resource] * reference / row["reference_ns"] for name, row in second.items()}
-            rows.append(summary(f"{resource}: predicted / measured", [predicted[name][resource] / now[name] for name in order]))
-            rows.append(summary(f"{resource}: measured again / measured", [then[name] / now[name] for name in again]))
-            rows.append(
-                summary(
-                    f"{resource}: predicted / measured, raw", [predicted[name][resource] / first[name][resource] for name in order]
-                )
+            now, later = (
+                {name: row[resource] * then_ms[resource] / row["known"][resource] for name, row in seen.items()}
+                for seen in (first, second)
             )
+            raw = [predicted[name][resource] / first[name][resource] for name in order]
+            lines.append(summary(f"{resource}: predicted / measured", [predicted[name][resource] / now[name] for name in order]))
+            lines.append(summary(f"{resource}: measured again / measured", [later[name] / now[name] for name in again]))
+            lines.append(summary(f"{resource}: predicted / measured, raw", raw))
             ranks.append((resource, spearman([predicted[name][resource] for name in order], [now[name] for name in order])))
         memory_ratios = [predicted[name]["peak_memory_bytes"] / first[name]["peak_memory_bytes"] for name in order]
-        rows.append(summary("peak_memory_bytes: predicted / measured", memory_ratios))
+        lines.append(summary("peak_memory_bytes: predicted / measured", memory_ratios))
         exact = sum(package_bytes(graph, policies[name]) == first[name]["package_bytes"] for name in order)
     print(
         f"{graph.source}, {arguments.workload}, {thread_count(device)} threads, {costs.table.header.runtime}, {costs.table.header.cpu}"
     )
     print("| what | n | within 5% | within 10% | worst | median ratio |\n|---|---|---|---|---|---|")
-    for row in rows:
+    for row in lines:
         shares = f"{row['within 5%']:.1%} | {row['within 10%']:.1%} | {row['worst']:.1%}"
         print(f"| {row['what']} | {row['n']} | {shares} | {row['median ratio']:.3f} |")
     for resource, rank in ranks:
@@ -174,7 +189,7 @@ def main() -> None:
             }
             for name in order
         }
-        arguments.json.write_text(json.dumps({"rows": rows, "spearman": dict(ranks), "policies": details}, indent=1) + "\n")
+        arguments.json.write_text(json.dumps({"rows": lines, "spearman": dict(ranks), "policies": details}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
