@@ -5,7 +5,7 @@
 Profiles the model first, if the table in --work lacks rows. Then packages are made and measured in groups, in rotation, as the workload
 says (a real prefill and real decode steps, not the profiler's single phases), in random order. In every group's rotation stands one model
 that the table holds (uniform w8g128): how much slower it runs now than it did then is the machine's doing, and is taken out of the
-group's figures; the raw ratios are printed too. A quarter of the policies is measured a second time in other groups: how well a
+group's figures. Printed too: the ratios corrected by the reference kernel alone, as `check` does it, and the raw ones. A quarter of the policies is measured a second time in other groups: how well a
 measurement predicts itself is the noise floor.
 
 Goal: latency within 5% for 90 of 100 policies and within 10% for 99, Spearman >= 0.98, peak memory within 5% for 95, bytes exact.
@@ -21,6 +21,7 @@ import tempfile
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -82,7 +83,7 @@ def measured(
         trials = levelled(answer["trials"])
         for name, what in subjects.items():
             row = {key: value.value or 0.0 for key, value in latencies(trials[name], answer["valid"]).items()}
-            row["valid"] = float(answer["valid"])
+            row |= {"valid": float(answer["valid"]), "reference_ns": median(answer["reference_ns"])}
             if memory:
                 files = [*Path(what["folder"]).iterdir(), *graph.companions()]
                 row["peak_memory_bytes"] = host.peak(what)["peak_bytes"]
@@ -177,9 +178,14 @@ def main() -> None:
                 f"{resource}: the known model ran {min(moves):.2f} to {max(moves):.2f} times as long as in the table",
                 file=sys.stderr,
             )
+            reference = costs.table.header.reference_ns
+            corrected = [
+                predicted[name][resource] / first[name][resource] * first[name]["reference_ns"] / reference for name in order
+            ]
             raw = [predicted[name][resource] / first[name][resource] for name in order]
             lines.append(summary(f"{resource}: predicted / measured", [predicted[name][resource] / now[name] for name in order]))
             lines.append(summary(f"{resource}: measured again / measured", [later[name] / now[name] for name in again]))
+            lines.append(summary(f"{resource}: predicted / measured, by the reference kernel instead", corrected))
             lines.append(summary(f"{resource}: predicted / measured, raw", raw))
             noise = float(np.percentile([abs(later[name] / now[name] - 1) for name in again], 90))
             pair = [predicted[name][resource] for name in order], [now[name] for name in order]
