@@ -5,8 +5,8 @@
 Profiles the model first, if the table in --work lacks rows. Then packages are made and measured in groups, in rotation, as the workload
 says (a real prefill and real decode steps, not the profiler's single phases), in random order. In every group's rotation stands one model
 that the table holds (uniform w8g128): how much slower it runs now than it did then is the machine's doing, and is taken out of the
-group's figures. Printed too: the ratios corrected by the reference kernel alone, as `check` does it, and the raw ones. A quarter of the policies is measured a second time in other groups: how well a
-measurement predicts itself is the noise floor.
+group's figures. Printed too: the ratios corrected by the reference kernel alone, as `check` does it, and the raw ones. A quarter of the
+policies is measured a second time in other groups: how well a measurement predicts itself is the noise floor.
 
 Goal: latency within 5% for 90 of 100 policies and within 10% for 99, Spearman >= 0.98, peak memory within 5% for 95, bytes exact.
 """

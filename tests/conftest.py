@@ -128,7 +128,10 @@ def made_up_table(tmp_path: Path) -> Callable[[Graph], Path]:
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> FastHost:
     """No agent is started: measurements are made up (`fast_host.py`)."""
+    from toolchain.profiler import model_rows
+
     made = FastHost()
+    monkeypatch.setattr(model_rows, "MIXED", FEWER_MIXED)  # the policies of `profiled`
     monkeypatch.setattr(Host, "time", lambda self, *words: made.time(self, *words))
     monkeypatch.setattr(Host, "peak", lambda self, subject: made.peak(self, subject))
     return made

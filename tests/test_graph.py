@@ -59,7 +59,7 @@ def _run(folder: Path, ids: np.ndarray, mask: np.ndarray | None = None) -> np.nd
 
 
 def _first(session: Any, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-    feeds = token_feeds(session, ids)
+    feeds = token_feeds(session, ids, every_position=True)
     if mask is not None:
         feeds["attention_mask"] = mask
     for slot in cache_slots(session):

@@ -114,12 +114,18 @@ def test_a_second_run_measures_again_only_what_was_not_valid(profiled: Profiled,
     assert fast.timed == ["w4g32@128"]
     assert fast.weighed == 0
     after = open_table(folder / "local" / "table.jsonl")
-    changed = {key for key, row in after.rows.items() if row != table.rows[key]}
+    changed = {key for key, row in after.rows.items() if _seen(row) != _seen(table.rows[key])}
     assert changed == {bad.key}
+
+
+def _seen(row: Row) -> Row:
+    """What was measured: a row's neighbours on the grid say something else of it once they are measured again."""
+    return replace(row, interpolation_error=None) if isinstance(row, UnitRow) else row
 
 
 def test_another_workload_shares_the_memory_rows(profiled: Profiled, tmp_path: Path, cli: Any, fast: FastHost) -> None:
     folder = copied(profiled.profiles, tmp_path / "profiles")
+    _all_valid(folder / "local" / "table.jsonl").save(folder / "local" / "table.jsonl")
     result = cli("profile", profiled.model, "--profiles", folder, "--workload", "encode:2x16", "--json")
     assert result.code in (0, 3), result.err
     units = [name for name in fast.timed if "@" in name]

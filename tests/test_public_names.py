@@ -7,7 +7,7 @@ def test_public_names():
     def names(module):
         return " ".join(sorted(name for name, it in vars(module).items() if inspect.getmodule(it) is module and name[0] != "_"))
 
-    assert names(spec) == "Budget Cost Device Estimate Kernel Measurement Policy Unit Verdict Workload"
+    assert names(spec) == "Budget Cost Device Estimate Kernel Measurement Phase Policy Unit Verdict Workload"
     assert names(check) == "decide exit_code junit median_interval overall"
     assert names(hardware).startswith(
         "Availability list_devices load meter meter_states named_budget reachable read_budget shipped"

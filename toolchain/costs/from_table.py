@@ -156,7 +156,7 @@ def _sample(row: ModelRow | ModelMemoryRow, whole: float, isolated: Costs, graph
 
 def _kind(unit: Unit, kernel: str) -> str:
     """What shares a factor: a kernel in the layers; in the head and the embedding, whose shapes and neighbours differ, another."""
-    return kernel if unit.role == "linear" else f"{unit.role} {kernel}"
+    return runs_as(kernel) if unit.role == "linear" else f"{unit.role} {runs_as(kernel)}"
 
 
 def _calibrated(units: Iterable[Unit], isolated: Costs, calibration: Calibration) -> dict[str, dict[str, float]]:

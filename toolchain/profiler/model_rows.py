@@ -83,8 +83,9 @@ def points(graph: Graph, workload: Workload, everywhere: bool) -> list[Phase]:
     found = []
     for phase in workload.phases:
         if phase.name == "decode":
-            pasts = {past for past in _PASTS if past <= min(graph.context - 8, max(512, 4 * phase.past))}
-            found += [Phase("decode", 1, 1, past) for past in sorted({phase.past, *pasts})]
+            furthest = min(graph.context - 8, max(512, 4 * phase.past))
+            pasts = {phase.past, furthest, *(past for past in _PASTS if past < furthest)}
+            found += [Phase("decode", 1, 1, past) for past in sorted(pasts) if past > 0]
         else:
             most = max(grid(phase.in_flight, phase.batch * graph.context)) // phase.batch
             counts = {count for count in GRID if count <= min(most, graph.context) and phase.batch * count >= min(GRID)}
