@@ -314,14 +314,14 @@ def peak(request: dict[str, Any]) -> dict[str, Any]:
     subject = request["subject"]
     _Unit({"folder": BARE, "tokens": 1, "rows": 1}, threads, shared_pool=False).trial()
     _read_anew(Path(subject["folder"]))
-    before, resident = _peak_bytes(), _resident_bytes()
+    before = _peak_bytes()
     try:
         running = _SUBJECTS[subject["kind"]](subject, threads, False)
         running.trial()
         running.trial()
     except MemoryError as error:
         raise InputError(f"expected the model to fit in this device's memory, it did not: {error}") from error
-    return {"peak_bytes": _peak_bytes() - before, "running_bytes": _resident_bytes() - resident}
+    return {"peak_bytes": _peak_bytes() - before, "running_bytes": _resident_bytes() - before}
 
 
 def _read_anew(folder: Path) -> None:
