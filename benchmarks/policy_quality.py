@@ -120,9 +120,8 @@ def main() -> None:
             pair = {"chosen": policy} | ({rival: uniforms[rival]} if rival else {})
             rows.append((float(limit), policy, ours, rival, measured(graph, pair, costs.workload, Host(device, threads))))
     unit = "KL to fp32 (nats per token)" if decoder else "relative squared error to fp32"
-    print(
-        f"{arguments.model}, {costs.workload}, {threads} threads, {table.table.header.runtime}; {unit}, rounded to nearest, {len(judges)} windows"
-    )
+    where = f"{Path(arguments.model).name}, {costs.workload}, {threads} threads, {table.table.header.runtime}"
+    print(f"{where}; {unit}, rounded to nearest, {len(judges)} windows")
     heads = (
         "limit ms",
         "chosen: mean bits",
