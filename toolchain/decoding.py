@@ -1,20 +1,42 @@
-"""A decoder on stock onnxruntime: one buffer per KV tensor, bound as past and as present, so that no step copies the cache.
+"""A decoder, or an encoder-decoder, on stock onnxruntime, token by token with a bound cache.
 
 numpy and onnxruntime only. The profiler times it, the package check runs it and `bittailor run` generates with it: what is measured
-is what serves. The buffer is shared because copying the cache every step costs more than the attention does.
+is what serves. A decoder has one buffer per KV tensor, bound as past and as present, because copying the cache every step costs more
+than the attention does. An encoder-decoder's graph concatenates, so there the runtime's own output is bound as the next step's input.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from toolchain.errors import InputError
-from toolchain.session import cache_slots, open_session, token_feeds
+from toolchain.session import ENCODER, STEP, cache_slots, cross_slots, is_encoder_decoder, open_session, token_feeds
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 DEFAULT_CONTEXT = 2048
 """Positions assumed for a folder whose genai_config.json does not say."""
+
+
+class Generator(Protocol):
+    """What makes tokens one by one: `prefill` starts a sequence, `step` adds a token, both return logits [V] for the next one."""
+
+    def prefill(self, ids: np.ndarray) -> np.ndarray: ...
+
+    def step(self, token: int) -> np.ndarray: ...
+
+
+def open_generator(
+    directory: Path, threads: int = 0, prompt: int = 1, new_tokens: int = DEFAULT_CONTEXT, shared_pool: bool = False, start: int = 0
+) -> Generator:
+    """The Decoder or EncoderDecoder of a folder, with room for so many prompt tokens and new ones. start: see EncoderDecoder."""
+    if is_encoder_decoder(directory):
+        return EncoderDecoder(directory, threads, new_tokens + 1, shared_pool, start)
+    return Decoder(directory, threads, prompt + new_tokens, shared_pool)
 
 
 class Decoder:
@@ -73,3 +95,97 @@ class Decoder:
         self._session.run_with_iobinding(binding)
         self._used += T
         return binding.get_outputs()[-1].numpy()[0, -1]
+
+
+class EncoderDecoder:
+    """Two sessions and a cache. `prefill` encodes a source and makes the first logits, `step` adds a target token.
+
+    The first token is made by the graph of every other step, on an empty cache. Keys and values of the source come out of the encoder
+    and are bound once per source; those of the target grow by one position per step. Positions count target tokens, the start included.
+    """
+
+    def __init__(
+        self, directory: Path, threads: int = 0, capacity: int = DEFAULT_CONTEXT, shared_pool: bool = False, start: int = 0
+    ) -> None:
+        """start: the token that every target begins with. Raises InputError for a folder without these graphs, or a capacity below 1."""
+        if capacity < 1:
+            raise InputError(f"expected room for at least 1 token, got {capacity}")
+        self.capacity, self._start = capacity, start
+        self._encoder = open_session(directory, threads, shared_pool=shared_pool, name=ENCODER)
+        self._session = open_session(directory, threads, shared_pool=shared_pool, name=STEP)
+        self._cross, self._own = cross_slots(self._session, self._encoder), cache_slots(self._session)
+        if not self._cross or not self._own:
+            raise InputError(f"expected {STEP} with cache inputs of encoder and decoder in {directory}, got none")
+        self._source: list[onnxruntime.OrtValue] = []
+        self._binding = self._session.io_binding()
+        self.reset()
+
+    @property
+    def used(self) -> int:
+        """Positions of the target's cache that are filled."""
+        return self._used
+
+    def reset(self) -> None:
+        """Forget the target; the source stays."""
+        self._fill(0)
+
+    def seek(self, used: int, source: int | None = None) -> None:
+        """Go on as if `used` target tokens had followed a source of `source` tokens (None: the one there is).
+
+        What is in the cache does not matter to what a step costs: it is zeros.
+        """
+        if not 0 <= used <= self.capacity:
+            raise InputError(f"expected a position from 0 to {self.capacity}, got {used}")
+        if source is not None:
+            self._attend([_value(slot.zeros(source)) for slot in self._cross], source)
+        self._fill(used)
+
+    def prefill(self, ids: np.ndarray) -> np.ndarray:
+        """Start over with the source ids [T]; logits [V] after the start token. InputError if there are none."""
+        ids = np.asarray(ids, np.int64).reshape(1, -1)
+        if not ids.size:
+            raise InputError("expected a source of 1 token or more, got 0")
+        binding = self._encoder.io_binding()
+        for name, array in token_feeds(self._encoder, ids).items():
+            binding.bind_cpu_input(name, array)
+        for slot in self._cross:
+            binding.bind_output(slot.present)
+        self._encoder.run_with_iobinding(binding)
+        self._attend(binding.get_outputs(), ids.size)
+        self.reset()
+        return self.step(self._start)
+
+    def step(self, token: int) -> np.ndarray:
+        """Append one target token; logits [V] after it. InputError when the cache is full, or before the first source."""
+        if not self._source:
+            raise InputError("expected a source before the first step, got none")
+        if self._used >= self.capacity:
+            raise InputError(f"expected at most {self.capacity} target tokens, got one more")
+        binding = self._binding
+        binding.bind_cpu_input("input_ids", np.array([[token]], np.int64))
+        for slot, value in zip(self._own, self._grown, strict=True):
+            binding.bind_ortvalue_input(slot.past, value)
+        # Bound anew each time: a bound output would keep the last step's shape.
+        binding.clear_binding_outputs()
+        for name in ("logits", *(slot.present for slot in self._own)):
+            binding.bind_output(name)
+        self._session.run_with_iobinding(binding)
+        logits, *self._grown = binding.get_outputs()
+        self._used += 1
+        return logits.numpy()[0, -1]
+
+    def _attend(self, values: list[onnxruntime.OrtValue], length: int) -> None:
+        self._source = list(values)
+        for slot, value in zip(self._cross, self._source, strict=True):
+            self._binding.bind_ortvalue_input(slot.past, value)
+        self._binding.bind_cpu_input("encoder_attention_mask", np.ones((1, length), np.int64))
+
+    def _fill(self, used: int) -> None:
+        self._used = used
+        self._grown = [_value(slot.zeros(used)) for slot in self._own]
+
+
+def _value(array: np.ndarray) -> onnxruntime.OrtValue:
+    import onnxruntime
+
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array)

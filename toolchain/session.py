@@ -1,5 +1,7 @@
 """Opening an ONNX folder on stock onnxruntime, and reading from the session itself what a decoder's cache looks like.
 
+An encoder-decoder is three graphs under the names that optimum gives them, so that it loads the folder too.
+
 Knows onnxruntime and numpy only: no graph library, no config files. What it is fed is read from the session's own inputs.
 """
 
@@ -19,6 +21,10 @@ if TYPE_CHECKING:
 LOGITS_TO_KEEP = "logits_to_keep"
 """Input of a decoder that has a default, 1: how many of the last positions get logits. transformers' name for the same thing."""
 
+MODEL, ENCODER, FIRST_STEP, STEP = "model.onnx", "encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx"
+MODEL_FILES = {"decoder": (MODEL,), "encoder": (MODEL,), "encoder-decoder": (ENCODER, FIRST_STEP, STEP)}
+"""The graphs of a folder, by the kind of its model."""
+
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -36,21 +42,26 @@ class CacheSlot:
         return np.zeros((1, self.heads, capacity, self.width), self.dtype)
 
 
+def is_encoder_decoder(directory: Path) -> bool:
+    """Whether the folder holds an encoder-decoder's graphs."""
+    return (Path(directory) / ENCODER).is_file()
+
+
 def open_session(
-    directory: Path, threads: int = 0, provider: str = "CPUExecutionProvider", shared_pool: bool = False
+    directory: Path, threads: int = 0, provider: str = "CPUExecutionProvider", shared_pool: bool = False, name: str = MODEL
 ) -> onnxruntime.InferenceSession:
-    """A session on `directory/model.onnx`; threads 0 = onnxruntime's own choice.
+    """A session on the graph `directory/name`; threads 0 = onnxruntime's own choice.
 
     shared_pool: use the process's one thread pool (`set_global_thread_pool_sizes` must have been called) instead of an own one. Pools
     spin for a while after work, so sessions timed in rotation would steal each other's cores if each had its own.
 
-    Raises InputError for a folder without model.onnx, DamagedFileError for one that onnxruntime cannot load.
+    Raises InputError for a folder without that file, DamagedFileError for one that onnxruntime cannot load.
     """
     import onnxruntime
 
-    path = Path(directory) / "model.onnx"
+    path = Path(directory) / name
     if not path.is_file():
-        raise InputError(f"expected a folder with model.onnx, got {directory}", "make one: bittailor export MODEL --out PACKAGE")
+        raise InputError(f"expected a folder with {name}, got {directory}", "make one: bittailor export MODEL --out PACKAGE")
     options = onnxruntime.SessionOptions()
     if shared_pool:
         options.use_per_session_threads = False
@@ -64,14 +75,23 @@ def open_session(
 
 
 def cache_slots(session: onnxruntime.InferenceSession) -> tuple[CacheSlot, ...]:
-    """The KV tensors of a decoder, in the graph's order; empty for an encoder.
+    """The KV tensors of a decoder that grow with every token, in the graph's order; empty for an encoder.
 
     Raises InputError for a cache that is not [batch, heads, tokens, width] with outputs named present.* for past_key_values.*.
     """
-    outputs = {output.name for output in session.get_outputs()}
+    return _slots(session, session, cross=False)
+
+
+def cross_slots(session: onnxruntime.InferenceSession, encoder: onnxruntime.InferenceSession) -> tuple[CacheSlot, ...]:
+    """The KV tensors of an encoder-decoder's source, which `encoder` makes once and every step reads. Raises InputError as `cache_slots`."""
+    return _slots(session, encoder, cross=True)
+
+
+def _slots(session: onnxruntime.InferenceSession, maker: onnxruntime.InferenceSession, cross: bool) -> tuple[CacheSlot, ...]:
+    outputs = {output.name for output in maker.get_outputs()}
     slots = []
     for item in session.get_inputs():
-        if not item.name.startswith("past_key_values."):
+        if not item.name.startswith("past_key_values.") or (".encoder." in item.name) != cross:
             continue
         present = item.name.replace("past_key_values.", "present.", 1)
         shape = item.shape

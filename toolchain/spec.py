@@ -64,6 +64,8 @@ class Unit:
     modules    the model's own names of the layers inside, in the order their rows are stacked
     node       name of the ONNX node; weight: its fp32 initializer
     tied_to    the unit whose tensor this one is (embedding ↔ head), or ""
+    side       of an encoder-decoder: "source" runs once, on the source's tokens (the encoder, cross-attention's keys and values),
+               "target" on each generated token; "" runs on whatever is in flight
     """
 
     name: str
@@ -75,6 +77,7 @@ class Unit:
     node: str = ""
     weight: str = ""
     tied_to: str = ""
+    side: str = ""
 
     @property
     def parameters(self) -> int:
@@ -88,12 +91,17 @@ class Unit:
 
 @dataclass(frozen=True)
 class Phase:
-    """One run of the model within a workload: `tokens` of each of `batch` sequences at once, after `past` earlier ones in the cache."""
+    """One run of the model within a workload: `tokens` of each of `batch` sequences at once, after `past` earlier ones in the cache.
+
+    prompt: how many of the past are the prompt. An encoder-decoder keeps them apart, as its source; what a position costs to attend to
+    hardly depends on it, so phases that differ in nothing else are equal.
+    """
 
     name: str
     batch: int
     tokens: int
     past: int = 0
+    prompt: int = field(default=0, compare=False)
 
     @property
     def in_flight(self) -> int:
@@ -135,7 +143,8 @@ class Workload:
     def phases(self) -> tuple[Phase, ...]:
         """prefill of P tokens and decode of one, its cache half way through the N steps; or encode of B sequences of T tokens."""
         if self.kind == "generate":
-            return (Phase("prefill", 1, self.prompt_tokens), Phase("decode", 1, 1, self.prompt_tokens + self.new_tokens // 2))
+            P = self.prompt_tokens
+            return (Phase("prefill", 1, P), Phase("decode", 1, 1, P + self.new_tokens // 2, P))
         return (Phase("encode", self.batch, self.prompt_tokens),)
 
     @property

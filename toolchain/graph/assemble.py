@@ -1,4 +1,4 @@
-"""Policy → kernels in the graph: the fp32 graph with every unit's node replaced, streamed to model.onnx + model.onnx.data.
+"""Policy → kernels in the graph: the fp32 graph with every unit's node replaced, streamed to the graph's files + model.onnx.data.
 
 requires: a Graph, a policy valid for its units, a source of quantised weights
 ensures:  the folder runs on stock onnxruntime; equal tensors are stored once; same inputs give the same bytes
@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from toolchain.graph.external import DATA_NAME, MODEL_NAME, DataWriter, load_array, read_model
+from toolchain.graph.external import DATA_NAME, DataWriter, load_array, read_model
 from toolchain.graph.layers import keep_layers
 from toolchain.graph.model import Graph
 from toolchain.graph.nodes import quantised_node
@@ -23,6 +23,8 @@ from toolchain.quantize.affine import Quantized, groups, quantize
 from toolchain.spec import Kernel, Unit
 
 Weights = Callable[[Unit, Kernel], Quantized]
+_DATA = "<data>"
+"""Stands in a replacement for the input that the file it goes into has in that place."""
 
 
 def round_to_nearest(graph: Graph) -> Weights:
@@ -31,20 +33,23 @@ def round_to_nearest(graph: Graph) -> Weights:
 
 
 def assemble(graph: Graph, policy: Mapping[str, str], weights: Weights, out: Path, layers: int | None = None) -> None:
-    """Write model.onnx and model.onnx.data for `policy` into `out`. The policy is assumed valid (`kernels.validate`).
+    """Write the graph's files and model.onnx.data for `policy` into `out`. The policy is assumed valid (`kernels.validate`).
 
     layers: only the first so many, with embedding and head (`layers.keep_layers`); the policy need not name the others' units.
     """
     with DataWriter(out / DATA_NAME) as writer:
-        model = _assembled(graph, policy, weights, writer, graph.layers if layers is None else layers)
-    onnx.save(model, out / MODEL_NAME)
+        models = _assembled(graph, policy, weights, writer, graph.layers if layers is None else layers)
+    for name, model in models.items():
+        onnx.save(model, out / name)
 
 
 def package_bytes(graph: Graph, policy: Mapping[str, str]) -> int:
     """Bytes of the files that `assemble` would write for `policy`, and of the tokenizer files beside them: exact, nothing is written."""
     with DataWriter(None) as writer:
-        model = _assembled(graph, policy, lambda unit, kernel: _stand_in(graph, unit, kernel), writer, graph.layers)
-    return model.ByteSize() + writer.size + sum(path.stat().st_size for path in graph.companions())
+        models = _assembled(graph, policy, lambda unit, kernel: _stand_in(graph, unit, kernel), writer, graph.layers)
+    return (
+        sum(model.ByteSize() for model in models.values()) + writer.size + sum(path.stat().st_size for path in graph.companions())
+    )
 
 
 def _stand_in(graph: Graph, unit: Unit, kernel: Kernel) -> Quantized:
@@ -60,9 +65,42 @@ def _stand_in(graph: Graph, unit: Unit, kernel: Kernel) -> Quantized:
     return Quantized(codes, scales, zero_points, unit.K)
 
 
-def _assembled(graph: Graph, policy: Mapping[str, str], weights: Weights, writer: DataWriter, layers: int) -> onnx.ModelProto:
-    model = read_model(graph.directory)
-    keep_layers(model, graph.layers, layers)
+def _assembled(
+    graph: Graph, policy: Mapping[str, str], weights: Weights, writer: DataWriter, layers: int
+) -> dict[str, onnx.ModelProto]:
+    """File name → model. A unit in several files is quantised and stored once."""
+    replacements = _Replacements(policy, weights, writer)
+    models = {name: read_model(graph.directory, name) for name in graph.files}
+    for model in models.values():
+        keep_layers(model, graph.layers, layers)
+        _replace_units(model, graph, policy, writer, replacements)
+    return models
+
+
+class _Replacements:
+    """A quantised unit's node and tensors, made when first asked for; the tensors are in the writer's file from then on."""
+
+    def __init__(self, policy: Mapping[str, str], weights: Weights, writer: DataWriter) -> None:
+        self._policy, self._weights, self._writer = policy, weights, writer
+        self._made: dict[str, tuple[onnx.NodeProto, list[onnx.TensorProto]]] = {}
+
+    def of(self, unit: Unit, data: str, output: str) -> tuple[onnx.NodeProto, list[onnx.TensorProto]]:
+        """The node that computes `output` from `data` (activations or token ids), and its tensors."""
+        if unit.name not in self._made:
+            kernel = CATALOGUE[self._policy[unit.name]]
+            node, tensors = quantised_node(unit, kernel, self._weights(unit, kernel), _DATA, "", unit.node)
+            self._made[unit.name] = node, [self._writer.tensor(name, array) for name, array in tensors]
+        template, protos = self._made[unit.name]
+        node = onnx.NodeProto()
+        node.CopyFrom(template)
+        node.input[:] = [data if name == _DATA else name for name in node.input]
+        node.output[:] = [output]
+        return node, protos
+
+
+def _replace_units(
+    model: onnx.ModelProto, graph: Graph, policy: Mapping[str, str], writer: DataWriter, replacements: _Replacements
+) -> None:
     present = {node.name for node in model.graph.node}
     units = {unit.node: unit for unit in graph.units if unit.node in present}
     all_weights = {unit.weight for unit in graph.units}
@@ -84,11 +122,9 @@ def _assembled(graph: Graph, policy: Mapping[str, str], weights: Weights, writer
         if unit is None:
             nodes.append(node)
         elif CATALOGUE[policy[unit.name]].quantised:
-            kernel = CATALOGUE[policy[unit.name]]
-            data = node.input[1] if unit.op == "Gather" else node.input[0]
-            made, tensors = quantised_node(unit, kernel, weights(unit, kernel), data, node.output[0], node.name)
+            made, tensors = replacements.of(unit, node.input[1] if unit.op == "Gather" else node.input[0], node.output[0])
             nodes.append(made)
-            initializers += [writer.tensor(name, array) for name, array in tensors]
+            initializers += tensors
         elif unit.name in own_copy:
             name = f"{unit.name}.weight"
             nodes.append(helper.make_node("Gather", [name, node.input[1]], node.output, name=node.name))
@@ -103,7 +139,6 @@ def _assembled(graph: Graph, policy: Mapping[str, str], weights: Weights, writer
     if not any(opset.domain == "com.microsoft" for opset in model.opset_import):
         model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     model.producer_name, model.producer_version = "bittailor", ""
-    return model
 
 
 def _drop_dead(nodes: list[onnx.NodeProto], outputs: set[str]) -> None:

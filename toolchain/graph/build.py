@@ -1,7 +1,7 @@
 """MODEL → `Graph`: checks that nothing untrusted would run, picks the builder for the architecture, marks the units.
 
 A decoder's graph is made by onnxruntime-genai's builder (fused attention: the fastest CPU decoder graph we measured), an encoder's
-by optimum. Both are only asked for an fp32 graph; quantisation is ours. Nothing here keeps a pickle or remote code in reach.
+and an encoder-decoder's by optimum. Both are only asked for an fp32 graph; quantisation is ours. Nothing here keeps a pickle or remote code in reach.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from toolchain.graph.model import Graph
 EMBEDDED = "pocket-llama-6m"
 DECODERS = ("LlamaForCausalLM", "Qwen2ForCausalLM", "MistralForCausalLM")
 ENCODERS = ("Bert", "Roberta", "DistilBert", "XLMRoberta")
+ENCODER_DECODERS = ("T5ForConditionalGeneration", "MT5ForConditionalGeneration")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _BASE = re.compile(r"^(model|bert|roberta|distilbert)\.")  # a checkpoint may be of the model inside: without its task's head
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
@@ -100,13 +101,16 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def kind_of(architecture: str) -> str:
-    """ "decoder" or "encoder". Raises UnknownArchitectureError."""
+    """ "decoder", "encoder" or "encoder-decoder". Raises UnknownArchitectureError."""
     if architecture in DECODERS:
         return "decoder"
+    if architecture in ENCODER_DECODERS:
+        return "encoder-decoder"
     if architecture.startswith(ENCODERS) and not architecture.endswith("LMHeadModel"):
         return "encoder"
     raise UnknownArchitectureError(
-        f"expected one of {', '.join(DECODERS)} or a {'/'.join(ENCODERS)} encoder, got architecture {architecture}",
+        f"expected one of {', '.join((*DECODERS, *ENCODER_DECODERS))} or a {'/'.join(ENCODERS)} encoder, "
+        f"got architecture {architecture}",
     )
 
 
@@ -116,10 +120,13 @@ def build(source: str, out: Path) -> Graph:
     config = read_config(folder)
     architecture = config["architectures"][0]
     require("torch")
-    if kind_of(architecture) == "decoder":
-        from toolchain.graph.decoder import build_decoder as builder
-    else:
-        from toolchain.graph.encoder import build_encoder as builder
+    match kind_of(architecture):
+        case "decoder":
+            from toolchain.graph.decoder import build_decoder as builder
+        case "encoder":
+            from toolchain.graph.encoder import build_encoder as builder
+        case _:
+            from toolchain.graph.seq2seq import build_encoder_decoder as builder
     try:
         graph = builder(folder, config, source, fingerprint(folder), out)
     except KeyError as error:

@@ -12,10 +12,10 @@ from typing import Any
 
 import onnx
 
-from toolchain.errors import UnknownArchitectureError, require
+from toolchain.errors import UnknownArchitectureError
 from toolchain.graph.model import Graph
 from toolchain.graph.normalise import save_normalised
-from toolchain.graph.quiet import quiet
+from toolchain.graph.optimum_export import copy_companions, export
 from toolchain.spec import Unit
 
 _TASKS = {
@@ -33,33 +33,12 @@ def build_encoder(folder: Path, config: dict[str, Any], source: str, fingerprint
     task = next((task for suffix, task in _TASKS.items() if architecture.endswith(suffix)), None)
     if task is None:
         raise UnknownArchitectureError(f"expected an encoder ending in {', '.join(_TASKS)}, got architecture {architecture}")
-    with quiet():
-        exporters = require("optimum.exporters.onnx")
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp") as scratch:
         made = Path(scratch)
-        try:
-            with quiet():
-                exporters.main_export(
-                    str(folder.absolute()),
-                    made,
-                    task=task,
-                    device="cpu",
-                    library_name="transformers",
-                    trust_remote_code=False,
-                    do_validation=False,
-                    no_post_process=True,
-                )
-        except OSError:
-            raise
-        except Exception as error:
-            raise UnknownArchitectureError(
-                f"expected a model that optimum can export, got {source!r} ({type(error).__name__}: {error})"
-            ) from error
+        export(folder, made, task, source)
         model = onnx.load(made / "model.onnx", load_external_data=False)
         save_normalised(model, made, out)
-        for path in made.iterdir():
-            if path.suffix in (".json", ".txt", ".model"):
-                (out / path.name).write_bytes(path.read_bytes())
+        copy_companions(made, out)
     # DistilBERT's config has names of its own for the same numbers.
     heads = int(config.get("num_attention_heads") or config["n_heads"])
     hidden = int(config.get("hidden_size") or config["dim"])

@@ -18,11 +18,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from toolchain.errors import DamagedFileError
 from toolchain.files import inside
+from toolchain.session import MODEL as MODEL_NAME
 
 INLINE_BELOW_BYTES = 1024
 ALIGNMENT_BYTES = 64
 DATA_NAME = "model.onnx.data"
-MODEL_NAME = "model.onnx"
 
 
 class DataWriter:

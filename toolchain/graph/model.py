@@ -14,6 +14,7 @@ import numpy as np
 
 from toolchain.errors import DamagedFileError
 from toolchain.files import write_atomic
+from toolchain.session import MODEL_FILES
 from toolchain.spec import Unit
 
 DESCRIPTION = "graph.json"
@@ -21,7 +22,9 @@ DESCRIPTION = "graph.json"
 
 @dataclass(frozen=True)
 class Graph:
-    """kind "decoder" has KV-cache inputs and logits over the vocabulary; "encoder" has neither. `context` is the longest sequence.
+    """kind "decoder" has KV-cache inputs and logits over the vocabulary; "encoder" has neither; "encoder-decoder" is three files
+    (`session.MODEL_FILES`), in each of which a unit's node and weight have the same names. `context` is the longest sequence, of an
+    encoder-decoder the longest source and the longest target; `layers` are then its decoder's, `encoder_layers` its encoder's.
 
     `source` is what the user typed; `fingerprint` is a sha256 over the config and the weights; `inputs` are the graph's inputs in order.
     """
@@ -39,6 +42,7 @@ class Graph:
     inputs: tuple[str, ...]
     source: str
     fingerprint: str
+    encoder_layers: int = 0
 
     @classmethod
     def open(cls, directory: Path) -> Graph:
@@ -58,17 +62,25 @@ class Graph:
 
     def companions(self) -> list[Path]:
         """Files that a package carries besides the model: tokenizer and generation settings, by name."""
-        own = {DESCRIPTION, "model.onnx", "model.onnx.data"}
+        own = {DESCRIPTION, *self.files, "model.onnx.data"}
         return sorted(path for path in self.directory.iterdir() if path.is_file() and path.name not in own)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of the folder's ONNX graphs."""
+        return MODEL_FILES[self.kind]
 
     @property
     def attention_width(self) -> int:
         """Heads × head width, as the output projection takes it in: not always the hidden size (Mistral-Nemo's is 4096 of 5120)."""
-        return next((unit.K for unit in self.units if unit.name.endswith(".attn.o_proj")), self.hidden)
+        return next((unit.K for unit in self.units if unit.name.endswith((".attn.o_proj", "Attention.o"))), self.hidden)
 
     def cache_bytes_per_layer(self, positions: int) -> int:
-        """Bytes of one layer's keys and values with room for so many positions, float32; 0 for an encoder, which has no cache."""
-        return 2 * self.kv_heads * self.head_dim * 4 * positions if self.kind == "decoder" else 0
+        """Bytes of one layer's keys and values with room for so many positions, float32; 0 for an encoder, which has no cache.
+
+        An encoder-decoder keeps those of the source and of what it has generated: together they are a decoder's positions.
+        """
+        return 2 * self.kv_heads * self.head_dim * 4 * positions if self.kind != "encoder" else 0
 
     def unit(self, name: str) -> Unit:
         return next(unit for unit in self.units if unit.name == name)
@@ -84,15 +96,17 @@ class Graph:
     def _rows(self, unit: Unit) -> np.ndarray:
         from toolchain.graph.external import load_array
 
-        array = load_array(self._initializers[unit.weight], self.directory)
-        rows_first = array.shape == (unit.N, unit.K) and unit.op == "Gather" and not self._shared_with_head(unit)
-        return array if rows_first else array.T
-
-    def _shared_with_head(self, unit: Unit) -> bool:
-        return any(other.weight == unit.weight for other in self.units if other.name != unit.name)
+        array = load_array(self._stored[0][unit.weight], self.directory)
+        return array if unit.weight in self._stored[1] else array.T
 
     @cached_property
-    def _initializers(self) -> dict:
+    def _stored(self) -> tuple[dict, set[str]]:
+        """(name → initializer, names of those that a Gather reads as they are: one row per token). The others are [K, N].
+
+        Of a tied pair one reads the other's through a Transpose: which of them, the builders do not agree.
+        """
         from toolchain.graph.external import read_model
 
-        return {tensor.name: tensor for tensor in read_model(self.directory).graph.initializer}
+        models = [read_model(self.directory, name) for name in self.files]
+        tensors = {tensor.name: tensor for model in models for tensor in model.graph.initializer}
+        return tensors, {node.input[0] for model in models for node in model.graph.node if node.op_type == "Gather"}

@@ -18,21 +18,26 @@ from toolchain.graph.external import DATA_NAME, MODEL_NAME, DataWriter, load_arr
 
 def save_normalised(model: onnx.ModelProto, folder: Path, out: Path) -> None:
     """Write the normalised model to `out` (model.onnx + model.onnx.data). `model` is changed in place. InputError for NaN or infinity."""
+    with DataWriter(out / DATA_NAME) as writer:
+        normalise(model, folder, writer)
+    onnx.save(model, out / MODEL_NAME)
+
+
+def normalise(model: onnx.ModelProto, folder: Path, writer: DataWriter) -> None:
+    """Change `model`, whose external data is in `folder`, in place; its tensors go to `writer`. InputError for NaN or infinity."""
     arrays = {tensor.name: tensor for tensor in model.graph.initializer}
     transposed = _gemm_to_matmul(model, set(arrays))
     del model.graph.initializer[:]
     del model.graph.value_info[:]
-    with DataWriter(out / DATA_NAME) as writer:
-        for name, tensor in arrays.items():
-            array = load_array(tensor, folder)
-            if array.dtype == np.float32 and not np.isfinite(array).all():
-                raise InputError(
-                    f"expected finite weights, got NaN or infinity in {name!r}", "the checkpoint is damaged: save it again"
-                )
-            if name in transposed:
-                array = np.ascontiguousarray(array.T)
-            model.graph.initializer.append(writer.tensor(name, array))
-    onnx.save(model, out / MODEL_NAME)
+    for name, tensor in arrays.items():
+        array = load_array(tensor, folder)
+        if array.dtype == np.float32 and not np.isfinite(array).all():
+            raise InputError(
+                f"expected finite weights, got NaN or infinity in {name!r}", "the checkpoint is damaged: save it again"
+            )
+        if name in transposed:
+            array = np.ascontiguousarray(array.T)
+        model.graph.initializer.append(writer.tensor(name, array))
 
 
 def _gemm_to_matmul(model: onnx.ModelProto, initializers: set[str]) -> set[str]:
