@@ -378,7 +378,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
     package = open_package(Path(arguments.package))
     made = generate(package.directory, arguments.prompt, arguments.tokens)
-    _show(arguments, made.to_json(), arguments.prompt + made.text)
+    # An encoder-decoder answers its source; a decoder goes on with the prompt.
+    _show(arguments, made.to_json(), made.text if package.kind == "encoder-decoder" else arguments.prompt + made.text)
     return 0
 
 

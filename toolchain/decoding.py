@@ -117,6 +117,7 @@ class EncoderDecoder:
         if not self._cross or not self._own:
             raise InputError(f"expected {STEP} with cache inputs of encoder and decoder in {directory}, got none")
         self._source: list[onnxruntime.OrtValue] = []
+        self._grown: list[onnxruntime.OrtValue] = []
         self._binding = self._session.io_binding()
         self.reset()
 

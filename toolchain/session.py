@@ -25,6 +25,9 @@ MODEL, ENCODER, FIRST_STEP, STEP = "model.onnx", "encoder_model.onnx", "decoder_
 MODEL_FILES = {"decoder": (MODEL,), "encoder": (MODEL,), "encoder-decoder": (ENCODER, FIRST_STEP, STEP)}
 """The graphs of a folder, by the kind of its model."""
 
+ENCODER_DECODER_CONTEXT = 512
+"""Longest source and longest target where a T5's config does not say: what T5 was trained on; its relative positions set no limit."""
+
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -83,7 +86,7 @@ def cache_slots(session: onnxruntime.InferenceSession) -> tuple[CacheSlot, ...]:
 
 
 def cross_slots(session: onnxruntime.InferenceSession, encoder: onnxruntime.InferenceSession) -> tuple[CacheSlot, ...]:
-    """The KV tensors of an encoder-decoder's source, which `encoder` makes once and every step reads. Raises InputError as `cache_slots`."""
+    """The KV tensors of an encoder-decoder's source, which `encoder` makes once and every step reads. Raises as `cache_slots` does."""
     return _slots(session, encoder, cross=True)
 
 

@@ -12,7 +12,7 @@ from toolchain.evaluate.fidelity import fidelity
 from toolchain.evaluate.perplexity import perplexity
 from toolchain.hardware import load, thread_count
 from toolchain.package.manifest import is_package, open_package
-from toolchain.session import cache_slots, open_session
+from toolchain.session import cache_slots, is_encoder_decoder, open_session
 from toolchain.text import documents, load_tokenizer, record, separator_id, windows
 
 
@@ -22,6 +22,10 @@ def evaluate(what: str, text: Sequence[Path], window: int, reference: str | None
         raise InputError(f"expected windows of 2 tokens or more, got {window}")
     threads = thread_count(load("local"))
     with _folder(what) as directory:
+        if is_encoder_decoder(directory):
+            raise InputError(
+                f"expected a decoder or an encoder to evaluate, got the encoder-decoder {what}", "type: bittailor run PACKAGE TEXT"
+            )
         decoder = bool(cache_slots(open_session(directory, threads)))
         context = _context(directory)
         if window > context:

@@ -66,6 +66,11 @@ def train_supernet(
         raise InputError(f"expected {out} to be absent, empty or an earlier supernet, got something else", "choose another --out")
     folder = resolve(source)
     architecture = read_config(folder)["architectures"][0]
+    if kind_of(architecture) == "encoder-decoder":
+        raise InputError(
+            f"expected a decoder or an encoder to train, got the encoder-decoder {architecture}",
+            "export MODEL --policy without training",
+        )
     if kind_of(architecture) == "encoder" and not architecture.endswith("Model"):
         raise InputError(
             f"expected a decoder, or an encoder without a task head, to train, got {architecture}",

@@ -37,8 +37,14 @@ def working_set(units: Iterable[Unit], kernel: str, cache_bytes: int) -> str:
 
 
 def tokens_in_flight(unit: Unit, phase: Phase) -> int:
-    """Rows that a unit multiplies in a phase. A decoder's head sees the last position only (`graph/decoder.py`)."""
-    return phase.batch if unit.role == "head" and phase.name == "prefill" else phase.in_flight
+    """Rows that a unit multiplies in a phase; 0: it does not run. A decoder's head sees the last position only (`graph/decoder.py`).
+
+    An encoder-decoder's prefill is its encoder and the first target token.
+    """
+    if unit.side == "source":
+        return phase.in_flight if phase.name == "prefill" else 0
+    one = unit.side == "target" or unit.role == "head"
+    return phase.batch if one and phase.name == "prefill" else phase.in_flight
 
 
 def cost_model(graph: Graph, table: CostTable, workload: Workload) -> CostModel:
@@ -54,7 +60,10 @@ def cost_model(graph: Graph, table: CostTable, workload: Workload) -> CostModel:
     spread = {name: part.spread for name, part in parts.items()}
     per_unit["package_bytes"] = sizes
     per_unit["compute_flop"] = {unit.name: dict.fromkeys(kernels[unit.name], 0.0) for unit in units}
-    fixed |= {"package_bytes": 0.0, "compute_flop": flops(units, workload, graph.layers, graph.attention_width)}
+    fixed |= {
+        "package_bytes": 0.0,
+        "compute_flop": flops(units, workload, graph.layers, graph.attention_width, graph.encoder_layers),
+    }
     spread |= {"package_bytes": 0.0, "compute_flop": 0.0}
     meter = table.header.meter
     why = meter.removeprefix("none: ") if meter.startswith("none") else f"this version does not read {meter!r}"
@@ -78,8 +87,12 @@ def _latency(graph: Graph, table: CostTable, phase: Phase, kernels: Mapping[str,
     def isolated(at: Phase) -> Costs:
         costs: dict[str, dict[str, float]] = {}
         for unit in graph.units:
+            tokens = tokens_in_flight(unit, at)
+            if not tokens:
+                costs[unit.name] = dict.fromkeys(kernels[unit.name], 0.0)
+                continue
             for kernel in kernels[unit.name]:
-                timed = table.latency(unit, runs_as(kernel), tokens_in_flight(unit, at), sets[kernel])
+                timed = table.latency(unit, runs_as(kernel), tokens, sets[kernel])
                 costs.setdefault(unit.name, {})[kernel] = timed.latency_ms
                 if at == phase:
                     errors.append(timed.interpolation_error)
@@ -208,11 +221,12 @@ def _ties(units: tuple[Unit, ...], kernels: Mapping[str, tuple[str, ...]]) -> tu
     return tuple(ties)
 
 
-def flops(units: Iterable[Unit], workload: Workload, layers: int, width: int) -> float:
+def flops(units: Iterable[Unit], workload: Workload, layers: int, width: int, encoder_layers: int = 0) -> float:
     """Floating-point operations of one inference: 2·K·N per token of every linear, plus 4·width per attended pair and layer.
 
     The head works on the last position of a prefill and on every generated one. A multiply-add counts two, whatever its number format;
-    `width` is heads × head width. Norms and activations (below 1%) are left out.
+    `width` is heads × head width. Norms and activations (below 1%) are left out. encoder_layers: of an encoder-decoder, whose source
+    attends to itself, and each of whose target tokens attends to the source and to the target so far.
     """
     units = tuple(units)
     head = sum(2.0 * unit.parameters for unit in units if unit.role == "head")
@@ -221,5 +235,10 @@ def flops(units: Iterable[Unit], workload: Workload, layers: int, width: int) ->
     if workload.kind == "encode":
         tokens = workload.prompt_tokens
         return workload.batch * (tokens * (linear + head) + attended * tokens * tokens)
+    if encoder_layers:
+        P, steps = workload.prompt_tokens, workload.new_tokens + 1
+        source = sum(2.0 * unit.parameters for unit in units if unit.side == "source")
+        attended = encoder_layers * P * P + layers * (steps * P + steps * (steps + 1) / 2)
+        return P * source + steps * (linear - source + head) + 4.0 * width * attended
     total = workload.positions
     return total * linear + (workload.new_tokens + 1) * head + attended * total * (total + 1) / 2

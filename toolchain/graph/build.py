@@ -1,7 +1,8 @@
 """MODEL → `Graph`: checks that nothing untrusted would run, picks the builder for the architecture, marks the units.
 
 A decoder's graph is made by onnxruntime-genai's builder (fused attention: the fastest CPU decoder graph we measured), an encoder's
-and an encoder-decoder's by optimum. Both are only asked for an fp32 graph; quantisation is ours. Nothing here keeps a pickle or remote code in reach.
+and an encoder-decoder's by optimum. Both are only asked for an fp32 graph; quantisation is ours. Nothing here keeps a pickle or
+remote code in reach.
 """
 
 from __future__ import annotations

@@ -28,12 +28,10 @@ from toolchain.graph.external import DATA_NAME, DataWriter, load_array, read_mod
 from toolchain.graph.model import Graph
 from toolchain.graph.normalise import normalise
 from toolchain.graph.optimum_export import copy_companions, export
-from toolchain.session import ENCODER, FIRST_STEP, MODEL_FILES, STEP
+from toolchain.session import ENCODER, ENCODER_DECODER_CONTEXT, FIRST_STEP, MODEL_FILES, STEP
 from toolchain.spec import Unit
 
 EMBEDDING, HEAD = "shared", "lm_head"
-CONTEXT = 512
-"""Longest source and target where the config does not say: what T5 was trained on. Relative positions set no limit of their own."""
 
 _CROSS = re.compile(r"decoder\.block\.(\d+)\.layer\.1\.EncDecAttention\.([kv])")
 _Models = Mapping[str, onnx.ModelProto]
@@ -66,7 +64,7 @@ def build_encoder_decoder(folder: Path, config: dict[str, Any], source: str, fin
         head_dim=width,
         hidden=int(config["d_model"]),
         vocabulary=int(config["vocab_size"]),
-        context=int(config.get("n_positions") or CONTEXT),
+        context=int(config.get("n_positions") or ENCODER_DECODER_CONTEXT),
         inputs=tuple(value.name for value in models[STEP].graph.input),
         source=source,
         fingerprint=fingerprint,
@@ -140,7 +138,7 @@ def _rename(model: onnx.ModelProto, node: onnx.NodeProto, unit: Unit) -> None:
 
 
 def _head_reads_embedding(model: onnx.ModelProto, weight: str) -> None:
-    """A tied head multiplies by the embedding transposed, so that fp32 stores the two once. The encoder can look its rows up as they lie."""
+    """A tied head multiplies by the embedding transposed, so that fp32 stores the two once. Rows are looked up as they lie."""
     place, head = next((place, node) for place, node in enumerate(model.graph.node) if node.name == f"/{HEAD}/MatMul")
     own = next(tensor for tensor in model.graph.initializer if tensor.name == head.input[1])
     model.graph.initializer.remove(own)

@@ -1,4 +1,4 @@
-"""Graph + policy + weights → a package folder, whole or not at all: model.onnx, its data, tokenizer, manifest.yaml.
+"""Graph + policy + weights → a package folder, whole or not at all: the graph's files, their data, tokenizer, manifest.yaml.
 
 Owns the order of things: tensors are streamed to a temporary folder, the manifest is written last, the folder is renamed. The same
 inputs give the same bytes: no date, no path, no random name is in a package. Refuses to know budgets' origin and measuring.

@@ -1,7 +1,6 @@
-"""Greedy text from a decoder folder on stock onnxruntime: one buffer per KV tensor, bound as past and as present.
+"""Greedy text from a folder on stock onnxruntime: a decoder continues the prompt, an encoder-decoder answers it.
 
-numpy and onnxruntime only (tokenizers where there is a prompt as text). The buffer is shared because copying the cache every step
-costs more than the attention does; GroupQueryAttention writes the new position in place.
+numpy and onnxruntime only (tokenizers where there is a prompt as text). How a token is made is `decoding.py`.
 """
 
 from __future__ import annotations
@@ -15,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from toolchain.decoding import DEFAULT_CONTEXT, Decoder
+from toolchain.decoding import DEFAULT_CONTEXT, Generator, open_generator
 from toolchain.errors import DamagedFileError, InputError
+from toolchain.session import ENCODER_DECODER_CONTEXT, is_encoder_decoder
 from toolchain.text import load_tokenizer
 
 
@@ -38,54 +38,90 @@ class Generation:
 
 
 def generate(directory: Path, prompt: str, new_tokens: int, threads: int = 0) -> Generation:
-    """Continue `prompt` greedily; stops at an end-of-text token, after `new_tokens`, or when the model's context is full.
+    """Continue or answer `prompt` greedily; stops at an end-of-text token, after `new_tokens`, or when the model's context is full.
 
+    The context holds a decoder's prompt and text together, an encoder-decoder's source and target each.
     Raises InputError for an empty prompt, one that leaves no room in the context, or a folder without decoder or tokenizer.
     """
     if new_tokens < 1:
         raise InputError(f"expected at least 1 new token, got {new_tokens}")
     tokenizer = load_tokenizer(directory)
-    context, stop = _limits(directory)
+    settings = _encoder_decoder_settings(directory) if is_encoder_decoder(directory) else _settings(directory)
     ids = tokenizer.encode(prompt).ids
-    if not 1 <= len(ids) < context:
-        raise InputError(f"expected a prompt of 1 to {context - 1} tokens, got {len(ids)}")
-    decoder = Decoder(directory, threads, capacity=min(context, len(ids) + new_tokens))
+    longest = settings.context - settings.continues
+    if not 1 <= len(ids) <= longest:
+        raise InputError(f"expected a prompt of 1 to {longest} tokens, got {len(ids)}")
+    room = min(new_tokens, settings.context - len(ids) * settings.continues)
+    generator = open_generator(directory, threads, len(ids), room, start=settings.start)
     tokens: list[int] = []
     times: list[float] = []
-    stopped = "new_tokens" if len(ids) + new_tokens <= context else "context"
-    for token, elapsed_ms in _greedy(decoder, np.asarray(ids, np.int64), min(new_tokens, context - len(ids))):
+    stopped = "new_tokens" if new_tokens == room else "context"
+    for token, elapsed_ms in _greedy(generator, np.asarray(ids, np.int64), room):
         times.append(elapsed_ms)
-        if token in stop:
+        if token in settings.stop:
             stopped = "end_of_text"
             break
         tokens.append(token)
     pace = float(np.median(times[1:])) if len(times) > 1 else None
-    # Decoded together with the prompt, because some tokenizers drop the space in front of a text's first word.
-    whole = tokenizer.decode([*ids, *tokens])
-    text = whole[len(tokenizer.decode(ids)) :]
+    if settings.continues:
+        # Decoded together with the prompt, because some tokenizers drop the space in front of a text's first word.
+        text = tokenizer.decode([*ids, *tokens])[len(tokenizer.decode(ids)) :]
+    else:
+        text = tokenizer.decode(tokens)
     return Generation(text, tuple(tokens), times[0], pace, stopped)
 
 
-def _greedy(decoder: Decoder, ids: np.ndarray, new_tokens: int) -> Iterator[tuple[int, float]]:
+def _greedy(generator: Generator, ids: np.ndarray, new_tokens: int) -> Iterator[tuple[int, float]]:
     """(next token, milliseconds it took), `new_tokens` times."""
     start = time.perf_counter_ns()
-    logits = decoder.prefill(ids)
+    logits = generator.prefill(ids)
     for count in range(1, new_tokens + 1):
         token = int(logits.argmax())
         yield token, (time.perf_counter_ns() - start) / 1e6
         if count < new_tokens:
             start = time.perf_counter_ns()
-            logits = decoder.step(token)
+            logits = generator.step(token)
 
 
-def _limits(directory: Path) -> tuple[int, frozenset[int]]:
-    """(context length, end-of-text ids) that genai_config.json states; defaults where there is none."""
+@dataclass(frozen=True)
+class _Settings:
+    """What a folder says of its model: longest sequence, end-of-text ids, an encoder-decoder's first target token.
+
+    continues: whether the text goes on with the prompt, and shares the context with it.
+    """
+
+    context: int
+    stop: frozenset[int] = frozenset()
+    start: int = 0
+    continues: bool = True
+
+
+def _settings(directory: Path) -> _Settings:
+    """As genai_config.json states them; defaults where there is none."""
     path = Path(directory) / "genai_config.json"
     if not path.is_file():
-        return DEFAULT_CONTEXT, frozenset()
+        return _Settings(DEFAULT_CONTEXT)
     try:
         model = json.loads(path.read_text(encoding="utf-8"))["model"]
-        end = model.get("eos_token_id", [])
-        return int(model["context_length"]), frozenset(end if isinstance(end, list) else [end])
+        return _Settings(int(model["context_length"]), _ids(model.get("eos_token_id", [])))
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedFileError(f"expected context_length and eos_token_id in {path}, got: {error!r}") from error
+
+
+def _encoder_decoder_settings(directory: Path) -> _Settings:
+    """As config.json states them, and generation_config.json above it, which is where transformers looks."""
+    try:
+        found: dict[str, Any] = {}
+        for name in ("config.json", "generation_config.json"):
+            if (path := Path(directory) / name).is_file():
+                found |= {key: value for key, value in json.loads(path.read_text(encoding="utf-8")).items() if value is not None}
+        context = int(found.get("n_positions", ENCODER_DECODER_CONTEXT))
+        return _Settings(context, _ids(found.get("eos_token_id", [])), int(found["decoder_start_token_id"]), continues=False)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedFileError(
+            f"expected decoder_start_token_id and eos_token_id in config.json of {directory}, got: {error!r}"
+        ) from error
+
+
+def _ids(value: int | list[int]) -> frozenset[int]:
+    return frozenset(value if isinstance(value, list) else [value])

@@ -14,6 +14,7 @@ import yaml
 
 from toolchain.errors import DamagedFileError, InputError
 from toolchain.files import inside, sha256, write_atomic
+from toolchain.session import MODEL_FILES
 from toolchain.spec import Budget, Policy, Workload
 
 FORMAT = "bittailor package 1"
@@ -57,6 +58,14 @@ class Package:
         return float(found)
 
     @property
+    def kind(self) -> str:
+        """ "decoder", "encoder" or "encoder-decoder"."""
+        found = str(self.data["model"]["kind"])
+        if found not in MODEL_FILES:
+            raise ValueError(f"kind {found!r} instead of one of {', '.join(MODEL_FILES)}")
+        return found
+
+    @property
     def vocabulary(self) -> int:
         return int(self.data["model"]["vocabulary"])
 
@@ -87,8 +96,8 @@ def open_package(directory: Path, verify: bool = True) -> Package:
         package = Package(directory, data)
         _ = (package.policy, package.workload, package.budget, package.vocabulary, package.predicted, package.reference_ns)
         files = {str(name): str(digest) for name, digest in data["files"].items()}
-        if "model.onnx" not in files:
-            raise ValueError("no sha256 of model.onnx")
+        if missing := [name for name in MODEL_FILES[package.kind] if name not in files]:
+            raise ValueError(f"no sha256 of {missing[0]}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise DamagedFileError(f"expected a package manifest in {path}, got {type(error).__name__}: {error}", remedy) from error
     for name, digest in files.items() if verify else ():

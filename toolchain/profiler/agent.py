@@ -28,7 +28,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from toolchain.decoding import Decoder
+from toolchain.decoding import Decoder, EncoderDecoder, Generator, open_generator
 from toolchain.errors import BittailorError, InputError
 from toolchain.profiler.contention import Watch
 from toolchain.session import open_session, token_feeds
@@ -134,7 +134,7 @@ class _Unit:
         return {"run_ns": time.perf_counter_ns() - start}
 
 
-def _median_step_ns(decoder: Decoder, token: int, steps: int) -> float:
+def _median_step_ns(decoder: Generator, token: int, steps: int) -> float:
     """Median time of `steps` greedy steps, the first of them from `token`."""
     times = []
     for _ in range(steps):
@@ -145,12 +145,12 @@ def _median_step_ns(decoder: Decoder, token: int, steps: int) -> float:
 
 
 class _Generate:
-    """A decoder: a trial is one prefill and `new_tokens` greedy steps. decode_ns is the median step: a step that somebody else held up for
-    ten times as long would tell of them."""
+    """A decoder or encoder-decoder: a trial is one prefill and `new_tokens` greedy steps. decode_ns is the median step: a step that
+    somebody else held up for ten times as long would tell of them."""
 
     def __init__(self, subject: dict[str, Any], threads: int, shared_pool: bool) -> None:
         self._new = int(subject["new_tokens"])
-        self._decoder = Decoder(Path(subject["folder"]), threads, subject["tokens"] + self._new, shared_pool)
+        self._decoder = open_generator(Path(subject["folder"]), threads, subject["tokens"], self._new, shared_pool)
         self._ids = np.random.default_rng(0).integers(0, subject["rows"], subject["tokens"])
 
     def trial(self) -> dict[str, float]:
@@ -199,12 +199,57 @@ class _DecoderPhases:
         return seen
 
     def _steps(self, past: int) -> float:
-        times: list[float] = []
-        start = time.perf_counter_ns()
-        while len(times) < 8 and (not times or time.perf_counter_ns() - start < 5e6):
+        def run() -> float:
             self._decoder.seek(max(0, past - 1 - STEPS // 2))
-            times.append(_median_step_ns(self._decoder, int(self._decoder.step(1).argmax()), STEPS))
-        return float(median(times))
+            return _median_step_ns(self._decoder, int(self._decoder.step(1).argmax()), STEPS)
+
+        return _repeated(run)
+
+
+class _EncoderDecoderPhases:
+    """An encoder-decoder: a trial is one encoding with its first token for each prefill asked for, and STEPS steps around each asked
+    position: `prompt` of the past are the source, the others the target so far.
+
+    capacity: a prefill is followed by an untimed step where source and target fill it, so that a memory trial sees the whole cache.
+    """
+
+    def __init__(self, subject: dict[str, Any], threads: int, shared_pool: bool) -> None:
+        self._phases = subject["phases"]
+        self._capacity = subject.get("capacity", 0)
+        most = max(phase["past"] + STEPS + 1 for phase in self._phases)
+        self._model = EncoderDecoder(Path(subject["folder"]), threads, max(most, self._capacity), shared_pool)
+        longest = max(phase["tokens"] for phase in self._phases)
+        self._ids = np.random.default_rng(0).integers(0, subject["rows"], longest)
+
+    def trial(self) -> dict[str, float]:
+        seen = {}
+        for phase in self._phases:
+            if phase["past"]:
+                seen[phase["label"]] = self._steps(phase["prompt"], phase["past"] - phase["prompt"])
+                continue
+            start = time.perf_counter_ns()
+            self._model.prefill(self._ids[: phase["tokens"]]).argmax()
+            seen[phase["label"]] = float(time.perf_counter_ns() - start)
+            if self._capacity:
+                self._model.seek(self._capacity - phase["tokens"] - 1)
+                self._model.step(1)
+        return seen
+
+    def _steps(self, source: int, target: int) -> float:
+        def run() -> float:
+            self._model.seek(max(0, target - 1 - STEPS // 2), source)
+            return _median_step_ns(self._model, int(self._model.step(1).argmax()), STEPS)
+
+        return _repeated(run)
+
+
+def _repeated(run: Callable[[], float]) -> float:
+    """Median of what `run` returns, called once, or as often as fits into 5 ms, at most 8 times."""
+    times: list[float] = []
+    start = time.perf_counter_ns()
+    while len(times) < 8 and (not times or time.perf_counter_ns() - start < 5e6):
+        times.append(run())
+    return float(median(times))
 
 
 class _EncoderPhases:
@@ -233,6 +278,7 @@ _SUBJECTS: dict[str, Callable[[dict[str, Any], int, bool], _Subject]] = {
     "encode": _Encode,
     "decoder phases": _DecoderPhases,
     "encoder phases": _EncoderPhases,
+    "encoder-decoder phases": _EncoderDecoderPhases,
 }
 
 

@@ -66,7 +66,12 @@ def anchors(graph: Graph, available: Iterable[str], cache_bytes: int) -> list[An
 
 
 def _depth(graph: Graph, policy: Policy, cache_bytes: int, stretch: float) -> int:
-    """Layers whose weights are twice the last-level cache, times `stretch` (differing depths tell a layer's part of the remainder)."""
+    """Layers whose weights are twice the last-level cache, times `stretch` (differing depths tell a layer's part of the remainder).
+
+    An encoder-decoder is measured whole: its two stacks would have to be cut alike, and `keep_layers` cuts one.
+    """
+    if graph.kind == "encoder-decoder":
+        return graph.layers
     sizes = {unit.name: packed_bytes(unit, CATALOGUE[policy[unit.name]]) for unit in graph.units if unit.op != "Gather"}
     if sum(sizes.values()) <= cache_bytes:
         return graph.layers
@@ -85,7 +90,9 @@ def points(graph: Graph, workload: Workload, everywhere: bool) -> list[Phase]:
         if phase.name == "decode":
             furthest = min(graph.context - 8, max(512, 4 * phase.past))
             pasts = {phase.past, furthest, *(past for past in _PASTS if past < furthest)}
-            found += [Phase("decode", 1, 1, past) for past in sorted(pasts) if past > 0]
+            # Elsewhere the prompt has the same share of the past as in the workload.
+            shares = {past: max(1, phase.prompt * past // phase.past) for past in sorted(pasts) if past > 0}
+            found += [Phase("decode", 1, 1, past, prompt) for past, prompt in shares.items()]
         else:
             most = max(grid(phase.in_flight, phase.batch * graph.context)) // phase.batch
             counts = {count for count in GRID if count <= min(most, graph.context) and phase.batch * count >= min(GRID)}
@@ -164,7 +171,7 @@ def weigh(host: Host, graph: Graph, workload: Workload, wanted: Wanted) -> list[
     with _packages(graph, [wanted]) as folders:
         for tokens in wanted.memory:
             capacity = tokens + workload.new_tokens
-            phases = [Phase("prefill" if graph.kind == "decoder" else "encode", workload.batch, tokens)]
+            phases = [Phase("encode" if graph.kind == "encoder" else "prefill", workload.batch, tokens)]
             seen = host.peak({**subject(graph, anchor.name, folders[anchor.name], phases), "capacity": capacity})
             row = ModelMemoryRow(
                 model=graph.fingerprint,
@@ -187,7 +194,10 @@ def label(phase: Phase) -> str:
 
 def subject(graph: Graph, name: str, folder: Path, phases: Iterable[Phase]) -> dict[str, Any]:
     """The agent's description of a model and the phases to run it in."""
-    described = [{"label": label(phase), "batch": phase.batch, "tokens": phase.tokens, "past": phase.past} for phase in phases]
+    described = [
+        {"label": label(phase), "batch": phase.batch, "tokens": phase.tokens, "past": phase.past, "prompt": phase.prompt}
+        for phase in phases
+    ]
     return {"name": name, "kind": f"{graph.kind} phases", "folder": str(folder), "phases": described, "rows": graph.vocabulary}
 
 

@@ -46,7 +46,7 @@ def current_header(device: Device, threads: int, meter: str = "", command: str =
 
 
 def default_workload(graph: Graph) -> Workload:
-    return Workload.parse("generate:64+32" if graph.kind == "decoder" else "encode:1x128")
+    return Workload.parse("encode:1x128" if graph.kind == "encoder" else "generate:64+32")
 
 
 def check_workload(graph: Graph, workload: Workload) -> None:
@@ -56,7 +56,12 @@ def check_workload(graph: Graph, workload: Workload) -> None:
         raise InputError(
             f"expected a workload {default.kind}:... for this {graph.kind}, got {workload}", f"type: --workload {default}"
         )
-    if workload.prompt_tokens + workload.new_tokens > graph.context:
+    if graph.kind == "encoder-decoder":
+        if max(workload.prompt_tokens, workload.new_tokens) > graph.context:
+            raise InputError(
+                f"expected at most {graph.context} tokens of source and of target, the model's context, got {workload}"
+            )
+    elif workload.prompt_tokens + workload.new_tokens > graph.context:
         raise InputError(f"expected at most {graph.context} tokens, the model's context, got {workload}")
 
 

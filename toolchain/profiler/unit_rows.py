@@ -57,7 +57,8 @@ def token_counts(graph: Graph, shape: tuple[str, int, int], workload: Workload) 
     for unit in graph.units:
         for phase in workload.phases if unit.shape == shape else ():
             tokens = tokens_in_flight(unit, phase)
-            counts.update([1] if tokens == 1 else grid(tokens, phase.batch * graph.context))
+            if tokens:
+                counts.update([1] if tokens == 1 else grid(tokens, phase.batch * graph.context))
     return sorted(counts)
 
 
