@@ -36,8 +36,23 @@ _DISTILBERT = {
     "max_position_embeddings": CONTEXT,
 }
 
+_T5 = {
+    "vocab_size": VOCABULARY,
+    "d_model": HIDDEN,
+    "d_kv": 16,
+    "d_ff": 160,
+    "num_layers": 2,
+    "num_heads": 4,
+    "n_positions": CONTEXT,
+    "decoder_start_token_id": 0,
+    "tie_word_embeddings": False,
+    "feed_forward_proj": "gated-gelu",
+}
+
 DECODERS = ("llama", "qwen2", "mistral")
 ENCODERS = ("bert", "roberta", "distilbert")
+TIED_T5: dict[str, Any] = {"tie_word_embeddings": True, "feed_forward_proj": "relu", "num_decoder_layers": 3, "d_kv": 8}
+"""Changes from a T5 of version 1.1 to one of the first version, with stacks of unequal depth and attention narrower than the model."""
 _MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", _DECODER),
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", _DECODER),
@@ -46,6 +61,8 @@ _MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     # RoBERTa keeps two positions for itself (padding): two more make its longest sequence CONTEXT.
     "roberta": ("RobertaModel", "RobertaConfig", {**_ENCODER, "max_position_embeddings": CONTEXT + 2, "type_vocab_size": 1}),
     "distilbert": ("DistilBertModel", "DistilBertConfig", _DISTILBERT),
+    "t5": ("T5ForConditionalGeneration", "T5Config", _T5),
+    "mt5": ("MT5ForConditionalGeneration", "MT5Config", _T5),
 }
 
 
@@ -64,7 +81,7 @@ def random_model(name: str, architecture: str = "", **changes: Any) -> Any:
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim == 2:
                 # By fan-in, so that activations neither vanish nor blow up; embeddings about 1.
-                parameter.copy_(noise if "embed" in key else noise * parameter.shape[1] ** -0.5)
+                parameter.copy_(noise if "embed" in key or key == "shared.weight" else noise * parameter.shape[1] ** -0.5)
             else:
                 parameter.add_(noise * 0.2)
     return model

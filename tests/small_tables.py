@@ -50,7 +50,8 @@ def complete_table(graph: Graph, workload: Workload | None = None, header: Heade
         anchor = wanted.anchor
         units = units_within(graph.units, anchor.layers)
         for phase in wanted.times:
-            times_ms = [unit_ms(unit, anchor.policy[unit.name], tokens_in_flight(unit, phase)) for unit in units]
+            running = [(unit, tokens) for unit in units if (tokens := tokens_in_flight(unit, phase))]
+            times_ms = [unit_ms(unit, anchor.policy[unit.name], tokens) for unit, tokens in running]
             key = (graph.fingerprint, phase.name, phase.batch, phase.tokens, phase.past, anchor.layers, anchor.name)
             latency = OVERHEAD_MS + MS_PER_POSITION * phase.past + sum(times_ms)
             table = table.adding([ModelRow(*key, dict(anchor.policy), latency, 0.0, 15, True)])
