@@ -28,13 +28,18 @@ from toolchain.errors import InputError  # noqa: E402
 from toolchain.graph.assemble import assemble, package_bytes, round_to_nearest  # noqa: E402
 from toolchain.graph.external import DATA_NAME, read_model  # noqa: E402
 from toolchain.graph.model import Graph  # noqa: E402
+from toolchain.hardware import load  # noqa: E402
 from toolchain.kernels import CATALOGUE, candidates, uniform  # noqa: E402
 from toolchain.package.manifest import open_package  # noqa: E402
+from toolchain.profiler import measure  # noqa: E402
+from toolchain.profiler.ask import Host  # noqa: E402
+from toolchain.profiler.model_rows import label, points, subject  # noqa: E402
+from toolchain.profiler.phases import EncoderDecoderPhases  # noqa: E402
 from toolchain.profiler.profile import check_workload  # noqa: E402
 from toolchain.quantize.affine import dequantize, quantize, quantize_activation  # noqa: E402
 from toolchain.quantize.packing import packed_bytes  # noqa: E402
 from toolchain.session import ENCODER, FIRST_STEP, STEP  # noqa: E402
-from toolchain.spec import Policy, Workload  # noqa: E402
+from toolchain.spec import Phase, Policy, Workload  # noqa: E402
 
 Graphs = Callable[..., Graph]
 Cli = Callable[..., Any]
@@ -292,6 +297,25 @@ def test_a_workload_has_a_source_and_a_target_of_at_most_the_context(graphs: Gra
             check_workload(graphs("t5"), Workload.parse(workload))
 
 
+def test_phases_are_timed_with_source_and_target_apart(graphs: Graphs) -> None:
+    graph, workload = graphs("t5"), Workload.parse("generate:24+16")
+    phases = points(graph, workload, everywhere=True)
+    assert {(phase.past, phase.prompt) for phase in phases if phase.name == "decode"} == {(16, 12), (32, 24), (128, 96)}
+    timed = EncoderDecoderPhases(subject(graph, "t5", graph.directory, phases), 1, False).trial()
+    assert set(timed) == {label(phase) for phase in phases}
+    assert min(timed.values()) > 0
+    lopsided = points(graph, Workload.parse("generate:1+200"), everywhere=True)
+    assert min(phase.prompt for phase in lopsided if phase.name == "decode") == 1
+
+
+def test_a_memory_trial_fills_the_cache(graphs: Graphs) -> None:
+    graph = graphs("t5")
+    what = subject(graph, "t5", graph.directory, [Phase("prefill", 1, 24)])
+    weighed = EncoderDecoderPhases({**what, "capacity": 40}, 1, False)
+    weighed.trial()
+    assert weighed._model.used == 40 - 24
+
+
 # ---- the command
 
 
@@ -362,6 +386,14 @@ def test_a_package_that_lacks_a_graph_is_refused(package: Path, tmp_path: Path, 
     assert fast.timed == []
 
 
+def test_the_agent_runs_a_package(package: Path) -> None:
+    """Both stacks are in what it weighs: the data file holds them and nothing else."""
+    what = measure.subject("package", package, Workload.parse("generate:24+4"), 4096)
+    seen = Host(load("local"), 1).peak(what)
+    assert seen["peak_bytes"] > 0.5 * (package / DATA_NAME).stat().st_size
+
+
+@pytest.mark.slow  # waits for a quiet machine
 def test_check_measures_an_encoder_decoder(package: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     real = acceptance.measure_package
     monkeypatch.setattr(acceptance, "measure_package", lambda *words: real(*words, windows=FEWER_WINDOWS))

@@ -72,10 +72,10 @@ def test_a_tiny_encoder_goes_all_the_way(profiled: Profiled, tmp_path: Path, cli
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("few_windows")
-@pytest.mark.parametrize("name", ["qwen2", "mistral", "bert", "roberta", "distilbert"])
+@pytest.mark.parametrize("name", ["qwen2", "mistral", "bert", "roberta", "distilbert", "t5"])
 def test_every_architecture_goes_all_the_way(models: Any, tmp_path: Path, cli: Cli, name: str) -> None:
     measured = cli("profile", models(name), "--profiles", tmp_path / "profiles", "--json")
     assert measured.code in (0, 3), measured.err
     kinds = {json.loads(line)["row"] for line in Path(measured.json["table"]).read_text().splitlines()[1:]}
-    assert kinds == {"unit", "memory", "model"}
+    assert kinds == {"unit", "memory", "model", "model memory"}
     _after_profile(cli, models(name), tmp_path / "profiles", tmp_path / "out")

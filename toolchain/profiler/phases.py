@@ -1,0 +1,128 @@
+"""Whole models as the agent times them phase by phase: at each count of tokens and each position of the cache that was asked for.
+
+A subject says {folder, rows, phases: [{label, batch, tokens, past, prompt}]} (`model_rows.subject`), and `capacity` where its memory is
+weighed. A trial is nanoseconds by label. onnxruntime and numpy only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from toolchain.decoding import Decoder, EncoderDecoder, Generator
+from toolchain.session import open_session, token_feeds
+
+STEPS = 6
+
+
+class DecoderPhases:
+    """A decoder: a trial is one run of each prefill asked for, and STEPS steps around each asked position of the cache.
+
+    The steps follow an untimed one, as a token follows a token; what is in the cache does not matter to their time.
+    Quick steps are repeated until they fill 5 ms.
+    """
+
+    def __init__(self, subject: dict[str, Any], threads: int, shared_pool: bool) -> None:
+        self._phases = subject["phases"]
+        capacity = max(phase["past"] + max(phase["tokens"], STEPS + 1) for phase in self._phases)
+        self._decoder = Decoder(Path(subject["folder"]), threads, max(capacity, subject.get("capacity", 0)), shared_pool)
+        self._ids = np.random.default_rng(0).integers(0, subject["rows"], self._decoder.capacity)
+
+    def trial(self) -> dict[str, float]:
+        seen = {}
+        for phase in self._phases:
+            if phase["tokens"] > 1 or not phase["past"]:
+                start = time.perf_counter_ns()
+                self._decoder.prefill(self._ids[: phase["tokens"]]).argmax()
+                seen[phase["label"]] = float(time.perf_counter_ns() - start)
+                continue
+            seen[phase["label"]] = self._steps(phase["past"])
+        return seen
+
+    def _steps(self, past: int) -> float:
+        def run() -> float:
+            self._decoder.seek(max(0, past - 1 - STEPS // 2))
+            return median_step_ns(self._decoder, int(self._decoder.step(1).argmax()), STEPS)
+
+        return _repeated(run)
+
+
+class EncoderDecoderPhases:
+    """An encoder-decoder: a trial is one encoding with its first token for each prefill asked for, and STEPS steps around each asked
+    position: `prompt` of the past are the source, the others the target so far.
+
+    capacity: a prefill is followed by an untimed step where source and target fill it, so that a memory trial sees the whole cache.
+    """
+
+    def __init__(self, subject: dict[str, Any], threads: int, shared_pool: bool) -> None:
+        self._phases = subject["phases"]
+        self._capacity = subject.get("capacity", 0)
+        most = max(phase["past"] + STEPS + 1 for phase in self._phases)
+        self._model = EncoderDecoder(Path(subject["folder"]), threads, max(most, self._capacity), shared_pool)
+        longest = max(phase["tokens"] for phase in self._phases)
+        self._ids = np.random.default_rng(0).integers(0, subject["rows"], longest)
+
+    def trial(self) -> dict[str, float]:
+        seen = {}
+        for phase in self._phases:
+            if phase["past"]:
+                seen[phase["label"]] = self._steps(phase["prompt"], phase["past"] - phase["prompt"])
+                continue
+            start = time.perf_counter_ns()
+            self._model.prefill(self._ids[: phase["tokens"]]).argmax()
+            seen[phase["label"]] = float(time.perf_counter_ns() - start)
+            if self._capacity:
+                self._model.seek(self._capacity - phase["tokens"] - 1)
+                self._model.step(1)
+        return seen
+
+    def _steps(self, source: int, target: int) -> float:
+        def run() -> float:
+            self._model.seek(max(0, target - 1 - STEPS // 2), source)
+            return median_step_ns(self._model, int(self._model.step(1).argmax()), STEPS)
+
+        return _repeated(run)
+
+
+class EncoderPhases:
+    """An encoder: a trial is one inference of each [batch, tokens] asked for."""
+
+    def __init__(self, subject: dict[str, Any], threads: int, shared_pool: bool) -> None:
+        self._session = open_session(Path(subject["folder"]), threads, shared_pool=shared_pool)
+        rng = np.random.default_rng(0)
+        self._feeds = {
+            phase["label"]: token_feeds(self._session, rng.integers(0, subject["rows"], (phase["batch"], phase["tokens"])))
+            for phase in subject["phases"]
+        }
+
+    def trial(self) -> dict[str, float]:
+        seen = {}
+        for label, feeds in self._feeds.items():
+            start = time.perf_counter_ns()
+            self._session.run(None, feeds)
+            seen[label] = float(time.perf_counter_ns() - start)
+        return seen
+
+
+def median_step_ns(decoder: Generator, token: int, steps: int) -> float:
+    """Median time of `steps` greedy steps, the first of them from `token`."""
+    times = []
+    for _ in range(steps):
+        start = time.perf_counter_ns()
+        token = int(decoder.step(token).argmax())
+        times.append(time.perf_counter_ns() - start)
+    return float(median(times))
+
+
+def _repeated(run: Callable[[], float]) -> float:
+    """Median of what `run` returns, called once, or as often as fits into 5 ms, at most 8 times."""
+    times: list[float] = []
+    start = time.perf_counter_ns()
+    while len(times) < 8 and (not times or time.perf_counter_ns() - start < 5e6):
+        times.append(run())
+    return float(median(times))
