@@ -518,7 +518,7 @@ def test_one_unit_alone_computes_what_its_numbers_mean(tmp_path: Path) -> None:
 
     unit, kernel = Unit("u", "MatMul", 200, 24), CATALOGUE["w4g128"]
     weight = np.random.default_rng(0).standard_normal((24, 200)).astype(np.float32)
-    write_one_unit(unit, kernel, quantize(weight, kernel), 3, tmp_path)
+    write_one_unit(unit, kernel, (quantize(weight, kernel),), 3, tmp_path)
     x = np.random.default_rng(1).standard_normal((6, 200)).astype(np.float32)
     expected = quantize_activation(x, kernel) @ dequantize(quantize(weight, kernel)).T
     for copy, got in enumerate(open_session(tmp_path, 1).run(None, {"x": x})):

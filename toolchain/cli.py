@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--workload", help="generate:P+N or encode:BxT (default: generate:64+32, encode:1x128)")
 
     def limits(sub: argparse.ArgumentParser) -> None:
-        for name in ("latency-ms", "memory-mb", "energy-mj", "gflop"):
+        for name in ("latency-ms", "first-token-ms", "memory-mb", "energy-mj", "gflop"):
             sub.add_argument(f"--{name}", type=float, metavar="X", help="limit for one inference")
 
     command("devices", _devices, "what hardware/ describes, what is reachable, which meter it has", "bittailor devices")
@@ -168,7 +168,7 @@ def _show(arguments: argparse.Namespace, data: dict[str, Any], text: str) -> Non
 
 
 def _limits(arguments: argparse.Namespace) -> dict[str, float]:
-    names = ("latency_ms", "memory_mb", "energy_mj", "gflop")
+    names = ("latency_ms", "first_token_ms", "memory_mb", "energy_mj", "gflop")
     return {name: value for name in names if (value := getattr(arguments, name)) is not None}
 
 

@@ -5,12 +5,15 @@ in nodes is `graph/nodes.py`; whether this runtime computes it right is asked of
 
 - MatMulNBits takes 2, 4 and 8 bits only: 3-bit codes ride in a 4-bit container (quality of 3, cost of 4).
 - accuracy_level 4 (int8 activations per group) everywhere: level 0 was measured up to 230 times slower.
+- A kernel named `w4g32+w8a8` decodes with the first and prefills with the second: int8 dynamic is the fastest with many tokens in flight,
+  4 bits with one. Both weights are in memory; an `If` on the token count chooses, for 1 to 2 µs.
 - w8a8 keeps its weights within ±63: ±127 was measured less exact on an AVX2 machine (16-bit sums of u8 × s8 products are suspected).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from toolchain.errors import PolicyError
 from toolchain.spec import Kernel, Policy, Unit
@@ -32,17 +35,25 @@ CATALOGUE: Mapping[str, Kernel] = {
         _nbits(3, 32, container=4),
         _nbits(2, 32),
         _nbits(2, 128),
+        replace(_nbits(4, 32), name="w4g32+w8a8", prefill="w8a8"),
+        replace(_nbits(4, 128), name="w4g128+w8a8", prefill="w8a8"),
     )
 }
+
+
+def parts(kernel: Kernel) -> tuple[Kernel, ...]:
+    """The kernel itself; or the one it decodes with and the one it prefills with."""
+    return (CATALOGUE[kernel.name.partition("+")[0]], CATALOGUE[kernel.prefill]) if kernel.prefill else (kernel,)
 
 
 def runs_as(name: str) -> str:
     """The kernel whose node and bytes a kernel shares, so that one measurement serves both: w3g32 runs as w4g32."""
     kernel = CATALOGUE[name]
+    wanted = (kernel.container_bits, kernel.group_size, kernel.activation, kernel.prefill)
     return next(
         other.name
         for other in CATALOGUE.values()
-        if (other.weight_bits, other.group_size, other.activation) == (kernel.container_bits, kernel.group_size, kernel.activation)
+        if (other.weight_bits, other.group_size, other.activation, other.prefill) == wanted
     )
 
 
@@ -57,6 +68,8 @@ def node_op(unit_op: str, kernel: Kernel) -> str:
 
 def legal(unit: Unit, kernel: Kernel) -> bool:
     """Whether the catalogue has this kernel for this unit (not yet whether this runtime runs it)."""
+    if kernel.prefill:  # worth its memory only where one token and many are in flight in turn
+        return unit.role == "linear" and not unit.side and all(legal(unit, part) for part in parts(kernel))
     if unit.op == "Gather":
         return kernel.activation != "int8_tensor" and (not kernel.quantised or unit.K % kernel.group_size == 0)
     # A group wider than the layer is all padding: it would cost more than per-row scales and gain nothing.

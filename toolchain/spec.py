@@ -15,13 +15,16 @@ from toolchain.errors import InputError, PolicyError
 RESOURCES = ("peak_memory_bytes", "compute_flop", "latency_ms", "energy_mj")
 """The four limits of a budget, in the order of the constraint encoding (MetaQuantLLM, section 4.2)."""
 
+LIMITS = (*RESOURCES, "first_token_ms")
+"""What a budget may limit: the time to the first token of a decoder has no place in the encoding."""
+
 DERIVED_BUDGETS = ("low", "medium", "high", "promise")
 """Names of budgets that come from a device's cost table, and so speak of the machine as it was when the table was measured."""
 
 _BUDGET_KEYS = {  # what people write in a budget file or on the command line → (resource, factor)
     "memory_mb": ("peak_memory_bytes", 1e6),
     "gflop": ("compute_flop", 1e9),
-    **{name: (name, 1.0) for name in RESOURCES},
+    **{name: (name, 1.0) for name in LIMITS},
 }
 
 
@@ -34,6 +37,7 @@ class Kernel:
     group_size       inputs that share one scale; 0 = one scale per output row, and for fp32
     symmetric        zero point fixed in the middle of the range
     activation       "fp32" | "int8_group" (int8 per row and group, inside MatMulNBits) | "int8_tensor" (uint8 per tensor)
+    prefill          name of another kernel that runs instead while several tokens are in flight, its weights stored besides; or ""
     """
 
     name: str
@@ -42,6 +46,7 @@ class Kernel:
     group_size: int
     symmetric: bool
     activation: str
+    prefill: str = ""
 
     @property
     def quantised(self) -> bool:
@@ -64,8 +69,8 @@ class Unit:
     modules    the model's own names of the layers inside, in the order their rows are stacked
     node       name of the ONNX node; weight: its fp32 initializer
     tied_to    the unit whose tensor this one is (embedding ↔ head), or ""
-    side       of an encoder-decoder: "source" runs once, on the source's tokens (the encoder, cross-attention's keys and values),
-               "target" on each generated token; "" runs on whatever is in flight
+    side       "source" runs once, on the source's tokens (an encoder, cross-attention's keys and values), "target" on each generated
+               token of an encoder-decoder; "" runs on whatever is in flight
     """
 
     name: str
@@ -258,12 +263,13 @@ class Budget:
     compute_flop: float | None = None
     latency_ms: float | None = None
     energy_mj: float | None = None
+    first_token_ms: float | None = None
     name: str = "custom"
 
     @property
     def limits(self) -> dict[str, float]:
-        """The limits that are set, in the order of RESOURCES."""
-        return {name: value for name in RESOURCES if (value := getattr(self, name)) is not None}
+        """The limits that are set, in the order of LIMITS."""
+        return {name: value for name in LIMITS if (value := getattr(self, name)) is not None}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], name: str = "custom") -> Budget:

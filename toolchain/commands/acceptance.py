@@ -82,7 +82,7 @@ def _judge(verdict: Verdict, measurements: Mapping[str, Measurement], ratio: flo
     verdict says so; an absolute limit that somebody set is held as measured, and when broken could not be told from the machine's mood.
     """
     seen = measurements.get(verdict.name)
-    if verdict.name != "latency_ms" or verdict.verdict == check.WITHIN or seen is None or len(seen.trials) < 2:
+    if verdict.name not in ("latency_ms", "first_token_ms") or verdict.verdict == check.WITHIN or seen is None or len(seen.trials) < 2:
         return verdict
     low, high = check.median_interval(seen.trials)
     if not seen.valid:
@@ -95,7 +95,7 @@ def _judge(verdict: Verdict, measurements: Mapping[str, Measurement], ratio: flo
     if budget.name not in DERIVED_BUDGETS:
         return replace(verdict, verdict=check.COULD_NOT_TELL, reason=slower)
     corrected = replace(seen, value=(seen.value or 0.0) / ratio, trials=tuple(trial / ratio for trial in seen.trials))
-    held = check.decide(Budget(latency_ms=verdict.limit), {"latency_ms": corrected})[0]
+    held = check.decide(Budget.from_json({verdict.name: verdict.limit}), {verdict.name: corrected})[0]
     return replace(held, reason=f"{slower}: {seen.value:.4g} ms corrected by that")
 
 

@@ -11,6 +11,7 @@ from toolchain.errors import InputError
 from toolchain.evaluate.fidelity import fidelity
 from toolchain.evaluate.perplexity import perplexity
 from toolchain.hardware import load, thread_count
+from toolchain.kernels import CATALOGUE
 from toolchain.package.manifest import is_package, open_package
 from toolchain.session import cache_slots, is_encoder_decoder, open_session
 from toolchain.text import documents, load_tokenizer, record, separator_id, windows
@@ -41,8 +42,10 @@ def evaluate(what: str, text: Sequence[Path], window: int, reference: str | None
             "window": window,
         }
         if decoder:
-            value, count = perplexity(directory, tokens, threads)
-            return {**result, "perplexity": value, "tokens": count}
+            stepwise = _two_phases(directory)
+            value, count = perplexity(directory, tokens, threads, stepwise)
+            how = {"how": "token by token, since the package prefills with other kernels than it decodes with"} if stepwise else {}
+            return {**result, "perplexity": value, "tokens": count, **how}
         with _folder(reference or _source_of(directory)) as reference_directory:
             seen = fidelity(directory, reference_directory, tokens, threads)
         return {**result, "cosine": seen.cosine, "relative_mse": seen.relative_mse, "tokens": seen.tokens}
@@ -66,6 +69,10 @@ def _context(directory: Path) -> int:
     from toolchain.graph.model import Graph
 
     return Graph.open(directory).context
+
+
+def _two_phases(directory: Path) -> bool:
+    return is_package(directory) and any(CATALOGUE[name].prefill for name in open_package(directory, verify=False).policy.values())
 
 
 def _source_of(directory: Path) -> str:

@@ -23,11 +23,11 @@ from toolchain.graph.assemble import Weights, package_bytes, round_to_nearest
 from toolchain.graph.build import build
 from toolchain.graph.model import Graph
 from toolchain.hardware import meter, named_budget, read_budget, shipped, thread_count
-from toolchain.kernels import uniform, validate
+from toolchain.kernels import CATALOGUE, parts, uniform, validate
 from toolchain.package.export import export_package
 from toolchain.package.manifest import Package
 from toolchain.policy import budgets, projection, proposal
-from toolchain.policy.solver import measured_limits
+from toolchain.policy.solver import Values, measured_limits
 from toolchain.profiler.probe import working_kernels
 from toolchain.profiler.profile import check_workload, current_header, default_workload, profile
 from toolchain.progress import note
@@ -203,14 +203,40 @@ def choose(source: Source, costs: Costs, budget: Budget) -> Choice:
     for resource in unmeasured:
         note(f"bittailor: {resource} is not measured on {model.device!r}: the policy is chosen without that limit")
     log_probabilities = proposal.log_probabilities(folder.meta_network, encode(budget, model))
+    losses = folder.sensitivity
+    if budget.first_token_ms is not None:
+        model, log_probabilities, losses = _with_two_phases(model, costs.model, log_probabilities, losses)
     plan = budgets.planned(budget, model)
     try:
         policy = projection.project(log_probabilities, model, plan)
     except InfeasibleBudgetError:
         policy, plan = projection.project(log_probabilities, model, budget), budget
         note("bittailor: no policy keeps this budget with room for the prediction's spread; taking one without")
-    gap = projection.gap_to_optimum(policy, model, folder.sensitivity, plan)
+    gap = projection.gap_to_optimum(policy, model, losses, plan)
     return Choice(policy, "meta-network, projected", gap)
+
+
+def _with_two_phases(
+    model: CostModel, measured: CostModel, log_probabilities: Values, losses: Values
+) -> tuple[CostModel, Values, Values]:
+    """Offer also the kernels that prefill with another: as likely, and as good, as what they decode with. A hair less likely, so that
+    the second set of weights is taken only where the time to the first token asks for it."""
+
+    def two_phase(unit: str) -> list[str]:
+        return [
+            name
+            for name in measured.kernels[unit]
+            if CATALOGUE[name].prefill and all(part.name in model.kernels[unit] for part in parts(CATALOGUE[name]))
+        ]
+
+    def extended(values: Values, less: float) -> dict[str, dict[str, float]]:
+        return {
+            unit: {**row, **{name: row[parts(CATALOGUE[name])[0].name] - less for name in two_phase(unit)}}
+            for unit, row in values.items()
+        }
+
+    kernels = {unit: (*names, *two_phase(unit)) for unit, names in model.kernels.items()}
+    return replace(model, kernels=kernels), extended(log_probabilities, 1e-3), extended(losses, 0.0)
 
 
 def _restricted(model: CostModel, folder: SupernetFolder) -> CostModel:
@@ -234,7 +260,8 @@ def cut(
     training = dict(source.supernet.description.get("training", {})) if source.supernet else None
     if source.supernet and training is not None:
         offered = proposal.read(source.supernet.meta_network)[0]
-        skipped = sorted({kernel for unit, kernel in choice.policy.items() if kernel != "fp32" and kernel not in offered[unit]})
+        used = {(unit, part.name) for unit, kernel in choice.policy.items() for part in parts(CATALOGUE[kernel])}
+        skipped = sorted({kernel for unit, kernel in used if kernel != "fp32" and kernel not in offered[unit]})
         if skipped:  # no budget would choose them, so no step saw them
             training["not_trained"] = f"{', '.join(skipped)}: clip search only"
     evidence: dict[str, Any] = {

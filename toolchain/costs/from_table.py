@@ -42,7 +42,7 @@ def tokens_in_flight(unit: Unit, phase: Phase) -> int:
     An encoder-decoder's prefill is its encoder and the first target token.
     """
     if unit.side == "source":
-        return phase.in_flight if phase.name == "prefill" else 0
+        return 0 if phase.name == "decode" else phase.in_flight
     one = unit.side == "target" or unit.role == "head"
     return phase.batch if one and phase.name == "prefill" else phase.in_flight
 

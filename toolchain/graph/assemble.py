@@ -17,8 +17,8 @@ from onnx import helper
 from toolchain.graph.external import DATA_NAME, DataWriter, load_array, read_model
 from toolchain.graph.layers import keep_layers
 from toolchain.graph.model import Graph
-from toolchain.graph.nodes import quantised_node
-from toolchain.kernels import CATALOGUE
+from toolchain.graph.nodes import either, inputs_of, one_token_nodes, quantised_node
+from toolchain.kernels import CATALOGUE, parts
 from toolchain.quantize.affine import Quantized, groups, quantize
 from toolchain.spec import Kernel, Unit
 
@@ -82,20 +82,29 @@ class _Replacements:
 
     def __init__(self, policy: Mapping[str, str], weights: Weights, writer: DataWriter) -> None:
         self._policy, self._weights, self._writer = policy, weights, writer
-        self._made: dict[str, tuple[onnx.NodeProto, list[onnx.TensorProto]]] = {}
+        self._made: dict[str, tuple[list[onnx.NodeProto], list[onnx.TensorProto]]] = {}
 
     def of(self, unit: Unit, data: str, output: str) -> tuple[onnx.NodeProto, list[onnx.TensorProto]]:
         """The node that computes `output` from `data` (activations or token ids), and its tensors."""
         if unit.name not in self._made:
             kernel = CATALOGUE[self._policy[unit.name]]
-            node, tensors = quantised_node(unit, kernel, self._weights(unit, kernel), _DATA, "", unit.node)
-            self._made[unit.name] = node, [self._writer.tensor(name, array) for name, array in tensors]
-        template, protos = self._made[unit.name]
-        node = onnx.NodeProto()
-        node.CopyFrom(template)
-        node.input[:] = [data if name == _DATA else name for name in node.input]
-        node.output[:] = [output]
-        return node, protos
+            made: list[onnx.NodeProto] = []
+            stored: list[onnx.TensorProto] = []
+            for part in parts(kernel):
+                name = f"{unit.node}/{part.name}" if kernel.prefill else unit.node
+                node, tensors = quantised_node(unit, part, self._weights(unit, part), _DATA, "", name)
+                made.append(node)
+                stored += [self._writer.tensor(name, array) for name, array in tensors]
+            self._made[unit.name] = made, stored
+        templates, protos = self._made[unit.name]
+        nodes = []
+        for template in templates:
+            node = onnx.NodeProto()
+            node.CopyFrom(template)
+            node.input[:] = [data if name == _DATA else name for name in node.input]
+            node.output[:] = [output if len(templates) == 1 else f"{node.name}/output_0"]
+            nodes.append(node)
+        return nodes[0] if len(nodes) == 1 else either(nodes[0], nodes[1], output, unit.node), protos
 
 
 def _replace_units(
@@ -131,8 +140,11 @@ def _replace_units(
             initializers.append(writer.tensor(name, graph.weight(unit)))
         else:
             nodes.append(node)
+    if any(CATALOGUE[policy[unit.name]].prefill for unit in units.values()):
+        asking, constants = one_token_nodes("input_ids", 1)
+        nodes, initializers = [*asking, *nodes], [*initializers, *constants]
     _drop_dead(nodes, {output.name for output in model.graph.output})
-    used = {name for node in nodes for name in node.input}
+    used = {name for node in nodes for name in inputs_of(node)}
     del model.graph.node[:], model.graph.initializer[:]
     model.graph.node.extend(nodes)
     model.graph.initializer.extend(tensor for tensor in initializers if tensor.name in used)
@@ -144,7 +156,7 @@ def _replace_units(
 def _drop_dead(nodes: list[onnx.NodeProto], outputs: set[str]) -> None:
     """Remove, in place, nodes that nothing reads any more (the Transpose of an untied embedding)."""
     while True:
-        used = outputs | {name for node in nodes for name in node.input}
+        used = outputs | {name for node in nodes for name in inputs_of(node)}
         alive = [node for node in nodes if any(name in used for name in node.output)]
         if len(alive) == len(nodes):
             return

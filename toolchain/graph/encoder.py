@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def build_encoder(folder: Path, config: dict[str, Any], source: str, fingerprint
     hidden = int(config.get("hidden_size") or config["dim"])
     return Graph(
         directory=out,
-        units=_units(model),
+        units=tuple(replace(unit, side="source") for unit in _units(model)),
         kind="encoder",
         architecture=architecture,
         layers=int(config.get("num_hidden_layers") or config["n_layers"]),

@@ -8,7 +8,7 @@ DynamicQuantizeMatMul  B int8 [K, N], one scale per column, zero point 0
 from __future__ import annotations
 
 import numpy as np
-from onnx import NodeProto, helper
+from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from toolchain.kernels import node_op
 from toolchain.quantize.affine import SYMMETRIC_ZERO, Quantized
@@ -16,6 +16,37 @@ from toolchain.quantize.packing import pack
 from toolchain.spec import Kernel, Unit
 
 Tensors = list[tuple[str, np.ndarray]]
+
+
+ONE_TOKEN = "one_token"
+"""Name of the boolean that says whether one token is in flight; `one_token_nodes` computes it."""
+
+
+def one_token_nodes(data: str, axis: int) -> tuple[list[NodeProto], list[TensorProto]]:
+    """Nodes and initializers for ONE_TOKEN, from the length of `data` along `axis`."""
+    shape, length = f"{ONE_TOKEN}/shape", f"{ONE_TOKEN}/length"
+    constants = {f"{ONE_TOKEN}/axis": axis, f"{ONE_TOKEN}/one": 1}
+    nodes = [
+        helper.make_node("Shape", [data], [shape], name=shape),
+        helper.make_node("Gather", [shape, f"{ONE_TOKEN}/axis"], [length], name=length),
+        helper.make_node("Equal", [length, f"{ONE_TOKEN}/one"], [ONE_TOKEN], name=ONE_TOKEN),
+    ]
+    return nodes, [numpy_helper.from_array(np.array(value, np.int64), name) for name, value in constants.items()]
+
+
+def either(one: NodeProto, many: NodeProto, output: str, name: str) -> NodeProto:
+    """An If node: `one` while ONE_TOKEN holds, else `many`. Weights stay outside, so that the runtime prepacks them as any others."""
+    branches = []
+    for node in (one, many):
+        value = helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, None)
+        branches.append(helper.make_graph([node], node.name, [], [value]))
+    return helper.make_node("If", [ONE_TOKEN], [output], name=name, then_branch=branches[0], else_branch=branches[1])
+
+
+def inputs_of(node: NodeProto) -> list[str]:
+    """Everything a node reads, what its branches read from outside included."""
+    inner = [name for attribute in node.attribute for inside in attribute.g.node for name in inputs_of(inside)]
+    return [*node.input, *inner]
 
 
 def quantised_node(unit: Unit, kernel: Kernel, weights: Quantized, data: str, output: str, name: str) -> tuple[NodeProto, Tensors]:

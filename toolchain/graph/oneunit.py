@@ -13,13 +13,18 @@ import onnx
 from onnx import TensorProto, helper
 
 from toolchain.graph.external import DATA_NAME, MODEL_NAME, DataWriter
-from toolchain.graph.nodes import quantised_node
+from toolchain.graph.nodes import either, one_token_nodes, quantised_node
+from toolchain.kernels import parts
 from toolchain.quantize.affine import Quantized, quantize
 from toolchain.spec import Kernel, Unit
 
 
-def write_one_unit(unit: Unit, kernel: Kernel, weights: Quantized | np.ndarray, copies: int, out: Path) -> None:
-    """Write the graph into the existing folder `out`. `weights`: codes, or float32 [N, K] for the fp32 kernel.
+Weights = tuple[Quantized, ...] | np.ndarray
+"""Codes for each part of a quantised kernel, or float32 [N, K] for the fp32 kernel."""
+
+
+def write_one_unit(unit: Unit, kernel: Kernel, weights: Weights, copies: int, out: Path) -> None:
+    """Write the graph into the existing folder `out`.
 
     Input "x": float32 [M, K] of a linear, int64 [M] token ids of an embedding. Outputs y0..y{C-1}: float32 [M, N] or [M, K].
     """
@@ -29,31 +34,34 @@ def write_one_unit(unit: Unit, kernel: Kernel, weights: Quantized | np.ndarray, 
     outputs = [
         helper.make_tensor_value_info(f"y{copy}", TensorProto.FLOAT, ["M", unit.K if gather else unit.N]) for copy in range(copies)
     ]
-    nodes, initializers = [], []
+    nodes, initializers = one_token_nodes("x", 0) if kernel.prefill else ([], [])
     with DataWriter(out / DATA_NAME) as writer:
         for copy in range(copies):
-            if isinstance(weights, Quantized):
-                # A rotation of the rows makes each copy's bytes its own: equal tensors would be stored, and cached, once.
-                turned = Quantized(
-                    np.roll(weights.codes, copy, 0),
-                    np.roll(weights.scales, copy, 0),
-                    np.roll(weights.zero_points, copy, 0),
-                    weights.K,
-                )
-                node, tensors = quantised_node(unit, kernel, turned, "x", f"y{copy}", f"unit{copy}")
-            else:
+            if isinstance(weights, np.ndarray):
                 array = np.roll(weights, copy, 0)
-                tensors = [(f"unit{copy}.weight", array if gather else array.T)]
-                inputs = [tensors[0][0], "x"] if gather else ["x", tensors[0][0]]
-                node = helper.make_node(unit.op, inputs, [f"y{copy}"], name=f"unit{copy}")
-            nodes.append(node)
-            initializers += [writer.tensor(name, array) for name, array in tensors]
+                initializers.append(writer.tensor(f"unit{copy}.weight", array if gather else array.T))
+                inputs = [f"unit{copy}.weight", "x"] if gather else ["x", f"unit{copy}.weight"]
+                nodes.append(helper.make_node(unit.op, inputs, [f"y{copy}"], name=f"unit{copy}"))
+                continue
+            made = []
+            for part, codes in zip(parts(kernel), weights, strict=True):
+                name = f"unit{copy}/{part.name}"
+                output = f"{name}/output_0" if kernel.prefill else f"y{copy}"
+                node, tensors = quantised_node(unit, part, _turned(codes, copy), "x", output, name)
+                made.append(node)
+                initializers += [writer.tensor(tensor, array) for tensor, array in tensors]
+            nodes.append(either(made[0], made[1], f"y{copy}", f"unit{copy}") if kernel.prefill else made[0])
     graph = helper.make_graph(nodes, "unit", [value], outputs, initializers)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10, producer_name="bittailor"), out / MODEL_NAME)
 
 
-def random_weights(unit: Unit, kernel: Kernel) -> Quantized | np.ndarray:
+def _turned(codes: Quantized, copy: int) -> Quantized:
+    """A rotation of the rows makes each copy's bytes its own: equal tensors would be stored, and cached, once."""
+    return Quantized(*(np.roll(array, copy, 0) for array in (codes.codes, codes.scales, codes.zero_points)), codes.K)
+
+
+def random_weights(unit: Unit, kernel: Kernel) -> Weights:
     """Weights for timing and probing only: their values do not change these kernels' time, but all zeros could."""
     weight = np.random.default_rng(0).standard_normal((unit.N, unit.K), dtype=np.float32) * np.float32(0.02)
-    return quantize(weight, kernel) if kernel.quantised else weight
+    return tuple(quantize(weight, part) for part in parts(kernel)) if kernel.quantised else weight

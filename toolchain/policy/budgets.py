@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from toolchain.costs.model import CostModel
+from toolchain.kernels import CATALOGUE
 from toolchain.policy.solver import solve
 from toolchain.spec import Budget
 
@@ -24,7 +25,7 @@ DRIFT = 1.0
 
 def derive(cost_model: CostModel) -> dict[str, Budget]:
     """{"low", "medium", "high"} → limits on peak memory and latency. Compute is the same for every policy, so it sets no limit."""
-    kernels = {unit: tuple(name for name in names if name != "fp32") or names for unit, names in cost_model.kernels.items()}
+    kernels = {unit: tuple(name for name in names if _ordinary(name)) or names for unit, names in cost_model.kernels.items()}
     quantised = replace(cost_model, kernels=kernels)
     memory_low, memory_high = quantised.bounds("peak_memory_bytes")
     _, latency_high = quantised.bounds("latency_ms")
@@ -54,7 +55,12 @@ def promise(predicted: dict[str, float], cost_model: CostModel) -> Budget:
     return Budget(**limits, name="promise")
 
 
+def _ordinary(name: str) -> bool:
+    """Kernels that set the range: full precision would stretch it, and so would two sets of weights for one unit."""
+    return CATALOGUE[name].quantised and not CATALOGUE[name].prefill
+
+
 def _room(resource: str, cost_model: CostModel) -> float:
     """The factor between a predicted cost and the limit it is safe to promise."""
-    drift = DRIFT if resource == "latency_ms" else 0.0
+    drift = DRIFT if resource in ("latency_ms", "first_token_ms") else 0.0
     return (1 + ROOM * cost_model.relative_spread.get(resource, 0.0)) * (1 + drift)

@@ -13,8 +13,8 @@ import numpy as np
 from toolchain.errors import DamagedFileError
 from toolchain.files import scratch
 from toolchain.graph.oneunit import random_weights, write_one_unit
-from toolchain.kernels import CATALOGUE, legal
-from toolchain.quantize.affine import Quantized, dequantize, quantize_activation
+from toolchain.kernels import CATALOGUE, legal, parts
+from toolchain.quantize.affine import dequantize, quantize_activation
 from toolchain.session import open_session
 from toolchain.spec import Kernel, Unit
 
@@ -38,7 +38,6 @@ def relative_error(unit: Unit, kernel: Kernel) -> float:
     """Largest ‖runtime − reference‖ / ‖reference‖ over token counts, on random numbers; infinite where the runtime refuses the kernel."""
     rng = np.random.default_rng(0)
     weights = random_weights(unit, kernel)
-    plain = dequantize(weights) if isinstance(weights, Quantized) else weights
     errors = []
     with scratch() as folder:
         write_one_unit(unit, kernel, weights, 1, folder)
@@ -48,12 +47,15 @@ def relative_error(unit: Unit, kernel: Kernel) -> float:
             return float("inf")
         for tokens in _TOKENS:
             x: np.ndarray
+            several = tokens > 1
+            part = parts(kernel)[-1 if several else 0]
+            plain = weights if isinstance(weights, np.ndarray) else dequantize(weights[-1 if several else 0])
             if unit.op == "Gather":
                 x = rng.integers(0, unit.N, tokens)
                 expected = plain[x]
             else:
                 x = rng.standard_normal((tokens, unit.K), dtype=np.float32)
-                expected = quantize_activation(x, kernel) @ plain.T
+                expected = quantize_activation(x, part) @ plain.T
             got = session.run(None, {"x": x})[0]
             errors.append(float(np.linalg.norm(got - expected) / np.linalg.norm(expected)))
     return max(errors)

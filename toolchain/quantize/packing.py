@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from toolchain.kernels import parts
 from toolchain.spec import Kernel, Unit
 
 
@@ -33,6 +34,8 @@ def unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
 
 def packed_bytes(unit: Unit, kernel: Kernel) -> int:
     """Exact bytes of a unit's tensors under a kernel: codes, scales and zero points (alignment not counted)."""
+    if kernel.prefill:
+        return sum(packed_bytes(unit, part) for part in parts(kernel))
     if not kernel.quantised:
         return 4 * unit.parameters
     if kernel.activation == "int8_tensor":

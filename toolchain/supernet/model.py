@@ -80,7 +80,8 @@ class Supernet:
         self.model = model.requires_grad_(False)
         self.units = tuple(units)
         self.rank, self.alpha = rank, float(rank if alpha is None else alpha)
-        available = tuple(kernels)
+        # A kernel of two phases has no numbers of its own: its parts are trained.
+        available = tuple(name for name in kernels if not CATALOGUE[name].prefill)
         self.kernels = {unit.name: candidates(unit, available) for unit in self.units}
         self._owner = self._owners()
         self.parameters: dict[str, nn.Parameter] = {}
