@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from toolchain.costs.rows import KINDS, Header, MemoryRow, ModelMemoryRow, ModelRow, Row, UnitRow, between
+from toolchain.costs.rows import KINDS, Header, MemoryRow, ModelMemoryRow, ModelRow, ModelShapeRow, Row, UnitRow, between
 from toolchain.errors import DamagedFileError, MissingCostError, StaleTableError
 from toolchain.files import write_atomic
 from toolchain.spec import Unit
@@ -102,8 +102,9 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "float": (int, float),
     "float | None": (int, float, type(None)),
     "Mapping[str, str]": dict,
+    "Mapping[str, Sequence[Any]]": dict,
 }
-_Typed = TypeVar("_Typed", bound="Header | UnitRow | MemoryRow | ModelRow | ModelMemoryRow")
+_Typed = TypeVar("_Typed", bound="Header | UnitRow | MemoryRow | ModelRow | ModelMemoryRow | ModelShapeRow")
 
 
 def _typed(made: _Typed) -> _Typed:
