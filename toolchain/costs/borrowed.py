@@ -18,6 +18,7 @@ from statistics import fmean, median
 
 from toolchain.costs.rows import ModelShapeRow
 from toolchain.graph.model import Graph
+from toolchain.kernels import runs_as
 from toolchain.spec import Unit
 
 Costs = Mapping[str, Mapping[str, float]]
@@ -72,7 +73,7 @@ class Known:
 
 def kind_of(unit: Unit, kernel: str) -> str:
     """What shares a factor: a kernel in the layers; in the head and the embedding, whose shapes and neighbours differ, another."""
-    return kernel if unit.role == "linear" else f"{unit.role} {kernel}"
+    return runs_as(kernel) if unit.role == "linear" else f"{unit.role} {runs_as(kernel)}"
 
 
 def calibrated(units: Iterable[Unit], isolated: Costs, factors: Mapping[str, float]) -> dict[str, dict[str, float]]:

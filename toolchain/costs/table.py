@@ -159,10 +159,14 @@ def refuse_if_stale(table: CostTable, current: Header) -> None:
 
 def find_table(device: str, folders: Iterable[Path]) -> Path:
     """The first `<folder>/<device>/table.jsonl` that exists. Raises MissingCostError."""
+    return find_tables(device, folders)[0]
+
+
+def find_tables(device: str, folders: Iterable[Path]) -> list[Path]:
+    """Every `<folder>/<device>/table.jsonl` that exists, one at least. Raises MissingCostError."""
     tried = [folder / device / FILE_NAME for folder in folders]
-    for path in tried:
-        if path.is_file():
-            return path
+    if found := [path for path in tried if path.is_file()]:
+        return found
     raise MissingCostError(
         f"expected a cost table of device {device!r} in {' or '.join(str(path.parent) for path in tried)}, found none",
         f"type: bittailor profile MODEL --device {device}",
