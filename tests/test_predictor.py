@@ -12,9 +12,9 @@ import pytest
 from fast_host import FastHost
 from small_tables import complete_table, header_here
 
-from toolchain.costs.borrowed import describe, shape_of
+from toolchain.costs.borrowed import Known, Whole, borrow, describe, shape_of
 from toolchain.costs.from_table import cost_model
-from toolchain.costs.predictor import ShapePredictor
+from toolchain.costs.predictor import Errors, Guess, ShapePredictor, guesses_spread
 from toolchain.costs.rows import MemoryRow, ModelRow, ModelShapeRow, UnitRow
 from toolchain.costs.table import CostTable, open_table
 from toolchain.errors import DamagedFileError, MissingCostError
@@ -189,6 +189,37 @@ def test_one_missing_shape_is_counted_and_adds_no_more_than_its_share() -> None:
         assert model.notes[name].startswith(f"2 of {len(NEW.units)} units predicted")
         assert "remainder" not in model.notes[name]
     assert 0 < model.relative_spread["latency_ms"] < whole.relative_spread["latency_ms"]
+
+
+def test_a_prediction_is_as_unsure_as_its_unsure_part() -> None:
+    """Of 8 ms, 3 are measured, 1 is the remainder, 4 rest on a fit that is 20% off: 0.8 of 8."""
+    guesses = {("b", "w4g32"): Guess(4.0, Errors((0.2,)), "MatMul", False)}
+    assert guesses_spread(guesses, {"a": {"w4g32": 3.0}, "b": {"w4g32": 4.0}}, 1.0) == pytest.approx(0.1)
+    table = ALL.adding(TRUTH.rows.values())
+    rows = {key: row for key, row in table.rows.items() if not (isinstance(row, UnitRow) and (row.K, row.N) == (384, 1152))}
+    model = cost_model(NEW, CostTable(table.header, rows), WORKLOAD, ShapePredictor.of([ALL]))
+    unsure = {
+        (unit.name, name): ShapePredictor.of([ALL]).latency(unit, name.replace("w3", "w4"), 1)
+        for unit in NEW.units
+        for name in CATALOGUE
+        if unit.N == 1152
+    }
+    added = guesses_spread(unsure, model.per_unit["latency_ms"], model.fixed["latency_ms"])
+    assert 0 < added <= model.relative_spread["latency_ms"]
+
+
+def test_a_remainder_grows_with_the_model() -> None:
+    """Three models whose remainder is one part in a thousand of their size: the fourth's is too, and leaving one out is never wrong."""
+    known = []
+    for size in (100.0, 300.0, 900.0):
+        units = (Unit("a", "MatMul", int(size), 64),)
+        known.append(Known(units, size, {"a": {"fp32": 1.0}}, Whole({"fp32": 0.8}, size / 1000, 0.05)))
+    lent = borrow((Unit("a", "MatMul", 64, 64),), 500.0, {"a": {"fp32": 1.0}}, known)
+    assert (lent.remainder, lent.factors) == (pytest.approx(0.5), {"fp32": 0.8})
+    assert lent.spread == pytest.approx(0, abs=1e-12)
+    off = replace(known[0], whole=replace(known[0].whole, remainder=0.19))
+    # The largest model, by the middle of 1.9 and 1 thousandths: 0.8 + 900 x 0.00145 instead of 1.7.
+    assert borrow(NEW.units, 500.0, {}, [off, *known[1:]]).spread == pytest.approx(2.105 / 1.7 - 1)
 
 
 def test_one_other_model_says_nothing_of_its_own_error() -> None:
