@@ -50,6 +50,7 @@ def _tables(graphs: Iterable[Graph], workload: Workload = WORKLOAD) -> CostTable
 
 ALL = _tables(KNOWN)
 TRUTH = _tables([NEW])
+PREDICTOR = ShapePredictor.of([ALL])
 
 
 # ---- shapes
@@ -98,14 +99,13 @@ def test_other_shapes_are_predicted_within_the_error_that_is_stated(seed: int) -
 
 def test_the_error_beyond_all_measured_shapes_is_not_known() -> None:
     """Nothing that could be left out tells it: all of the value counts as spread, and the note says why."""
-    predictor = ShapePredictor.of([ALL])
-    inside = predictor.latency(Unit("", "MatMul", 300, 300), "w4g32", 1)
+    inside = PREDICTOR.latency(Unit("", "MatMul", 300, 300), "w4g32", 1)
     assert (inside.beyond, inside.spread) == (False, inside.errors.spread)
-    outside = predictor.latency(Unit("", "MatMul", 4096, 4096), "w4g32", 1)
+    outside = PREDICTOR.latency(Unit("", "MatMul", 4096, 4096), "w4g32", 1)
     assert outside.beyond
     assert outside.spread >= 1
     large = _graph(1024, "l")  # all but its head, 1024 x 512
-    note = cost_model(large, ALL, WORKLOAD, predictor).notes["latency_ms"]
+    note = cost_model(large, ALL, WORKLOAD, PREDICTOR).notes["latency_ms"]
     assert f"not known of {len(large.units) - 1} that are larger or smaller than all that were measured" in note
 
 
@@ -127,7 +127,7 @@ def test_disturbed_rows_are_not_learnt_from() -> None:
         if row.tokens > 1
     ]
     unit = Unit("", "MatMul", 384, 384)
-    assert ShapePredictor.of([ALL.adding(wrong)]).latency(unit, "w4g32", 64) == ShapePredictor.of([ALL]).latency(unit, "w4g32", 64)
+    assert ShapePredictor.of([ALL.adding(wrong)]).latency(unit, "w4g32", 64) == PREDICTOR.latency(unit, "w4g32", 64)
 
 
 def test_other_tables_of_the_device_count_at_the_first_ones_speed() -> None:
@@ -138,8 +138,8 @@ def test_other_tables_of_the_device_count_at_the_first_ones_speed() -> None:
     alien = replace(slow, header=replace(slow.header, cpu="another"))
     empty = CostTable(ALL.header, {})
     unit = Unit("", "MatMul", 384, 384)
-    alone, both = ShapePredictor.of([ALL]), ShapePredictor.of([empty, slow, alien])
-    assert both.latency(unit, "w4g32", 64).value == pytest.approx(alone.latency(unit, "w4g32", 64).value)
+    both = ShapePredictor.of([empty, slow, alien])
+    assert both.latency(unit, "w4g32", 64).value == pytest.approx(PREDICTOR.latency(unit, "w4g32", 64).value)
     assert both.table.header == ALL.header
     with pytest.raises(MissingCostError, match="found 0"):
         ShapePredictor.of([empty, alien]).latency(unit, "w4g32", 64)
@@ -161,7 +161,7 @@ def test_a_new_model_is_refused_unless_asked_for() -> None:
 
 @pytest.mark.parametrize("kernel", ["fp32", "w4g32"])
 def test_a_new_model_is_predicted_within_its_spread_and_marked(kernel: str) -> None:
-    predicted = cost_model(NEW, ALL, WORKLOAD, ShapePredictor.of([ALL])).predict(uniform(kernel, NEW.units)).to_json()
+    predicted = cost_model(NEW, ALL, WORKLOAD, PREDICTOR).predict(uniform(kernel, NEW.units)).to_json()
     truth = cost_model(NEW, TRUTH, WORKLOAD).totals(uniform(kernel, NEW.units))
     assert {name for name, entry in predicted.items() if isinstance(entry, dict) and "note" in entry} == PREDICTED
     for name in PREDICTED:
@@ -183,7 +183,7 @@ def test_one_missing_shape_is_counted_and_adds_no_more_than_its_share() -> None:
     }
     lacking = CostTable(table.header, rows)
     model = cost_model(NEW, lacking, WORKLOAD, ShapePredictor.of([lacking]))
-    whole = cost_model(NEW, ALL, WORKLOAD, ShapePredictor.of([ALL]))
+    whole = cost_model(NEW, ALL, WORKLOAD, PREDICTOR)
     assert set(model.notes) == PREDICTED
     for name in PREDICTED:
         assert model.notes[name].startswith(f"2 of {len(NEW.units)} units predicted")
@@ -197,9 +197,9 @@ def test_a_prediction_is_as_unsure_as_its_unsure_part() -> None:
     assert guesses_spread(guesses, {"a": {"w4g32": 3.0}, "b": {"w4g32": 4.0}}, 1.0) == pytest.approx(0.1)
     table = ALL.adding(TRUTH.rows.values())
     rows = {key: row for key, row in table.rows.items() if not (isinstance(row, UnitRow) and (row.K, row.N) == (384, 1152))}
-    model = cost_model(NEW, CostTable(table.header, rows), WORKLOAD, ShapePredictor.of([ALL]))
+    model = cost_model(NEW, CostTable(table.header, rows), WORKLOAD, PREDICTOR)
     unsure = {
-        (unit.name, name): ShapePredictor.of([ALL]).latency(unit, name.replace("w3", "w4"), 1)
+        (unit.name, name): PREDICTOR.latency(unit, name.replace("w3", "w4"), 1)
         for unit in NEW.units
         for name in CATALOGUE
         if unit.N == 1152
@@ -235,7 +235,7 @@ def test_one_other_model_says_nothing_of_its_own_error() -> None:
 def test_a_model_of_the_same_shape_lends_what_was_measured() -> None:
     """A fine-tune of a profiled model costs what that costs: nothing but the weights' values differs."""
     tuned = replace(KNOWN[1], fingerprint="e" * 64)
-    lent, own = cost_model(tuned, ALL, WORKLOAD, ShapePredictor.of([ALL])), cost_model(KNOWN[1], ALL, WORKLOAD)
+    lent, own = cost_model(tuned, ALL, WORKLOAD, PREDICTOR), cost_model(KNOWN[1], ALL, WORKLOAD)
     assert (lent.per_unit, lent.fixed, lent.relative_spread) == (own.per_unit, own.fixed, own.relative_spread)
     assert set(lent.notes) == PREDICTED
     assert all("another model of the same shape" in note for note in lent.notes.values())
