@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 
+from toolchain.costs.borrowed import describe
 from toolchain.costs.from_table import tokens_in_flight, working_set
 from toolchain.costs.rows import Header, MemoryRow, ModelMemoryRow, ModelRow, UnitRow
 from toolchain.costs.table import CostTable
@@ -36,7 +37,7 @@ def unit_ms(unit: Unit, kernel: str, tokens: int) -> float:
 def complete_table(graph: Graph, workload: Workload | None = None, header: Header | None = None) -> CostTable:
     """Rows of every unit shape, kernel and token count, and of every anchor, which costs its units' sum and a constant."""
     workload, header = workload or default_workload(graph), header or header_here()
-    table = CostTable(header, {})
+    table = CostTable(header, {}).adding([describe(graph)])
     for unit in graph.units:
         for kernel in dict.fromkeys(map(runs_as, candidates(unit, header.kernels))):
             weight = packed_bytes(unit, CATALOGUE[kernel])

@@ -176,7 +176,13 @@ def test_a_slow_machine_is_no_proof_against_a_package(tmp_path, monkeypatch, nam
     monkeypatch.setattr(acceptance, "thread_count", lambda _: 2)
     monkeypatch.setattr(acceptance.Host, "identify", lambda _: here)
     budget = {"name": name, "latency_ms": 1.0, "peak_memory_bytes": 6e6}
-    manifest = {"model": {"vocabulary": 8, "kind": "decoder"}, "workload": "generate:2+2", "policy": {}, "budget": budget, "predicted": None}
+    manifest = {
+        "model": {"vocabulary": 8, "kind": "decoder"},
+        "workload": "generate:2+2",
+        "policy": {},
+        "budget": budget,
+        "predicted": None,
+    }
     write_manifest(tmp_path, {**manifest, "reference_ns": 10.0, "measured_on": here})
     assert acceptance.check_package(tmp_path, load("local"), {}).verdict == expected
     if name == "low":  # another machine has no such excuse

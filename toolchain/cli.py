@@ -11,7 +11,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -50,6 +50,10 @@ def _parser() -> argparse.ArgumentParser:
         if workload:
             sub.add_argument("--workload", help="generate:P+N or encode:BxT (default: generate:64+32, encode:1x128)")
 
+    def predicting(sub: argparse.ArgumentParser) -> None:
+        what = "predict shapes and models that the cost table lacks from those it has; the output says so, with the error"
+        sub.add_argument("--allow-predicted", action="store_true", help=what)
+
     def limits(sub: argparse.ArgumentParser) -> None:
         for name in ("latency-ms", "first-token-ms", "memory-mb", "energy-mj", "gflop"):
             sub.add_argument(f"--{name}", type=float, metavar="X", help="limit for one inference")
@@ -73,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("predict", _predict, "cost of a policy, with spread", "bittailor predict pocket-llama-6m --policy w4g32")
     sub.add_argument("model", metavar="MODEL")
     common(sub)
+    predicting(sub)
     sub.add_argument("--policy", required=True, metavar="FILE|KERNEL")
 
     sub = command(
@@ -91,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("export", _export, "cut one ONNX package for a budget, or for a policy", example)
     sub.add_argument("model", metavar="SUPERNET|MODEL")
     common(sub)
+    predicting(sub)
     sub.add_argument("--budget", metavar="low|medium|high|FILE")
     limits(sub)
     sub.add_argument("--policy", metavar="FILE|KERNEL", help="export this policy (of a MODEL: post-training quantisation)")
@@ -259,7 +265,8 @@ def _predict(arguments: argparse.Namespace) -> int:
     with workflow.opened(arguments.model) as source:
         policy = workflow.read_policy(arguments.policy, source.graph)
         device = hardware.load(arguments.device)
-        costs = workflow.find_costs(source.graph, device, workflow.profile_folders(arguments.profiles), _workload(arguments))
+        folders, workload = workflow.profile_folders(arguments.profiles), _workload(arguments)
+        costs = workflow.find_costs(source.graph, device, folders, workload, arguments.allow_predicted)
         data = workflow.predicted(source.graph, costs, policy).to_json()
     _show(arguments, data, _cost_lines(data))
     return 0
@@ -273,7 +280,12 @@ def _cost_lines(data: dict[str, Any]) -> str:
                 f"not measured: {entry['reason']}" if entry["value"] is None else f"{entry['value']:.6g} ± {entry['spread']:.2g}"
             )
             lines.append(f"  {name:18} {value}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_note_lines(data)])
+
+
+def _note_lines(predicted: Mapping[str, Any]) -> list[str]:
+    """One line per predicted number that rests on more than measurements."""
+    return [f"{name}: {entry['note']}" for name, entry in predicted.items() if isinstance(entry, dict) and entry.get("note")]
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -313,11 +325,11 @@ def _export(arguments: argparse.Namespace) -> int:
         policy = workflow.read_policy(arguments.policy, source.graph) if arguments.policy else None
         unpredicted = ""
         try:
-            costs = workflow.find_costs(source.graph, device, folders, workload)
+            costs = workflow.find_costs(source.graph, device, folders, workload, arguments.allow_predicted)
         except (MissingCostError, StaleTableError) as error:
             if policy is None:
                 raise
-            costs, unpredicted = None, error.problem
+            costs, unpredicted = None, str(error)
         budget = workflow.find_budget(arguments.budget, given, source.graph, costs, device)
         if policy is not None:
             choice = workflow.Choice(policy, "the user", None)
@@ -360,6 +372,7 @@ def _check(arguments: argparse.Namespace) -> int:
     text = f"{table(rows, ['name', 'limit', 'measured', 'low', 'high', 'verdict', 'reason'])}\n{checked.verdict}"
     if checked.load_peak:
         text += f"\n{checked.load_peak}"
+    text = "\n".join([text, *(f"predicted {line}" for line in _note_lines(checked.predicted or {}))])
     _show(arguments, {"package": arguments.package, "device": arguments.device, **checked.to_json()}, text)
     return check.exit_code(checked.verdict)
 

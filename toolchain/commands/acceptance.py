@@ -82,7 +82,12 @@ def _judge(verdict: Verdict, measurements: Mapping[str, Measurement], ratio: flo
     verdict says so; an absolute limit that somebody set is held as measured, and when broken could not be told from the machine's mood.
     """
     seen = measurements.get(verdict.name)
-    if verdict.name not in ("latency_ms", "first_token_ms") or verdict.verdict == check.WITHIN or seen is None or len(seen.trials) < 2:
+    if (
+        verdict.name not in ("latency_ms", "first_token_ms")
+        or verdict.verdict == check.WITHIN
+        or seen is None
+        or len(seen.trials) < 2
+    ):
         return verdict
     low, high = check.median_interval(seen.trials)
     if not seen.valid:

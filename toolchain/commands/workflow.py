@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from toolchain.costs.encoding import encode
 from toolchain.costs.from_table import cost_model
 from toolchain.costs.model import CostModel
+from toolchain.costs.predictor import ShapePredictor
 from toolchain.costs.rows import ModelRow
-from toolchain.costs.table import CostTable, find_table, open_table, refuse_if_stale
+from toolchain.costs.table import CostTable, find_tables, open_table, refuse_if_stale
 from toolchain.errors import DamagedFileError, InfeasibleBudgetError, InputError, MissingCostError
 from toolchain.files import scratch, write_atomic
 from toolchain.graph.assemble import Weights, package_bytes, round_to_nearest
@@ -81,15 +82,27 @@ def profile_folders(given: str | None) -> list[Path]:
     return [Path(given)] if given else [Path("profiles"), shipped("profiles")]
 
 
-def find_costs(graph: Graph, device: Device, folders: Sequence[Path], workload: Workload | None) -> Costs:
-    """The cost model of a graph from the device's table. Raises MissingCostError, StaleTableError, DamagedFileError, InputError."""
+def find_costs(
+    graph: Graph, device: Device, folders: Sequence[Path], workload: Workload | None, allow_predicted: bool | None = None
+) -> Costs:
+    """The cost model of a graph from the device's table. Raises MissingCostError, StaleTableError, DamagedFileError, InputError.
+
+    allow_predicted: where rows are missing, predict them from the rows of all tables of this device, and say so in the cost model's
+    notes. None: the command that asks has no such flag, so the error does not name it.
+    """
     workload = workload or default_workload(graph)
     check_workload(graph, workload)
-    path = find_table(device.name, folders)
-    table = open_table(path)
+    paths = find_tables(device.name, folders)
+    path, table = paths[0], open_table(paths[0])
     if device.transport == "local":
         refuse_if_stale(table, current_header(device, thread_count(device)))
-    costs = Costs(cost_model(graph, table, workload), table, path)
+    predictor = ShapePredictor.of([table, *map(open_table, paths[1:])]) if allow_predicted else None
+    try:
+        costs = Costs(cost_model(graph, table, workload, predictor), table, path)
+    except MissingCostError as error:
+        if allow_predicted is not False:
+            raise
+        raise MissingCostError(error.problem, f"{error.remedy}, or add --allow-predicted") from error
     invalid = sum(not row.valid for row in table.of(ModelRow) if row.model == graph.fingerprint)
     if invalid:
         note(

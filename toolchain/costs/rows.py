@@ -124,8 +124,39 @@ class ModelMemoryRow:
         return ("model memory", self.model, self.batch, self.tokens, self.capacity, self.layers, self.policy)
 
 
-Row = UnitRow | MemoryRow | ModelRow | ModelMemoryRow
-KINDS: dict[str, type[Row]] = {"unit": UnitRow, "memory": MemoryRow, "model": ModelRow, "model memory": ModelMemoryRow}
+@dataclass(frozen=True)
+class ModelShapeRow:
+    """What a measured model is made of: without it, its rows say nothing about models of other sizes (`borrowed.py`).
+
+    kind "decoder" | "encoder"; units: name → [op, K, N, role].
+    """
+
+    model: str
+    kind: str
+    layers: int
+    hidden: int
+    kv_heads: int
+    head_dim: int
+    units: Mapping[str, Sequence[Any]]
+
+    def __post_init__(self) -> None:
+        for name, unit in self.units.items():
+            if [type(part) for part in unit] != [str, int, int, str]:
+                raise ValueError(f"unit {name!r} {unit!r} instead of [op, K, N, role]")
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return ("model shape", self.model)
+
+
+Row = UnitRow | MemoryRow | ModelRow | ModelMemoryRow | ModelShapeRow
+KINDS: dict[str, type[Row]] = {
+    "unit": UnitRow,
+    "memory": MemoryRow,
+    "model": ModelRow,
+    "model memory": ModelMemoryRow,
+    "model shape": ModelShapeRow,
+}
 
 
 def between(x: float, low: float, at_low: float, high: float, at_high: float) -> float:

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from toolchain.costs.rows import KINDS, Header, MemoryRow, ModelMemoryRow, ModelRow, Row, UnitRow, between
+from toolchain.costs.rows import KINDS, Header, MemoryRow, ModelMemoryRow, ModelRow, ModelShapeRow, Row, UnitRow, between
 from toolchain.errors import DamagedFileError, MissingCostError, StaleTableError
 from toolchain.files import write_atomic
 from toolchain.spec import Unit
@@ -102,8 +102,9 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "float": (int, float),
     "float | None": (int, float, type(None)),
     "Mapping[str, str]": dict,
+    "Mapping[str, Sequence[Any]]": dict,
 }
-_Typed = TypeVar("_Typed", bound="Header | UnitRow | MemoryRow | ModelRow | ModelMemoryRow")
+_Typed = TypeVar("_Typed", bound="Header | UnitRow | MemoryRow | ModelRow | ModelMemoryRow | ModelShapeRow")
 
 
 def _typed(made: _Typed) -> _Typed:
@@ -158,10 +159,14 @@ def refuse_if_stale(table: CostTable, current: Header) -> None:
 
 def find_table(device: str, folders: Iterable[Path]) -> Path:
     """The first `<folder>/<device>/table.jsonl` that exists. Raises MissingCostError."""
+    return find_tables(device, folders)[0]
+
+
+def find_tables(device: str, folders: Iterable[Path]) -> list[Path]:
+    """Every `<folder>/<device>/table.jsonl` that exists, one at least. Raises MissingCostError."""
     tried = [folder / device / FILE_NAME for folder in folders]
-    for path in tried:
-        if path.is_file():
-            return path
+    if found := [path for path in tried if path.is_file()]:
+        return found
     raise MissingCostError(
         f"expected a cost table of device {device!r} in {' or '.join(str(path.parent) for path in tried)}, found none",
         f"type: bittailor profile MODEL --device {device}",

@@ -18,7 +18,6 @@ from toolchain.kernels import parts
 from toolchain.quantize.affine import Quantized, quantize
 from toolchain.spec import Kernel, Unit
 
-
 Weights = tuple[Quantized, ...] | np.ndarray
 """Codes for each part of a quantised kernel, or float32 [N, K] for the fp32 kernel."""
 

@@ -30,7 +30,13 @@ Values = Mapping[str, Mapping[str, float]]
 
 _OPTIMAL, _STOPPED, _INFEASIBLE = 0, 1, 2  # scipy's status codes
 _ROOM = 1e-9  # a limit counts as kept up to this relative excess: sums of floats in another order differ by that much
-_UNITS = {"peak_memory_bytes": (1e6, "MB"), "compute_flop": (1e9, "GFLOP"), "latency_ms": (1.0, "ms"), "energy_mj": (1.0, "mJ"), "first_token_ms": (1.0, "ms")}
+_UNITS = {
+    "peak_memory_bytes": (1e6, "MB"),
+    "compute_flop": (1e9, "GFLOP"),
+    "latency_ms": (1.0, "ms"),
+    "energy_mj": (1.0, "mJ"),
+    "first_token_ms": (1.0, "ms"),
+}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
+from toolchain.costs.borrowed import describe
 from toolchain.costs.from_table import working_set
 from toolchain.costs.rows import Header, ModelRow, Row, UnitRow
 from toolchain.costs.table import CostTable, open_table, refuse_if_stale
@@ -95,7 +96,7 @@ class _Job:
 
 
 def _jobs(graph: Graph, host: Host, workload: Workload, table: CostTable) -> Iterator[_Job]:
-    """One job per distinct unit shape that lacks a row, one for the time of the whole models, one for the memory of each."""
+    """One job per unit shape that lacks a row, one for the time of whole models, one for the memory of each, one to describe the model."""
     for unit in {unit.shape: unit for unit in graph.units}.values():
         names = dict.fromkeys(runs_as(name) for name in candidates(unit, table.header.kernels))
         sets = {name: working_set(graph.units, name, table.header.cache_bytes) for name in names}
@@ -109,6 +110,8 @@ def _jobs(graph: Graph, host: Host, workload: Workload, table: CostTable) -> Ite
     for item in lacking:
         if item.memory:
             yield _Job(partial(_weigh, host, graph, workload, item))
+    if (shape := describe(graph)).key not in table.rows:
+        yield _Job(lambda: ([shape], []))
 
 
 def _weigh(host: Host, graph: Graph, workload: Workload, wanted: model_rows.Wanted) -> tuple[list[Row], list[float]]:
