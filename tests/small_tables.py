@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import cache
 
 from toolchain.costs.borrowed import describe
-from toolchain.costs.from_table import tokens_in_flight, working_set
+from toolchain.costs.operations import tokens_in_flight, working_set
 from toolchain.costs.rows import Header, MemoryRow, ModelMemoryRow, ModelRow, UnitRow
 from toolchain.costs.table import CostTable
 from toolchain.graph.layers import units_within

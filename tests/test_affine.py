@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toolchain.graph.nodes import quantised_node
-from toolchain.kernels import CATALOGUE, candidates, legal, mean_bits, node_op, runs_as, uniform, validate
+from toolchain.kernels import CATALOGUE, candidates, legal, mean_bits, node_op, parts, runs_as, uniform, validate
 from toolchain.quantize.affine import SYMMETRIC_MAX, SYMMETRIC_ZERO, Quantized, dequantize, groups, quantize, quantize_activation
 from toolchain.quantize.packing import pack, packed_bytes, unpack
 from toolchain.spec import Kernel, Unit
@@ -170,8 +170,8 @@ _SHAPES = [("MatMul", 256, 48), ("MatMul", 200, 7), ("MatMul", 32, 1), ("MatMul"
 def test_packed_bytes_is_what_the_tensors_weigh(op: str, K: int, N: int, name: str) -> None:
     unit, kernel = Unit("u", op, K, N), CATALOGUE[name]
     w = np.random.default_rng(0).standard_normal((N, K)).astype(np.float32)
-    _, tensors = quantised_node(unit, kernel, quantize(w, kernel), "x", "y", "node")
-    assert packed_bytes(unit, kernel) == sum(array.nbytes for _, array in tensors)
+    tensors = [array for part in parts(kernel) for _, array in quantised_node(unit, part, quantize(w, part), "x", "y", "node")[1]]
+    assert packed_bytes(unit, kernel) == sum(array.nbytes for array in tensors)
 
 
 def test_packed_bytes_of_fp32() -> None:

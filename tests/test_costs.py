@@ -18,8 +18,9 @@ from small_tables import BYTES_PER_TOKEN, MS_PER_POSITION, OVERHEAD_BYTES, OVERH
 
 from toolchain.costs.calibrate import Sample, calibrate
 from toolchain.costs.encoding import encode
-from toolchain.costs.from_table import cost_model, flops, working_set
+from toolchain.costs.from_table import cost_model
 from toolchain.costs.model import CostModel, Tie
+from toolchain.costs.operations import flops, working_set
 from toolchain.costs.rows import Header, ModelMemoryRow, ModelRow, UnitRow, with_interpolation_errors
 from toolchain.costs.table import CostTable, find_table, open_table, refuse_if_stale
 from toolchain.errors import DamagedFileError, MissingCostError, StaleTableError

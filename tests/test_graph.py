@@ -27,7 +27,7 @@ from toolchain.graph.build import build, fingerprint, resolve  # noqa: E402
 from toolchain.graph.external import DATA_NAME, DataWriter, load_array, read_model  # noqa: E402
 from toolchain.graph.model import Graph  # noqa: E402
 from toolchain.graph.normalise import save_normalised  # noqa: E402
-from toolchain.kernels import CATALOGUE, candidates, uniform  # noqa: E402
+from toolchain.kernels import CATALOGUE, candidates, parts, uniform  # noqa: E402
 from toolchain.quantize.affine import dequantize, quantize, quantize_activation  # noqa: E402
 from toolchain.quantize.packing import packed_bytes  # noqa: E402
 from toolchain.session import cache_slots, open_session, token_feeds  # noqa: E402
@@ -221,9 +221,37 @@ def test_each_kernel_in_the_graph_computes_what_its_numbers_mean(graphs: Graphs,
     graph = graphs(name)
     policy = uniform(kernel, graph.units)
     assemble(graph, policy, round_to_nearest(graph), tmp_path)
-    errors = _errors(tmp_path, _with_kernels(random_model(name), graph, policy))
+    # Several tokens are in flight: of a kernel of two phases, its second part computes.
+    several = Policy.of({unit: parts(CATALOGUE[chosen])[-1].name for unit, chosen in policy.items()})
+    errors = _errors(tmp_path, _with_kernels(random_model(name), graph, several))
     assert errors[len(errors) // 2] < 1e-5
     assert errors[-1] < 5e-2
+
+
+def test_a_kernel_of_two_phases_is_the_one_while_decoding_and_the_other_in_the_prompt(graphs: Graphs, tmp_path: Path) -> None:
+    """Bit for bit: the same nodes on the same weights. Only the linears have two phases, so the others keep 4 bits throughout."""
+    from toolchain.decoding import Decoder
+
+    graph = graphs("llama")
+    both = uniform("w4g32+w8a8", graph.units)
+    linears = {unit.name for unit in graph.units if unit.role == "linear"}
+    assert {both[name] for name in linears} == {"w4g32+w8a8"}
+    decoders = {}
+    for name, part in (("both", None), ("w4g32", 0), ("w8a8", 1)):
+        policy = {
+            unit: both[unit] if part is None or unit not in linears else parts(CATALOGUE[both[unit]])[part].name for unit in both
+        }
+        (tmp_path / name).mkdir()
+        assemble(graph, policy, round_to_nearest(graph), tmp_path / name)
+        decoders[name] = Decoder(tmp_path / name, 1, 32)
+    prompt = np.arange(1, 9)
+    np.testing.assert_array_equal(decoders["both"].prefill(prompt), decoders["w8a8"].prefill(prompt))
+    for decoder in decoders.values():
+        decoder.prefill(prompt[:1])
+    for token in (3, 5, 7):
+        seen = {name: decoder.step(token) for name, decoder in decoders.items()}
+        np.testing.assert_array_equal(seen["both"], seen["w4g32"])
+        assert np.abs(seen["both"] - seen["w8a8"]).max() > 1e-3
 
 
 def _errors(folder: Path, model: Any) -> list[float]:
@@ -240,7 +268,8 @@ def test_a_policy_may_mix_every_kernel(graphs: Graphs, tmp_path: Path) -> None:
     )
     assert len(set(policy.values())) >= 7
     assemble(graph, policy, round_to_nearest(graph), tmp_path)
-    assert _errors(tmp_path, _with_kernels(random_model("qwen2"), graph, policy))[12] < 1e-5
+    several = Policy.of({unit: parts(CATALOGUE[kernel])[-1].name for unit, kernel in policy.items()})
+    assert _errors(tmp_path, _with_kernels(random_model("qwen2"), graph, several))[12] < 1e-5
 
 
 _TIES = [("fp32", "fp32"), ("fp32", "w4g32"), ("w4g32", "fp32"), ("w4g32", "w4g32"), ("w8g32", "w8a8"), ("w2g32", "w8g32")]

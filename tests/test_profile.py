@@ -29,7 +29,7 @@ from toolchain.profiler.profile import _adding
 from toolchain.spec import Unit
 
 HOST = Host(load("local"), 1)
-SHAPES = (Unit("embedding", "Gather", 64, 512), Unit("linear", "MatMul", 64, 64))
+SHAPES = (Unit("embedding", "Gather", 64, 512, side="source"), Unit("linear", "MatMul", 64, 64, side="source"))
 """What a one-layer BERT of width 64 is made of."""
 
 

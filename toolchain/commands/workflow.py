@@ -215,8 +215,8 @@ def choose(source: Source, costs: Costs, budget: Budget) -> Choice:
     _, unmeasured = measured_limits(model, budget)
     for resource in unmeasured:
         note(f"bittailor: {resource} is not measured on {model.device!r}: the policy is chosen without that limit")
-    log_probabilities = proposal.log_probabilities(folder.meta_network, encode(budget, model))
-    losses = folder.sensitivity
+    log_probabilities: Values = proposal.log_probabilities(folder.meta_network, encode(budget, model))
+    losses: Values = folder.sensitivity
     if budget.first_token_ms is not None:
         model, log_probabilities, losses = _with_two_phases(model, costs.model, log_probabilities, losses)
     plan = budgets.planned(budget, model)

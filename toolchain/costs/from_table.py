@@ -12,13 +12,14 @@ the cost model's notes say so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 from toolchain.costs.borrowed import Costs, Known, Whole, borrow, calibrated, kind_of, shape_of
 from toolchain.costs.calibrate import Sample, calibrate
 from toolchain.costs.model import NO_METER, CostModel, Tie
+from toolchain.costs.operations import flops, tokens_in_flight, working_set
 from toolchain.costs.predictor import Guess, ShapePredictor, guesses_note, guesses_spread
 from toolchain.costs.rows import ModelMemoryRow, ModelRow, ModelShapeRow, between
 from toolchain.costs.table import CostTable, missing
@@ -31,23 +32,6 @@ from toolchain.spec import Phase, Unit, Workload
 
 _FULL = 5
 """Measured models that a point needs to be calibrated at; fewer are the models that show how the remainder moves."""
-
-
-def working_set(units: Iterable[Unit], kernel: str, cache_bytes: int) -> str:
-    """Whether a model whose units all took `kernel` streams its weights from memory between two uses of one unit."""
-    total = sum(packed_bytes(unit, CATALOGUE[kernel]) for unit in units if unit.op != "Gather")
-    return "streamed" if total > cache_bytes else "cached"
-
-
-def tokens_in_flight(unit: Unit, phase: Phase) -> int:
-    """Rows that a unit multiplies in a phase; 0: it does not run. A decoder's head sees the last position only (`graph/decoder.py`).
-
-    An encoder-decoder's prefill is its encoder and the first target token.
-    """
-    if unit.side == "source":
-        return 0 if phase.name == "decode" else phase.in_flight
-    one = unit.side == "target" or unit.role == "head"
-    return phase.batch if one and phase.name == "prefill" else phase.in_flight
 
 
 def cost_model(graph: Graph, table: CostTable, workload: Workload, predictor: ShapePredictor | None = None) -> CostModel:
@@ -296,26 +280,3 @@ def _ties(units: tuple[Unit, ...], kernels: Mapping[str, tuple[str, ...]]) -> tu
             savings = {kernel: {"package_bytes": float(packed_bytes(unit, CATALOGUE[kernel]))} for kernel in both}
             ties.append(Tie((unit.name, unit.tied_to), savings))
     return tuple(ties)
-
-
-def flops(units: Iterable[Unit], workload: Workload, layers: int, width: int, encoder_layers: int = 0) -> float:
-    """Floating-point operations of one inference: 2·K·N per token of every linear, plus 4·width per attended pair and layer.
-
-    The head works on the last position of a prefill and on every generated one. A multiply-add counts two, whatever its number format;
-    `width` is heads × head width. Norms and activations (below 1%) are left out. encoder_layers: of an encoder-decoder, whose source
-    attends to itself, and each of whose target tokens attends to the source and to the target so far.
-    """
-    units = tuple(units)
-    head = sum(2.0 * unit.parameters for unit in units if unit.role == "head")
-    linear = sum(2.0 * unit.parameters for unit in units if unit.op != "Gather") - head
-    attended = 4.0 * width * layers
-    if workload.kind == "encode":
-        tokens = workload.prompt_tokens
-        return workload.batch * (tokens * (linear + head) + attended * tokens * tokens)
-    if encoder_layers:
-        P, steps = workload.prompt_tokens, workload.new_tokens + 1
-        source = sum(2.0 * unit.parameters for unit in units if unit.side == "source")
-        attended = encoder_layers * P * P + layers * (steps * P + steps * (steps + 1) / 2)
-        return P * source + steps * (linear - source + head) + 4.0 * width * attended
-    total = workload.positions
-    return total * linear + (workload.new_tokens + 1) * head + attended * total * (total + 1) / 2

@@ -57,7 +57,7 @@ def write_one_unit(unit: Unit, kernel: Kernel, weights: Weights, copies: int, ou
 
 def _turned(codes: Quantized, copy: int) -> Quantized:
     """A rotation of the rows makes each copy's bytes its own: equal tensors would be stored, and cached, once."""
-    return Quantized(*(np.roll(array, copy, 0) for array in (codes.codes, codes.scales, codes.zero_points)), codes.K)
+    return Quantized(np.roll(codes.codes, copy, 0), np.roll(codes.scales, copy, 0), np.roll(codes.zero_points, copy, 0), codes.K)
 
 
 def random_weights(unit: Unit, kernel: Kernel) -> Weights:

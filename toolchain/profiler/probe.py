@@ -27,11 +27,12 @@ _TOKENS = (1, 5)
 @cache
 def working_kernels() -> tuple[str, ...]:
     """Names of the catalogue's kernels that load and compute right here, in catalogue order."""
-    return tuple(
-        name
-        for name, kernel in CATALOGUE.items()
-        if all(relative_error(unit, kernel) < TOLERANCE for unit in _UNITS if legal(unit, kernel))
-    )
+    works: list[str] = []
+    for name, kernel in CATALOGUE.items():
+        whole = all(part.name in works for part in parts(kernel)) if kernel.prefill else True
+        if whole and all(relative_error(unit, kernel) < TOLERANCE for unit in _UNITS if legal(unit, kernel)):
+            works.append(name)
+    return tuple(works)
 
 
 def relative_error(unit: Unit, kernel: Kernel) -> float:

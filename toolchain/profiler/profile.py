@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 
 from toolchain.costs.borrowed import describe
-from toolchain.costs.from_table import working_set
+from toolchain.costs.operations import working_set
 from toolchain.costs.rows import Header, ModelRow, Row, UnitRow
 from toolchain.costs.table import CostTable, open_table, refuse_if_stale
 from toolchain.errors import InputError

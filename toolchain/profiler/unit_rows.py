@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from toolchain.costs.from_table import tokens_in_flight
+from toolchain.costs.operations import tokens_in_flight
 from toolchain.costs.rows import MemoryRow, Row, UnitRow, with_interpolation_errors
 from toolchain.costs.table import CostTable
 from toolchain.files import scratch

@@ -70,8 +70,8 @@ class PolicySampler:
 
     def level(self, wanted: int, rng: np.random.Generator) -> Policy:
         """Every unit at the candidate bit-width nearest to `wanted`; of kernels with equal bits the same one everywhere."""
-        order = rng.random(len(CATALOGUE))
-        rank = dict(zip(CATALOGUE, order.tolist(), strict=True))
+        trained = [name for name, kernel in CATALOGUE.items() if not kernel.prefill]
+        rank = dict(zip(trained, rng.random(len(trained)).tolist(), strict=True))
         return Policy.of(
             {unit: min(names, key=lambda name: (abs(bits(name) - wanted), rank[name])) for unit, names in self.candidates.items()}
         )
