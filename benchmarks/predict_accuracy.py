@@ -35,11 +35,11 @@ from toolchain.costs.table import CostTable
 from toolchain.files import scratch
 from toolchain.graph.assemble import assemble, package_bytes
 from toolchain.graph.model import Graph
+from toolchain.graph.oneunit import drawn
 from toolchain.hardware import thread_count
 from toolchain.kernels import CATALOGUE, candidates, mean_bits, uniform
 from toolchain.profiler.ask import Host
 from toolchain.profiler.measure import latencies, levelled, subject
-from toolchain.profiler.model_rows import drawn
 from toolchain.spec import Policy, Workload
 
 GROUP, WINDOWS, KNOWN = 8, 11, "w8g128"

@@ -32,12 +32,15 @@ def round_to_nearest(graph: Graph) -> Weights:
     return lambda unit, kernel: quantize(graph.weight(unit), kernel)
 
 
-def assemble(graph: Graph, policy: Mapping[str, str], weights: Weights, out: Path, layers: int | None = None) -> None:
+def assemble(
+    graph: Graph, policy: Mapping[str, str], weights: Weights, out: Path, layers: int | None = None, sync: bool = True
+) -> None:
     """Write the graph's files and model.onnx.data for `policy` into `out`. The policy is assumed valid (`kernels.validate`).
 
     layers: only the first so many, with embedding and head (`layers.keep_layers`); the policy need not name the others' units.
+    sync: see DataWriter.
     """
-    with DataWriter(out / DATA_NAME) as writer:
+    with DataWriter(out / DATA_NAME, sync) as writer:
         models = _assembled(graph, policy, weights, writer, graph.layers if layers is None else layers)
     for name, model in models.items():
         onnx.save(model, out / name)

@@ -28,10 +28,11 @@ DATA_NAME = "model.onnx.data"
 class DataWriter:
     """Writes tensors to one data file in call order; `tensor` returns the TensorProto that refers to them. `size`: bytes so far.
 
-    path None: nothing is written, only counted.
+    path None: nothing is written, only counted. sync False: what is measured and thrown away need not reach the disk.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, sync: bool = True) -> None:
+        self._sync = sync and path is not None
         self._name = path.name if path else DATA_NAME
         self._stream = open(path, "wb") if path else open(os.devnull, "wb")  # noqa: SIM115 - closed by __exit__: the writer is the context manager
         self.size = 0
@@ -43,7 +44,7 @@ class DataWriter:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         if kind is None:
             self._stream.flush()
-            if self._stream.name != os.devnull:
+            if self._sync:
                 os.fsync(self._stream.fileno())
         self._stream.close()
 

@@ -8,7 +8,6 @@ Weights are drawn: their values do not change a kernel's time.
 from __future__ import annotations
 
 import random
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,13 +22,13 @@ from toolchain.files import scratch
 from toolchain.graph.assemble import assemble
 from toolchain.graph.layers import layer_of, units_within
 from toolchain.graph.model import Graph
+from toolchain.graph.oneunit import drawn
 from toolchain.kernels import CATALOGUE, candidates, runs_as, uniform
 from toolchain.profiler.ask import Host
 from toolchain.profiler.measure import levelled, summarise
 from toolchain.profiler.unit_rows import GRID, grid
-from toolchain.quantize.affine import SYMMETRIC_MAX, SYMMETRIC_ZERO, Quantized, groups
 from toolchain.quantize.packing import packed_bytes
-from toolchain.spec import Kernel, Phase, Policy, Unit, Workload
+from toolchain.spec import Phase, Policy, Workload
 
 MIXED = 16
 FEWEST_LAYERS = 4
@@ -208,22 +207,5 @@ def _packages(graph: Graph, wanted: Iterable[Wanted]) -> Iterator[dict[str, Path
         for item in wanted:
             place = folders[item.anchor.name] = folder / item.anchor.name
             place.mkdir()
-            assemble(graph, item.anchor.policy, drawn, place, item.anchor.layers)
+            assemble(graph, item.anchor.policy, drawn, place, item.anchor.layers, sync=False)
         yield folders
-
-
-def drawn(unit: Unit, kernel: Kernel) -> Quantized:
-    """Random codes of the size of a weight with standard deviation 0.02: as good as real ones for timing, and quick to make.
-
-    Equal where real ones would be, as in a tied pair, and only there: equal tensors are stored once.
-    """
-    rng = np.random.default_rng(zlib.crc32(f"{unit.weight} {kernel.name}".encode()))
-    G, width = groups(unit.K, kernel)
-    low, high = (SYMMETRIC_ZERO - SYMMETRIC_MAX, SYMMETRIC_ZERO + SYMMETRIC_MAX) if kernel.symmetric else (0, kernel.levels - 1)
-    codes = rng.integers(low, high + 1, (unit.N, G, width), np.uint8)
-    scales = rng.uniform(0.9, 1.1, (unit.N, G)).astype(np.float32) * np.float32(0.02 * 12**0.5 / (high - low))
-    middle = (low + high + 1) // 2
-    zero_points = (
-        np.full((unit.N, G), middle, np.uint8) if kernel.symmetric else rng.integers(middle - 1, middle + 1, (unit.N, G), np.uint8)
-    )
-    return Quantized(codes, scales, zero_points, unit.K)
