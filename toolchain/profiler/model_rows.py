@@ -171,6 +171,8 @@ def weigh(host: Host, graph: Graph, workload: Workload, wanted: Wanted) -> list[
         for tokens in wanted.memory:
             capacity = tokens + workload.new_tokens
             phases = [Phase("encode" if graph.kind == "encoder" else "prefill", workload.batch, tokens)]
+            if graph.kind == "decoder":  # decoding has buffers of its own: 3% of the pocket model's peak
+                phases.append(Phase("decode", 1, 1, tokens + workload.new_tokens // 2, tokens))
             seen = host.peak({**subject(graph, anchor.name, folders[anchor.name], phases), "capacity": capacity})
             row = ModelMemoryRow(
                 model=graph.fingerprint,
