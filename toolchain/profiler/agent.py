@@ -259,8 +259,8 @@ def peak(request: dict[str, Any]) -> dict[str, Any]:
         running.trial()
     except MemoryError as error:
         raise InputError(f"expected the model to fit in this device's memory, it did not: {error}") from error
-    running = _resident_bytes()  # first: reading it takes a page, which the peak then holds
-    return {"peak_bytes": _peak_bytes() - before, "running_bytes": running - before}
+    resident = _resident_bytes()  # first: reading it takes a page, which the peak then holds
+    return {"peak_bytes": _peak_bytes() - before, "running_bytes": resident - before}
 
 
 def _read_anew(folder: Path) -> None:
