@@ -6,7 +6,7 @@ in nodes is `graph/nodes.py`; whether this runtime computes it right is asked of
 - MatMulNBits takes 2, 4 and 8 bits only: 3-bit codes ride in a 4-bit container (quality of 3, cost of 4).
 - accuracy_level 4 (int8 activations per group) everywhere: level 0 was measured up to 230 times slower.
 - A kernel named `w4g32+w8a8` decodes with the first and prefills with the second: int8 dynamic is the fastest with many tokens in flight,
-  4 bits with one. Both weights are in memory; an `If` on the token count chooses, for 1 to 2 µs.
+  4 bits with one. Both weights are in memory; an `If` on the token count chooses, and the profile measures its price.
 - w8a8 keeps its weights within ±63: ±127 was measured less exact on an AVX2 machine (16-bit sums of u8 × s8 products are suspected).
 """
 

@@ -33,7 +33,7 @@ WINDOWS = 7
 
 @dataclass(frozen=True)
 class Case:
-    """One row to measure: a kernel at so many tokens in flight, `copies` of the unit in rotation. The memory row has tokens 0."""
+    """One row to measure: a kernel at so many tokens in flight, `copies` of the unit in rotation."""
 
     kernel: str
     tokens: int
