@@ -60,3 +60,9 @@ def test_a_trained_supernet_is_cut_to_budgets(
     assert done.json["budget"]["first_token_ms"] == 100.0
     # Both limits are loose: a second set of weights is not taken without need.
     assert not any(CATALOGUE[kernel].prefill for kernel in open_package(tmp_path / "two").policy.values())
+    # As fast in the prompt as int8 dynamic, and in decoding as 4 bits: no single kernel is both.
+    both = cli("predict", speaking, "--policy", "w4g128+w8a8", "--profiles", profiles, "--json").json
+    tight = [f"--{name.replace('_', '-')}={2.02 * both[name]['value']}" for name in ("latency_ms", "first_token_ms")]
+    done = cli("export", supernet, *tight, "--profiles", profiles, "--out", tmp_path / "tight", "--json")
+    assert done.code == 0, done.err
+    assert any(CATALOGUE[kernel].prefill for kernel in open_package(tmp_path / "tight").policy.values())
