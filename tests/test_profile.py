@@ -22,11 +22,11 @@ from toolchain.costs.table import CostTable, open_table
 from toolchain.errors import BittailorError, InputError
 from toolchain.hardware import load
 from toolchain.kernels import candidates, runs_as
-from toolchain.profiler import agent, ask, contention
+from toolchain.profiler import agent, ask, contention, model_rows
 from toolchain.profiler.ask import Host
 from toolchain.profiler.measure import summarise
 from toolchain.profiler.profile import _adding
-from toolchain.spec import Unit
+from toolchain.spec import Unit, Workload
 
 HOST = Host(load("local"), 1)
 SHAPES = (Unit("embedding", "Gather", 64, 512, side="source"), Unit("linear", "MatMul", 64, 64, side="source"))
@@ -383,3 +383,12 @@ def test_peak_memory_sees_what_was_given_back_and_not_what_the_starter_used() ->
     rise, small = map(int, done.stdout.split())
     assert 290e6 < rise < 330e6
     assert 0 <= small < 50e6
+
+
+def test_a_prompt_as_long_as_the_context_is_weighed_inside_it(graphs: Any) -> None:
+    graph = graphs("llama")
+    anchor = model_rows.anchors(graph, ("w4g32",), cache_bytes=2**25)[0]
+    wanted = model_rows.Wanted(anchor, times=(), memory=(graph.context,))
+    (row,) = model_rows.weigh(Host(load("local"), 1), graph, Workload.parse("generate:64+32"), wanted)
+    assert isinstance(row, ModelMemoryRow)
+    assert row.peak_bytes > 0

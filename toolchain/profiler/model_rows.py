@@ -36,6 +36,8 @@ WINDOWS = 11
 EVERYWHERE = ("w8g32", "w4g32", "fp32")
 """The first of these that the device has is measured at all points, the other policies at the workload's own."""
 _PASTS = (16, 128, 512, 2048)
+_LAST_STEPS = 8
+"""Positions at the end of the context that are left to the steps timed around a point."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def points(graph: Graph, workload: Workload, everywhere: bool) -> list[Phase]:
     found = []
     for phase in workload.phases:
         if phase.name == "decode":
-            furthest = min(graph.context - 8, max(512, 4 * phase.past))
+            furthest = min(graph.context - _LAST_STEPS, max(512, 4 * phase.past))
             pasts = {phase.past, furthest, *(past for past in _PASTS if past < furthest)}
             # Elsewhere the prompt has the same share of the past as in the workload.
             shares = {past: max(1, phase.prompt * past // phase.past) for past in sorted(pasts) if past > 0}
@@ -172,7 +174,8 @@ def weigh(host: Host, graph: Graph, workload: Workload, wanted: Wanted) -> list[
             capacity = tokens + workload.new_tokens
             phases = [Phase("encode" if graph.kind == "encoder" else "prefill", workload.batch, tokens)]
             if graph.kind == "decoder":  # decoding has buffers of its own: 3% of the pocket model's peak
-                phases.append(Phase("decode", 1, 1, tokens + workload.new_tokens // 2, tokens))
+                past = max(1, min(tokens + workload.new_tokens // 2, graph.context - _LAST_STEPS))
+                phases.append(Phase("decode", 1, 1, past, min(tokens, past)))
             seen = host.peak({**subject(graph, anchor.name, folders[anchor.name], phases), "capacity": capacity})
             row = ModelMemoryRow(
                 model=graph.fingerprint,
