@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from random_models import VOCABULARY
 
+from toolchain.decoding import EncoderDecoder
 from toolchain.graph.model import Graph
 from toolchain.kernels import CATALOGUE, candidates
 from toolchain.quantize.affine import dequantize, quantize, quantize_activation
@@ -48,6 +49,9 @@ def with_kernels(model: Any, graph: Graph, policy: Policy) -> Any:
     return model
 
 
+# ---- decoders and encoders
+
+
 def tokens(batch: int, length: int) -> np.ndarray:
     return np.random.default_rng(0).integers(3, VOCABULARY, (batch, length))
 
@@ -69,3 +73,20 @@ def first_output(session: Any, ids: np.ndarray, mask: np.ndarray | None = None) 
 def run_torch(model: Any, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
     with torch.no_grad():
         return model(torch.from_numpy(ids), None if mask is None else torch.from_numpy(mask))[0].numpy()
+
+
+# ---- encoder-decoders
+
+
+def source_tokens(length: int = 11, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(3, VOCABULARY, length)
+
+
+def greedy(folder: Path, source: np.ndarray, count: int) -> list[int]:
+    """The `count` likeliest tokens, one by one, that an encoder-decoder's graphs answer `source` with."""
+    model = EncoderDecoder(folder, threads=1, capacity=count + 1)
+    logits, found = model.prefill(source), []
+    for _ in range(count):
+        found.append(int(logits.argmax()))
+        logits = model.step(found[-1])
+    return found
