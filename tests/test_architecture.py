@@ -71,3 +71,9 @@ def test_what_is_missing_is_one_line_with_the_command_that_installs_it(tmp_path)
 def test_every_module_says_what_it_owns():
     silent = [str(path) for path in sorted((ROOT / "toolchain").rglob("*.py")) if not path.read_text().startswith('"""')]
     assert silent == []
+
+
+def test_the_checkout_is_what_is_tested():
+    import toolchain
+
+    assert Path(toolchain.__file__).is_relative_to(ROOT)

@@ -1,0 +1,237 @@
+"""What each command answers: its data, the same in words for a terminal, and its exit code, from the arguments as they were typed.
+
+Owns the words; refuses to parse and to print. Each command's modules are imported inside that command, as `toolchain.cli` says.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from toolchain.errors import InputError
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command found: `data` for --json, `text` for people. Exit codes as in `toolchain.cli`."""
+
+    data: dict[str, Any]
+    text: str
+    exit_code: int = 0
+
+
+def _limits(arguments: Namespace) -> dict[str, float]:
+    names = ("latency_ms", "first_token_ms", "memory_mb", "energy_mj", "gflop")
+    return {name: value for name in names if (value := getattr(arguments, name)) is not None}
+
+
+def _workload(arguments: Namespace) -> Any:
+    from toolchain.spec import Workload
+
+    return None if arguments.workload is None else Workload.parse(arguments.workload)
+
+
+def devices(arguments: Namespace) -> Answer:
+    from toolchain import hardware
+    from toolchain.report import table
+
+    rows = []
+    for device in hardware.list_devices():
+        state, (meter, reason) = hardware.reachable(device), hardware.meter(device)
+        rows.append(
+            {
+                "device": device.name,
+                "transport": device.transport,
+                "provider": device.provider,
+                "threads": hardware.thread_count(device),
+                "reachable": "yes" if state.usable else f"no: {state.reason}",
+                "meter": meter if not reason else f"none: {reason}",
+            }
+        )
+    return Answer({"devices": rows}, table(rows, list(rows[0]) if rows else []))
+
+
+def units(arguments: Namespace) -> Answer:
+    from toolchain.commands import workflow
+    from toolchain.kernels import candidates
+    from toolchain.profiler.probe import working_kernels
+    from toolchain.report import table
+
+    with workflow.opened(arguments.model) as source:
+        rows: list[dict[str, Any]] = [
+            {
+                "name": unit.name,
+                "op": unit.op,
+                "K": unit.K,
+                "N": unit.N,
+                "parameters": unit.parameters,
+                "kernels": list(candidates(unit, working_kernels())),
+            }
+            for unit in source.graph.units
+        ]
+    text = table([{**row, "kernels": " ".join(row["kernels"])} for row in rows], list(rows[0]))
+    return Answer({"units": rows}, text)
+
+
+def profile(arguments: Namespace) -> Answer:
+    from toolchain import hardware
+    from toolchain.commands import workflow
+    from toolchain.costs.rows import ModelRow, UnitRow
+    from toolchain.report import table
+
+    device = hardware.load(arguments.device)
+    folder = Path(arguments.profiles or "profiles")
+    with workflow.opened(arguments.model) as source:
+        command = "bittailor " + shlex.join(["profile", Path(arguments.model).name, "--device", device.name])
+        costs = workflow.measure_costs(source.graph, device, folder, _workload(arguments), command, arguments.renew)
+    rows = [row for row in costs.table.of(ModelRow) if row.model == source.graph.fingerprint]
+    timed = [*costs.table.of(UnitRow), *rows]
+    invalid = sum(not row.valid for row in timed)
+    columns = ("phase", "batch", "tokens", "past", "layers", "policy", "latency_ms", "spread_ms", "valid")
+    shown = [{name: getattr(row, name) for name in columns} for row in rows]
+    data = {
+        "table": str(costs.path),
+        "rows": len(costs.table.rows),
+        "invalid": invalid,
+        "workload": str(costs.model.workload),
+        "measured": shown,
+    }
+    text = f"{costs.path}: {len(costs.table.rows)} rows, measured models:\n{table(shown, columns)}"
+    if invalid:
+        text += f"\n{invalid} rows are not valid: others used the CPU meanwhile. Type the same command again to repeat them."
+    return Answer(data, text, 3 if invalid else 0)
+
+
+def predict(arguments: Namespace) -> Answer:
+    from toolchain import hardware
+    from toolchain.commands import workflow
+
+    with workflow.opened(arguments.model) as source:
+        policy = workflow.read_policy(arguments.policy, source.graph)
+        device = hardware.load(arguments.device)
+        folders, workload = workflow.profile_folders(arguments.profiles), _workload(arguments)
+        costs = workflow.find_costs(source.graph, device, folders, workload, arguments.allow_predicted)
+        data = workflow.predicted(source.graph, costs, policy).to_json()
+    return Answer(data, _cost_lines(data))
+
+
+def _cost_lines(data: dict[str, Any]) -> str:
+    lines = [f"predicted for {data['workload']} on {data['device']}:"]
+    for name, entry in data.items():
+        if isinstance(entry, dict):
+            value = (
+                f"not measured: {entry['reason']}" if entry["value"] is None else f"{entry['value']:.6g} ± {entry['spread']:.2g}"
+            )
+            lines.append(f"  {name:18} {value}")
+    return "\n".join([*lines, *_note_lines(data)])
+
+
+def _note_lines(predicted: Mapping[str, Any]) -> list[str]:
+    """One line per predicted number that rests on more than measurements."""
+    return [f"{name}: {entry['note']}" for name, entry in predicted.items() if isinstance(entry, dict) and entry.get("note")]
+
+
+def train(arguments: Namespace) -> Answer:
+    from toolchain import hardware
+    from toolchain.commands import training, workflow
+
+    device = hardware.load(arguments.device)
+    text = [Path(name) for name in arguments.text] if arguments.text else None
+    data = training.train_supernet(
+        arguments.model,
+        device,
+        workflow.profile_folders(arguments.profiles),
+        _workload(arguments),
+        text,
+        Path(arguments.out),
+        arguments.steps,
+        arguments.seed,
+    )
+    return Answer(data, f"{data['supernet']}: {data['steps']} steps on {data['text']}")
+
+
+def export(arguments: Namespace) -> Answer:
+    from toolchain import hardware
+    from toolchain.commands import workflow
+    from toolchain.errors import MissingCostError, StaleTableError
+    from toolchain.profiler.profile import default_workload
+    from toolchain.progress import note
+
+    device = hardware.load(arguments.device)
+    folders = workflow.profile_folders(arguments.profiles)
+    given = _limits(arguments)
+    if not (arguments.budget or given or arguments.policy):
+        raise InputError("expected --budget, a limit or --policy, got none", "type for example: --budget medium")
+    with workflow.opened(arguments.model) as source:
+        workload = _workload(arguments) or workflow.trained_workload(source) or default_workload(source.graph)
+        policy = workflow.read_policy(arguments.policy, source.graph) if arguments.policy else None
+        unpredicted = ""
+        try:
+            costs = workflow.find_costs(source.graph, device, folders, workload, arguments.allow_predicted)
+        except (MissingCostError, StaleTableError) as error:
+            if policy is None:
+                raise
+            costs, unpredicted = None, str(error)
+        budget = workflow.find_budget(arguments.budget, given, source.graph, costs, device)
+        if policy is not None:
+            choice = workflow.Choice(policy, "the user", None)
+        else:
+            assert costs is not None
+            assert budget is not None
+            choice = workflow.choose(source, costs, budget)
+        package = workflow.cut(source, choice, Path(arguments.out), device, budget, costs, workload)
+    if unpredicted:
+        note(f"bittailor: exported without a prediction: {unpredicted}")
+    data = {
+        "package": arguments.out,
+        "policy": {"units": dict(package.policy.items())},
+        "mean_bits": package.data["mean_bits"],
+        "predicted": package.data["predicted"],
+        "budget": package.data["budget"],
+        "gap_to_optimum": package.data["gap_to_optimum"],
+        "chosen_by": package.data["chosen_by"],
+        "training": package.data["training"],
+    }
+    text = f"{arguments.out}: {data['mean_bits']} mean bits, chosen by {data['chosen_by']}\nbudget {json.dumps(data['budget'])}\n"
+    text += _cost_lines(data["predicted"]) if data["predicted"] else "nothing predicted: no cost table of this model"
+    return Answer(data, text)
+
+
+def check(arguments: Namespace) -> Answer:
+    from toolchain import check, hardware
+    from toolchain.commands import acceptance
+    from toolchain.files import write_atomic
+    from toolchain.report import table
+
+    checked = acceptance.check_package(Path(arguments.package), hardware.load(arguments.device), _limits(arguments))
+    if arguments.junit:
+        write_atomic(Path(arguments.junit), check.junit(checked.limits, f"bittailor check {Path(arguments.package).name}"))
+    rows = [verdict.to_json() for verdict in checked.limits]
+    text = f"{table(rows, ['name', 'limit', 'measured', 'low', 'high', 'verdict', 'reason'])}\n{checked.verdict}"
+    if checked.load_peak:
+        text += f"\n{checked.load_peak}"
+    text = "\n".join([text, *(f"predicted {line}" for line in _note_lines(checked.predicted or {}))])
+    data = {"package": arguments.package, "device": arguments.device, **checked.to_json()}
+    return Answer(data, text, check.exit_code(checked.verdict))
+
+
+def evaluate(arguments: Namespace) -> Answer:
+    from toolchain.commands import scoring
+
+    data = scoring.evaluate(arguments.package, [Path(name) for name in arguments.text], arguments.window, arguments.reference)
+    return Answer(data, "\n".join(f"{name}: {value}" for name, value in data.items()))
+
+
+def run(arguments: Namespace) -> Answer:
+    from toolchain.package.generate import generate
+    from toolchain.package.manifest import open_package
+
+    package = open_package(Path(arguments.package))
+    made = generate(package.directory, arguments.prompt, arguments.tokens)
+    # An encoder-decoder answers its source; a decoder goes on with the prompt.
+    return Answer(made.to_json(), made.text if package.kind == "encoder-decoder" else arguments.prompt + made.text)
