@@ -2,8 +2,9 @@
 
     python benchmarks/keep_budget.py PACKAGE [PACKAGE ...]
 
-Reads the limits and the workload from manifest.yaml's text. Per package, in a fresh process each: the rise of the peak resident set
-over a process that ran an 8 × 8 product; and the median over 0.2 s windows of the time per generated token. Exit code 1 if a limit breaks.
+Reads the limits, the workload and the session options from manifest.yaml's text. Per package, in a fresh process each: the rise of the
+peak resident set over a process that ran an 8 × 8 product; and the median over 0.2 s windows of the time per generated token. Exit code 1
+if a limit breaks.
 """
 
 import base64
@@ -23,6 +24,9 @@ PROMPT = np.random.default_rng(0).integers(0, 256, (1, 512))  # here: numpy.rand
 
 def session(path):
     options = ort.SessionOptions()
+    manifest = Path(path).parent / "manifest.yaml"  # how to open it, if it is a package
+    for name, value in re.findall(r"\n  (enable_\w+): (true|false)", manifest.read_text()) if manifest.exists() else ():
+        setattr(options, name, value == "true")
     options.intra_op_num_threads = len(__import__("os").sched_getaffinity(0))
     options.log_severity_level = 4
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])

@@ -168,7 +168,8 @@ class LlamaDecoder(_Decoder):
 
 
 class OnnxEncoder:
-    """One encoder graph on plain onnxruntime with its default options; every token counts, so no padding and a mask of ones."""
+    """One encoder graph on plain onnxruntime with its default options, ours as its manifest says. Every token counts: no padding, a mask
+    of ones."""
 
     def __init__(self, model: Path, threads: int, prompt: int, new: int) -> None:
         import numpy
@@ -177,6 +178,8 @@ class OnnxEncoder:
         self.bare_mb, self.version, self._numpy = peak_mb(), onnxruntime.__version__, numpy
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads, 3
+        if (model.parent / "manifest.yaml").exists():
+            options.enable_mem_pattern = False  # as a package's manifest says
         self._session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
 
     def _feeds(self, ids):

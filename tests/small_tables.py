@@ -17,7 +17,7 @@ from toolchain.profiler.model_rows import missing
 from toolchain.profiler.profile import current_header, default_workload
 from toolchain.profiler.unit_rows import token_counts
 from toolchain.quantize.packing import packed_bytes
-from toolchain.spec import Unit, Workload
+from toolchain.spec import WORKS, Unit, Workload
 
 OVERHEAD_MS, OVERHEAD_BYTES = 0.3, 2e6
 MS_PER_POSITION, BYTES_PER_TOKEN = 0.001, 1e3
@@ -27,7 +27,8 @@ MS_PER_POSITION, BYTES_PER_TOKEN = 0.001, 1e3
 def header_here() -> Header:
     """What a table measured here and now would say of this machine."""
     device = load("local")
-    return replace(current_header(device, thread_count(device), "none: made up", "made up by a test"), reference_ns=1e5)
+    header = current_header(device, thread_count(device), "none: made up", "made up by a test")
+    return replace(header, reference_ns=dict.fromkeys(WORKS, 1e5))
 
 
 def unit_ms(unit: Unit, kernel: str, tokens: int) -> float:
@@ -58,7 +59,7 @@ def complete_table(graph: Graph, workload: Workload | None = None, header: Heade
             times_ms = [unit_ms(unit, anchor.policy[unit.name], tokens) for unit, tokens in running]
             key = (graph.fingerprint, phase.name, phase.batch, phase.tokens, phase.past, anchor.layers, anchor.name)
             latency = OVERHEAD_MS + MS_PER_POSITION * phase.past + sum(times_ms)
-            table = table.adding([ModelRow(*key, dict(anchor.policy), latency, 0.0, 15, True)])
+            table = table.adding([ModelRow(*key, dict(anchor.policy), "cached", latency, 0.0, 15, True)])
         weight = sum(packed_bytes(unit, CATALOGUE[anchor.policy[unit.name]]) for unit in units)
         for tokens in wanted.memory:
             capacity = tokens + workload.new_tokens

@@ -152,7 +152,8 @@ def _seen(trials: list[float], valid: bool):
     from toolchain.profiler.measure import Observation, summarise
 
     memory = Measurement(5e6, 0.0, 3, True, (5e6, 5e6, 5e6))
-    return Observation({"latency_ms": summarise(trials, valid), "peak_memory_bytes": memory}, 20.0, 0, 1e6)
+    references = {"token": 20.0, "streamed token": 5.0, "tokens": 7.0}
+    return Observation({"latency_ms": summarise(trials, valid), "peak_memory_bytes": memory}, references, 0, 1e6)
 
 
 @pytest.mark.parametrize(
@@ -183,8 +184,9 @@ def test_a_slow_machine_is_no_proof_against_a_package(tmp_path, monkeypatch, nam
         "budget": budget,
         "predicted": None,
     }
-    write_manifest(tmp_path, {**manifest, "reference_ns": 10.0, "measured_on": here})
+    manifest["reference_ns"] = {"latency_ms": {"token": 10.0}}
+    write_manifest(tmp_path, {**manifest, "measured_on": here})
     assert acceptance.check_package(tmp_path, load("local"), {}).verdict == expected
     if name == "low":  # another machine has no such excuse
-        write_manifest(tmp_path, {**manifest, "reference_ns": 10.0, "measured_on": {**here, "cpu": "another"}})
+        write_manifest(tmp_path, {**manifest, "measured_on": {**here, "cpu": "another"}})
         assert acceptance.check_package(tmp_path, load("local"), {}).verdict == "over"

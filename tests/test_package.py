@@ -25,6 +25,7 @@ from toolchain.decoding import Decoder
 from toolchain.errors import DamagedFileError, InputError
 from toolchain.files import sha256
 from toolchain.package.manifest import open_package
+from toolchain.session import open_session
 
 Cli = Callable[..., Any]
 
@@ -90,6 +91,15 @@ def test_what_export_says_and_writes(packages: Any, graphs: Any) -> None:
     text = (folder / "manifest.yaml").read_text()
     assert str(folder.parent) not in text
     assert package.data["training"].startswith("none")
+
+
+def test_a_package_says_how_it_was_opened(packages: Any) -> None:
+    """What was measured holds for a session opened like ours, so the manifest and genai's config name its options."""
+    said = open_package(packages("qwen2")).data["session_options"]
+    ours = open_session(packages("qwen2")).get_session_options()
+    assert said == {"enable_mem_pattern": ours.enable_mem_pattern} == {"enable_mem_pattern": False}
+    config = json.loads((packages("qwen2") / "genai_config.json").read_text())
+    assert said.items() <= config["model"]["decoder"]["session_options"].items()
 
 
 def test_export_needs_no_table_for_a_policy(models: Any, tmp_path: Path, cli: Cli) -> None:
@@ -201,6 +211,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a workload of words": (lambda folder: _edit(folder, lambda data: {**data, "workload": "all of it"}), "workload"),
     "no prediction": (lambda folder: _edit(folder, lambda data: {key: data[key] for key in data if key != "predicted"}), "predicted"),
     "a reference of words": (lambda folder: _edit(folder, lambda data: {**data, "reference_ns": "fast"}), "reference_ns"),
+    "a reference of no known work": (
+        lambda folder: _edit(folder, lambda data: {**data, "reference_ns": {"latency_ms": {"hard": 1.0}}}),
+        "reference_ns",
+    ),
     "a path that leaves": (lambda folder: _edit(folder, lambda data: {**data, "files": {**data["files"], "../secret": "0"}}), "inside"),
     "an absolute path": (lambda folder: _edit(folder, lambda data: {**data, "files": {**data["files"], "/etc/hostname": "0"}}), "inside"),
     "a name that is a number": (lambda folder: _edit(folder, lambda data: {**data, "files": {**data["files"], 5: "0"}}), "expected 5 in"),
@@ -264,13 +278,13 @@ def test_check_holds_a_package_against_its_own_budget(packages: Any, tmp_path: P
 
 
 def test_a_latency_over_its_limit_on_a_slower_machine_is_not_told(packages: Any, tmp_path: Path, cli: Cli, fast: FastHost) -> None:
-    """The reference kernel takes 0.1 ms now; the table says it took 0.05."""
+    """The reference takes 0.1 ms now; the table says it took 0.05."""
     folder = copied(packages("bert"), tmp_path / "package")
-    _edit(folder, lambda data: {**data, "budget": {"latency_ms": 0.5}, "reference_ns": 5e4})
+    _edit(folder, lambda data: {**data, "budget": {"latency_ms": 0.5}, "reference_ns": {"latency_ms": {"tokens": 5e4}}})
     result = cli("check", folder, "--json")
     assert (result.code, result.json["limits"][0]["verdict"]) == (3, "could not tell")
     assert "2.00 times slower" in result.json["limits"][0]["reason"]
-    _edit(folder, lambda data: {**data, "reference_ns": 1e5})
+    _edit(folder, lambda data: {**data, "reference_ns": {"latency_ms": {"tokens": 1e5}}})
     assert cli("check", folder).code == 1
 
 

@@ -132,7 +132,8 @@ def test_disturbed_rows_are_not_learnt_from() -> None:
 
 def test_other_tables_of_the_device_count_at_the_first_ones_speed() -> None:
     """The same machine, half as fast when it measured the second table; a table of another machine counts for nothing."""
-    slow = CostTable(replace(ALL.header, reference_ns=2 * ALL.header.reference_ns), {}).adding(
+    twice = {work: 2 * time for work, time in ALL.header.reference_ns.items()}
+    slow = CostTable(replace(ALL.header, reference_ns=twice), {}).adding(
         replace(row, latency_ms=2 * row.latency_ms) if isinstance(row, UnitRow | ModelRow) else row for row in ALL.rows.values()
     )
     alien = replace(slow, header=replace(slow.header, cpu="another"))

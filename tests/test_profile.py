@@ -22,11 +22,11 @@ from toolchain.costs.table import CostTable, open_table
 from toolchain.errors import BittailorError, InputError
 from toolchain.hardware import load
 from toolchain.kernels import candidates, runs_as
-from toolchain.profiler import agent, ask, contention, model_rows
+from toolchain.profiler import agent, ask, contention, model_rows, subjects
 from toolchain.profiler.ask import Host
 from toolchain.profiler.measure import summarise
 from toolchain.profiler.profile import _adding
-from toolchain.spec import Unit, Workload
+from toolchain.spec import WORKS, Unit, Workload
 
 HOST = Host(load("local"), 1)
 SHAPES = (Unit("embedding", "Gather", 64, 512, side="source"), Unit("linear", "MatMul", 64, 64, side="source"))
@@ -74,7 +74,7 @@ def test_profile_fills_the_table(profiled: Profiled) -> None:
     assert said["invalid"] == invalid
     assert profiled.result.code == (3 if invalid else 0)
     # The measure of all later rows is taken from an undisturbed job only: on a machine that was never quiet there is none yet.
-    assert table.header.reference_ns > 0 or invalid
+    assert set(table.header.reference_ns) == set(WORKS) or invalid
 
 
 def test_profile_writes_the_budgets_it_derives(profiled: Profiled) -> None:
@@ -211,16 +211,24 @@ def test_a_killed_run_resumes_and_ends_whole(tiny_bert: Path, tmp_path: Path, cl
 
 
 def test_rows_are_scaled_to_the_speed_the_machine_had_when_the_table_began(profiled: Profiled) -> None:
-    header = replace(open_table(profiled.table).header, reference_ns=0.0)
+    header = replace(open_table(profiled.table).header, reference_ns={})
     row = UnitRow("MatMul", 8, 8, "fp32", 1, "cached", 10.0, 1.0, 7, True)
-    table = _adding(CostTable(header, {}), [row], [90.0, 100.0, 200.0])
-    assert table.header.reference_ns == 100.0
+    table = _adding(CostTable(header, {}), [row], {work: [90.0, 100.0, 200.0] for work in WORKS})
+    assert table.header.reference_ns == dict.fromkeys(WORKS, 100.0)
     assert table.rows[row.key] == row
-    slower = replace(row, K=16)
     memory = MemoryRow("MatMul", 16, 8, "fp32", 5.0, 4, 2)
-    table = _adding(table, [slower, memory], [200.0])  # twice as slow now: half of the time was the machine's
-    assert table.rows[slower.key] == replace(slower, latency_ms=5.0, spread_ms=0.5)
-    assert table.rows[memory.key] == memory
+    model = ModelRow("m", "decode", 1, 1, 80, 2, "p", {}, "streamed", 10.0, 1.0, 7, True)
+    works = {
+        "token": replace(row, K=16),
+        "streamed token": replace(row, working_set="streamed"),
+        "tokens": replace(row, tokens=64, working_set="streamed"),
+    }
+    others = {"streamed token": model, "tokens": replace(model, phase="prefill", tokens=64)}
+    for work, slower in [*works.items(), *others.items()]:
+        # Twice as slow now at this kind of work, and only at this: half of the time was the machine's.
+        table = _adding(table, [slower, memory], {name: [200.0 if name == work else 100.0] for name in WORKS})
+        assert table.rows[slower.key] == replace(slower, latency_ms=5.0, spread_ms=0.5)
+        assert table.rows[memory.key] == memory
 
 
 def test_a_summary_is_the_median_and_half_the_distance_of_the_deciles() -> None:
@@ -278,10 +286,11 @@ def test_an_agent_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPat
 
 
 class _Constant:
-    """A subject that takes no time and says it took 2 ms, the reference 1 ms."""
+    """A subject that takes no time and says it took 2 ms, the references 1, 4 and 9."""
 
     def __init__(self, subject: dict[str, Any], threads: int, shared_pool: bool) -> None:
-        self._nanoseconds = 1e6 if subject["folder"] == agent.REFERENCE else 2e6
+        references = {subjects.GRAPHS / "small": 1e6, subjects.GRAPHS / "float": 4e6, subjects.GRAPHS / "int8": 9e6}
+        self._nanoseconds = references.get(subject["folder"], 2e6)
         self.runs = 0
 
     def trial(self) -> dict[str, float]:
@@ -305,11 +314,11 @@ def replay(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float | None]], di
 
         monkeypatch.setattr(agent, "Watch", Watch)
         monkeypatch.setattr(agent, "_settle", lambda: None)
-        monkeypatch.setattr(agent, "_Unit", _Constant)
-        monkeypatch.setattr(agent, "_SUBJECTS", {"unit": _Constant})
+        monkeypatch.setattr(subjects, "Unit", _Constant)
+        monkeypatch.setattr(agent, "SUBJECTS", {"unit": _Constant})
         monkeypatch.setattr("onnxruntime.set_global_thread_pool_sizes", lambda *_: None)
-        subjects = [{"name": name, "kind": "unit", "folder": name} for name in ("a", "b", "c")]
-        return agent.time_subjects({"threads": 1, "subjects": subjects, "windows": 6})
+        wanted = [{"name": name, "kind": "unit", "folder": name} for name in ("a", "b", "c")]
+        return agent.time_subjects({"threads": 1, "subjects": wanted, "windows": 6})
 
     return run
 
@@ -322,7 +331,7 @@ def test_quiet_windows_are_kept(replay: Replay) -> None:
     assert answer["valid"]
     assert answer["dropped"] == 0
     assert {name: len(trials) for name, trials in answer["trials"].items()} == {"a": 6, "b": 6, "c": 6}
-    assert answer["reference_ns"] == [1e6] * 6
+    assert answer["reference_ns"] == {"token": [1e6] * 6, "streamed token": [4e6] * 6, "tokens": [6e6] * 6}
     assert answer["trials"]["b"][0] == {"run_ns": 2e6}
 
 
@@ -334,7 +343,7 @@ def test_disturbed_windows_are_dropped_and_repeated(replay: Replay) -> None:
 def test_a_machine_that_stays_busy_gives_rows_that_are_not_valid(replay: Replay) -> None:
     answer = replay([0.0, 0.0] + [0.9] * 12)
     assert (answer["valid"], answer["dropped"]) == (False, 12)
-    assert len(answer["trials"]["a"]) == len(answer["reference_ns"]) == 14  # shown, so that somebody can see how disturbed
+    assert len(answer["trials"]["a"]) == len(answer["reference_ns"]["token"]) == 14  # shown, so that somebody can see how disturbed
 
 
 def test_a_busy_neighbour_is_seen() -> None:

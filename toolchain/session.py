@@ -28,6 +28,11 @@ MODEL_FILES = {"decoder": (MODEL,), "encoder": (MODEL,), "encoder-decoder": (ENC
 ENCODER_DECODER_CONTEXT = 512
 """Longest source and longest target where a T5's config does not say: what T5 was trained on; its relative positions set no limit."""
 
+SESSION_OPTIONS = {"enable_mem_pattern": False}
+"""How sessions are opened, and what a package's manifest tells those who open it. Memory patterns plan one block for a whole run, the
+second time a shape is seen, beside what the first run left: an encoder's peak rose by a fifth, and no run was faster
+(`benchmarks/memory_pattern.py`)."""
+
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -70,6 +75,8 @@ def open_session(
         options.use_per_session_threads = False
     else:
         options.intra_op_num_threads = threads
+    for name, value in SESSION_OPTIONS.items():
+        setattr(options, name, value)
     options.log_severity_level = 3  # errors only: warnings would go to stderr in the middle of a progress line
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=[provider])

@@ -94,6 +94,12 @@ class Unit:
         return (self.op, self.K, self.N)
 
 
+TOKEN, STREAMED_TOKEN, TOKENS = "token", "streamed token", "tokens"
+WORKS = (TOKEN, STREAMED_TOKEN, TOKENS)
+"""What bounds a run: one token whose weights lie in the cache, one token whose weights come from memory, several tokens. A machine whose
+neighbours are at work does not slow down alike at all three."""
+
+
 @dataclass(frozen=True)
 class Phase:
     """One run of the model within a workload: `tokens` of each of `batch` sequences at once, after `past` earlier ones in the cache.
@@ -112,6 +118,11 @@ class Phase:
     def in_flight(self) -> int:
         """Rows that a linear layer multiplies (M)."""
         return self.batch * self.tokens
+
+    @property
+    def resource(self) -> str:
+        """Which latency its time is: of a prefill the first token's."""
+        return "first_token_ms" if self.name == "prefill" else "latency_ms"
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ class Checked:
     limits: tuple[Verdict, ...]
     measured: Mapping[str, Measurement]
     predicted: Mapping[str, Any] | None
-    reference_ratio: float | None
+    slowness: Mapping[str, float]
+    """Latency → how many times as long its reference takes as when the cost table was measured; empty where that is no excuse."""
     running_bytes: float
 
     @property
@@ -54,7 +55,7 @@ class Checked:
                 for name, seen in self.measured.items()
             },
             "predicted": self.predicted,
-            "reference_ratio": self.reference_ratio,
+            "slowness": dict(self.slowness),
             "running_bytes": self.running_bytes,
             "load_peak": self.load_peak or None,
         }
@@ -69,17 +70,20 @@ def check_package(directory: Path, device: Device, limits: Mapping[str, float]) 
     note(f"measuring {directory} for {package.workload}: some ten seconds")
     seen = measure_package(directory, package.workload, device, thread_count(device), package.vocabulary)
     measurements = {**seen.measurements, **_counted(package, device)}
-    ratio = _slowness(package, seen, device) if not limits else None
-    verdicts = tuple(_judge(verdict, measurements, ratio, budget) for verdict in check.decide(budget, measurements))
-    return Checked(check.overall(verdicts), verdicts, measurements, package.data["predicted"], ratio, seen.running_bytes)
+    slowness = _slowness(package, seen, device) if not limits else {}
+    verdicts = tuple(
+        _judge(verdict, measurements, slowness.get(verdict.name), budget) for verdict in check.decide(budget, measurements)
+    )
+    return Checked(check.overall(verdicts), verdicts, measurements, package.data["predicted"], slowness, seen.running_bytes)
 
 
 def _judge(verdict: Verdict, measurements: Mapping[str, Measurement], ratio: float | None, budget: Budget) -> Verdict:
     """The verdict on a latency that the machine, not the package, may have broken. Others stay as they are.
 
     Disturbed trials that keep the limit all the same do keep it: others on the CPU only make a package slower. On a machine that runs
-    its reference kernel slower than when it measured the table, a limit derived from that table is held at the table's speed, and the
-    verdict says so; an absolute limit that somebody set is held as measured, and when broken could not be told from the machine's mood.
+    the reference for this kind of work slower than when it measured the table, a limit derived from that table is held at the table's
+    speed, and the verdict says so; an absolute limit that somebody set is held as measured, and when broken could not be told from the
+    machine's mood.
     """
     seen = measurements.get(verdict.name)
     if (
@@ -96,7 +100,7 @@ def _judge(verdict: Verdict, measurements: Mapping[str, Measurement], ratio: flo
         return replace(verdict, low=low, high=high, verdict=check.WITHIN, reason=f"although {seen.reason}")
     if ratio is None or ratio < SLOWER:
         return verdict
-    slower = f"the machine runs its reference kernel {ratio:.2f} times slower than when the cost table was measured"
+    slower = f"the machine runs its reference {ratio:.2f} times slower than when the cost table was measured"
     if budget.name not in DERIVED_BUDGETS:
         return replace(verdict, verdict=check.COULD_NOT_TELL, reason=slower)
     corrected = replace(seen, value=(seen.value or 0.0) / ratio, trials=tuple(trial / ratio for trial in seen.trials))
@@ -104,14 +108,14 @@ def _judge(verdict: Verdict, measurements: Mapping[str, Measurement], ratio: flo
     return replace(held, reason=f"{slower}: {seen.value:.4g} ms corrected by that")
 
 
-def _slowness(package: Package, seen: Observation, device: Device) -> float | None:
-    """How much slower this machine is than when it measured the cost table; None on another machine, where slower is no excuse."""
+def _slowness(package: Package, seen: Observation, device: Device) -> dict[str, float]:
+    """By latency, how much slower this machine is than when it measured the cost table; empty on another machine: slower is no excuse."""
     measured_on = package.data.get("measured_on")
-    if package.reference_ns is None or not isinstance(measured_on, Mapping):
-        return None
+    if not package.reference_ns or not isinstance(measured_on, Mapping):
+        return {}
     here = {**Host(device, thread_count(device)).identify(), "threads": thread_count(device), "provider": device.provider}
     same = all(here.get(name) == value for name, value in measured_on.items())
-    return seen.reference_ns / package.reference_ns if same else None
+    return {name: seen.reference_ns[work] / then for name, (work, then) in package.reference_ns.items()} if same else {}
 
 
 def _counted(package: Package, device: Device) -> dict[str, Measurement]:

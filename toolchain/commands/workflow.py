@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from toolchain.costs.encoding import encode
 from toolchain.costs.from_table import cost_model
 from toolchain.costs.model import CostModel
+from toolchain.costs.operations import working_set_of
 from toolchain.costs.predictor import ShapePredictor
-from toolchain.costs.rows import ModelRow
+from toolchain.costs.rows import Header, ModelRow, work
 from toolchain.costs.table import CostTable, find_tables, open_table, refuse_if_stale
 from toolchain.errors import DamagedFileError, InfeasibleBudgetError, InputError, MissingCostError
 from toolchain.files import scratch, write_atomic
@@ -252,6 +253,13 @@ def _with_two_phases(
     return replace(model, kernels=kernels), extended(log_probabilities, 1e-3), extended(losses, 0.0)
 
 
+def _references(graph: Graph, policy: Policy, workload: Workload, header: Header) -> dict[str, dict[str, float]]:
+    """Latency → {kind of work that bounds it under this policy: the reference's nanoseconds when the table began}."""
+    kind = working_set_of(graph.units, policy, header.cache_bytes)
+    works = {phase.resource: work(phase.name == "decode", kind) for phase in workload.phases}
+    return {name: {bound: header.reference_ns[bound]} for name, bound in works.items()} if header.reference_ns else {}
+
+
 def _restricted(model: CostModel, folder: SupernetFolder) -> CostModel:
     """The cost model over the kernels that the supernet's meta-network knows."""
     known = {unit: set(names) for unit, names in proposal.read(folder.meta_network)[0].items()}
@@ -282,7 +290,7 @@ def cut(
         "training": training or "none: round-to-nearest of the model's weights",
     }
     if costs:
-        evidence["reference_ns"] = costs.table.header.reference_ns
+        evidence["reference_ns"] = _references(source.graph, choice.policy, workload, costs.table.header)
         evidence["measured_on"] = costs.table.header.identity
     runtime = costs.table.header.runtime if costs else "not measured"
     return export_package(

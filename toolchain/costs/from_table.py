@@ -41,8 +41,7 @@ def cost_model(graph: Graph, table: CostTable, workload: Workload, predictor: Sh
     """
     units = graph.units
     kernels = {unit.name: candidates(unit, table.header.kernels) for unit in units}
-    resources = {"decode": "latency_ms", "prefill": "first_token_ms", "encode": "latency_ms"}
-    parts = {resources[phase.name]: _latency(graph, table, phase, predictor) for phase in workload.phases}
+    parts = {phase.resource: _latency(graph, table, phase, predictor) for phase in workload.phases}
     sizes = {unit.name: {name: float(packed_bytes(unit, CATALOGUE[name])) for name in kernels[unit.name]} for unit in units}
     parts["peak_memory_bytes"] = _memory(graph, table, workload, predictor)
     per_unit = {name: part.costs for name, part in parts.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from toolchain.kernels import CATALOGUE
 from toolchain.quantize.packing import packed_bytes
@@ -11,7 +11,13 @@ from toolchain.spec import Phase, Unit, Workload
 
 def working_set(units: Iterable[Unit], kernel: str, cache_bytes: int) -> str:
     """Whether a model whose units all took `kernel` streams its weights from memory between two uses of one unit."""
-    total = sum(packed_bytes(unit, CATALOGUE[kernel]) for unit in units if unit.op != "Gather")
+    units = tuple(units)
+    return working_set_of(units, dict.fromkeys((unit.name for unit in units), kernel), cache_bytes)
+
+
+def working_set_of(units: Iterable[Unit], policy: Mapping[str, str], cache_bytes: int) -> str:
+    """The same of a model under a policy."""
+    total = sum(packed_bytes(unit, CATALOGUE[policy[unit.name]]) for unit in units if unit.op != "Gather")
     return "streamed" if total > cache_bytes else "cached"
 
 

@@ -13,18 +13,18 @@ size, and where it does not, using it made the errors larger. Refuses to know mo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from toolchain.costs.borrowed import totals
-from toolchain.costs.rows import MemoryRow, ModelRow, Row, UnitRow
+from toolchain.costs.rows import MemoryRow, Row, UnitRow, at_speed
 from toolchain.costs.table import CostTable, missing
 from toolchain.errors import MissingCostError, require
 from toolchain.kernels import CATALOGUE
 from toolchain.quantize.packing import packed_bytes
-from toolchain.spec import Unit
+from toolchain.spec import WORKS, Unit
 
 FEWEST = 4
 """Shapes of a linear that a fit needs: three sizes and one to tell them by. Of embeddings a table has one per model: one must do."""
@@ -118,8 +118,9 @@ class ShapePredictor:
         rows: dict[tuple[Any, ...], Row] = {}
         for table in reversed(tables):
             if table.header.identity == first.header.identity:
-                speed = first.header.reference_ns / table.header.reference_ns if table.header.reference_ns else 1.0
-                rows |= {key: _scaled(row, speed or 1.0) for key, row in table.rows.items()}
+                then, now = table.header.reference_ns, first.header.reference_ns
+                speed = {work: now[work] / then[work] if now and then else 1.0 for work in WORKS}
+                rows |= {key: at_speed(row, speed) for key, row in table.rows.items()}
         return cls(CostTable(first.header, rows))
 
     def latency(self, unit: Unit, kernel: str, tokens: int) -> Guess:
@@ -181,12 +182,6 @@ class ShapePredictor:
                 errors += list(np.abs(law(points[rest], costs[rest])(points[left]) / costs[left] - 1))
         sizes = [row.K * row.N for row, _, _ in rows]
         return _Fit(law(points, costs), (min(sizes), max(sizes)), tuple(map(float, errors)))
-
-
-def _scaled(row: Row, speed: float) -> Row:
-    if isinstance(row, UnitRow | ModelRow):
-        return replace(row, latency_ms=row.latency_ms * speed, spread_ms=row.spread_ms * speed)
-    return row
 
 
 def _points(cases: Iterable[tuple[Unit, str, int]]) -> Points:

@@ -6,13 +6,18 @@ A row's key is what it is about; its values are what was seen. Refuses to know f
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from toolchain.spec import STREAMED_TOKEN, TOKEN, TOKENS
 
 
 @dataclass(frozen=True)
 class Header:
-    """What was measured on, by which protocol. A table speaks only for a runtime that agrees in `identity`."""
+    """What was measured on, by which protocol. A table speaks only for a runtime that agrees in `identity`.
+
+    reference_ns: by kind of work (`spec.WORKS`), the reference's time when the table began; empty until something is timed.
+    """
 
     device: str
     cpu: str
@@ -21,7 +26,7 @@ class Header:
     runtime: str
     protocol: str
     meter: str
-    reference_ns: float = 0.0
+    reference_ns: Mapping[str, float] = field(default_factory=dict)
     date: str = ""
     command: str = ""
     kernels: tuple[str, ...] = ()
@@ -37,7 +42,7 @@ class UnitRow:
     """Time of one execution of a unit of this shape under a kernel, `tokens` in flight.
 
     working_set "cached": the weights between two uses of the same unit fit the last-level cache; "streamed": they do not.
-    latency_ms: median over n interleaved trials, corrected for the machine's drift by the reference kernel; spread_ms: half the
+    latency_ms: median over n interleaved trials, corrected for the machine's drift by the reference; spread_ms: half the
     distance between the 10th and the 90th percentile. interpolation_error: |line between the neighbours on the grid − measured| /
     measured; None at the ends of the grid and where one token is in flight, which is never interpolated.
     """
@@ -57,6 +62,10 @@ class UnitRow:
     @property
     def key(self) -> tuple[Any, ...]:
         return ("unit", self.op, self.K, self.N, self.working_set, self.tokens, self.kernel)
+
+    @property
+    def work(self) -> str:
+        return work(self.tokens == 1, self.working_set)
 
 
 @dataclass(frozen=True)
@@ -81,7 +90,7 @@ class ModelRow:
     """One phase of a model's first `layers` layers, embedding and head, measured under one policy (`units`: unit → kernel).
 
     What the sum of its units leaves over is the remainder: attention, norms, cache, per-run overhead. latency_ms is for one run:
-    a step of decoding with `past` positions in the cache, a prefill or an encoding of batch × tokens.
+    a step of decoding with `past` positions in the cache, a prefill or an encoding of batch × tokens. working_set: as a unit's row has it.
     """
 
     model: str
@@ -92,6 +101,7 @@ class ModelRow:
     layers: int
     policy: str
     units: Mapping[str, str]
+    working_set: str
     latency_ms: float
     spread_ms: float
     n: int
@@ -100,6 +110,10 @@ class ModelRow:
     @property
     def key(self) -> tuple[Any, ...]:
         return ("model", self.model, self.phase, self.batch, self.tokens, self.past, self.layers, self.policy)
+
+    @property
+    def work(self) -> str:
+        return work(self.phase == "decode", self.working_set)
 
 
 @dataclass(frozen=True)
@@ -157,6 +171,21 @@ KINDS: dict[str, type[Row]] = {
     "model memory": ModelMemoryRow,
     "model shape": ModelShapeRow,
 }
+
+
+def at_speed(row: Row, speed: Mapping[str, float]) -> Row:
+    """The row as a machine would have shown it that takes `speed` times as long for this kind of work; memory is as it is."""
+    if not isinstance(row, UnitRow | ModelRow):
+        return row
+    factor = speed[row.work]
+    return replace(row, latency_ms=row.latency_ms * factor, spread_ms=row.spread_ms * factor)
+
+
+def work(one_token: bool, working_set: str) -> str:
+    """What bounds such a run (`spec.WORKS`)."""
+    if not one_token:
+        return TOKENS
+    return STREAMED_TOKEN if working_set == "streamed" else TOKEN
 
 
 def between(x: float, low: float, at_low: float, high: float, at_high: float) -> float:

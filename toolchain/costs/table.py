@@ -19,9 +19,9 @@ from typing import Any, TypeVar
 from toolchain.costs.rows import KINDS, Header, MemoryRow, ModelMemoryRow, ModelRow, ModelShapeRow, Row, UnitRow, between
 from toolchain.errors import DamagedFileError, MissingCostError, StaleTableError
 from toolchain.files import write_atomic
-from toolchain.spec import Unit
+from toolchain.spec import WORKS, Unit
 
-FORMAT = "bittailor cost table 2"
+FORMAT = "bittailor cost table 3"
 FILE_NAME = "table.jsonl"
 
 
@@ -102,6 +102,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "float": (int, float),
     "float | None": (int, float, type(None)),
     "Mapping[str, str]": dict,
+    "Mapping[str, float]": dict,
     "Mapping[str, Sequence[Any]]": dict,
 }
 _Typed = TypeVar("_Typed", bound="Header | UnitRow | MemoryRow | ModelRow | ModelMemoryRow | ModelShapeRow")
@@ -114,7 +115,16 @@ def _typed(made: _Typed) -> _Typed:
         right = isinstance(value, wanted) and isinstance(value, bool) == (wanted is bool)
         if not right or (isinstance(value, float) and not math.isfinite(value)):
             raise ValueError(f"{item.name} {value!r} instead of {item.type}")
+        if item.type == "Mapping[str, float]":
+            _times(item.name, value)
     return made
+
+
+def _times(name: str, value: Mapping[str, Any]) -> None:
+    """ValueError unless these are the reference's times by kind of work, or none yet."""
+    numbers = all(isinstance(time, int | float) and not isinstance(time, bool) and 0 < time < math.inf for time in value.values())
+    if set(value) not in (set(), set(WORKS)) or not numbers:
+        raise ValueError(f"{name} {value!r} instead of a time for each of {', '.join(WORKS)}")
 
 
 def open_table(path: Path) -> CostTable:

@@ -19,7 +19,7 @@ from toolchain.errors import InputError, UnknownArchitectureError, require
 from toolchain.graph.model import Graph
 from toolchain.graph.normalise import save_normalised
 from toolchain.graph.quiet import quiet
-from toolchain.session import LOGITS_TO_KEEP
+from toolchain.session import LOGITS_TO_KEEP, SESSION_OPTIONS
 from toolchain.spec import Unit
 
 _LAYER = re.compile(r"/model/layers\.(\d+)/(attn|mlp)/(\w+_proj)/MatMul")
@@ -50,7 +50,7 @@ def build_decoder(folder: Path, config: dict[str, Any], source: str, fingerprint
         for path in made.iterdir():
             if path.suffix in (".json", ".txt", ".jinja", ".model"):
                 (out / path.name).write_bytes(path.read_bytes())
-    _without_nulls(out / "genai_config.json")
+    _settle(out / "genai_config.json")
     heads = int(config["num_attention_heads"])
     hidden = int(config["hidden_size"])
     return Graph(
@@ -98,10 +98,14 @@ def head_on_last_positions(model: onnx.ModelProto) -> None:
     logits.type.tensor_type.shape.dim[1].dim_value = 1
 
 
-def _without_nulls(path: Path) -> None:
-    """onnxruntime-genai refuses null for a token id that the model does not have, though its builder writes one; absent is fine."""
+def _settle(path: Path) -> None:
+    """Let onnxruntime-genai open what its builder wrote, and as we do.
+
+    It refuses null for a token id that the model does not have, though its builder writes one; absent is fine.
+    """
     config = json.loads(path.read_text())
     config["model"] = {key: value for key, value in config["model"].items() if value is not None}
+    config["model"]["decoder"].setdefault("session_options", {}).update(SESSION_OPTIONS)
     path.write_text(json.dumps(config, indent=4) + "\n")
 
 

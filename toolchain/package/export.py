@@ -17,6 +17,7 @@ from toolchain.graph.assemble import Weights, assemble
 from toolchain.graph.model import Graph
 from toolchain.kernels import mean_bits
 from toolchain.package.manifest import FILE_NAME, Package, open_package, write_manifest
+from toolchain.session import SESSION_OPTIONS
 from toolchain.spec import Budget, Cost, Policy, Workload
 
 
@@ -58,6 +59,7 @@ def export_package(
             "gap_to_optimum": gap_to_optimum,
             "mean_bits": round(mean_bits(policy, graph.units), 4),
             "policy": dict(policy.items()),
+            "session_options": dict(SESSION_OPTIONS),
             **evidence,
             "versions": {"bittailor": toolchain.__version__, "runtime": runtime},
         }

@@ -5,6 +5,7 @@ Owns reading, writing and verifying it. Refuses to know how packages are made an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import yaml
 from toolchain.errors import DamagedFileError, InputError
 from toolchain.files import inside, sha256, write_atomic
 from toolchain.session import MODEL_FILES
-from toolchain.spec import Budget, Policy, Workload
+from toolchain.spec import WORKS, Budget, Policy, Workload
 
 FORMAT = "bittailor package 1"
 FILE_NAME = "manifest.yaml"
@@ -48,14 +49,17 @@ class Package:
         return dict(self.data["predicted"] or {})
 
     @property
-    def reference_ns(self) -> float | None:
-        """The reference kernel's time when the cost table was measured, or None."""
-        found = self.data.get("reference_ns")
-        if found is None or found == 0:
-            return None
-        if isinstance(found, bool) or not isinstance(found, int | float) or not found > 0:
-            raise ValueError(f"reference_ns {found!r} instead of a positive number")
-        return float(found)
+    def reference_ns(self) -> dict[str, tuple[str, float]]:
+        """Latency → (the kind of work that bounds it, its reference's time when the cost table was measured); empty without a table."""
+        found = self.data.get("reference_ns") or {}
+        try:
+            times = {name: (work, float(time)) for name, times in found.items() for work, time in times.items()}
+            right = all(work in WORKS and 0 < time < math.inf for work, time in times.values())
+        except (AttributeError, TypeError, ValueError):
+            right = False
+        if not right:
+            raise ValueError(f"reference_ns {found!r} instead of a positive time for a kind of work ({', '.join(WORKS)})")
+        return times
 
     @property
     def kind(self) -> str:

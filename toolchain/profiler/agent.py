@@ -3,13 +3,15 @@
     settle          warm-up         windows of ≥ 200 ms: rounds R A B C   R B C A   R C A B     valid or not
     |--------------|---------------|-----------|-----------|--- ... ---|-----------------------|------------|
     wait until      every subject   a round is one run of every subject, the order turned by    ≥ 5 clean
-    others use      runs twice,     one, after R, the reference kernel; a window's medians are  windows; fewer:
+    others use      runs twice,     one, after R, the reference; a window's medians are         windows; fewer:
     < 15% of the    untimed         one trial. A window in which others used > 15% of the CPUs  not valid, what-
     CPUs (≤ 10 s)                   is dropped and repeated, at most twice as often as wanted   ever the numbers
 
 A window, not a run, is a trial, because neighbouring runs share the machine's mood: their number says nothing about its drift.
-All sessions share one thread pool (pools spin after work: with one each, subjects would steal each other's cores). R's time tells
-how fast the machine is now: rows are scaled by (R when the table began) / (R in these windows). Refuses to know budgets and policies.
+All sessions share one thread pool (pools spin after work: with one each, subjects would steal each other's cores). R tells how fast
+the machine is now: rows are scaled by (R when the table began) / (R in these windows). A neighbour slows different work differently, so
+R is three small graphs, and a row is scaled by those that were seen to slow down as it does (`References`, `benchmarks/references.py`).
+Refuses to know budgets and policies.
 """
 
 from __future__ import annotations
@@ -20,30 +22,26 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-
-from toolchain.decoding import open_generator
 from toolchain.errors import BittailorError, InputError
 from toolchain.profiler.contention import Watch
-from toolchain.profiler.phases import DecoderPhases, EncoderDecoderPhases, EncoderPhases, median_step_ns
-from toolchain.session import open_session, token_feeds
+from toolchain.profiler.subjects import GRAPHS, SUBJECTS, References, Subject, Unit
+from toolchain.spec import WORKS
 
-PROTOCOL = "interleaved windows, drift-corrected, 2"
+PROTOCOL = "interleaved windows, drift-corrected, 3"
 WINDOW_SECONDS = 0.2
 BUSY = 0.15
 ROUNDS, LONGEST_SECONDS = 5, 1.0
 VALID_WINDOWS = 5
 SETTLE_SECONDS = 10.0
-REFERENCE = Path(__file__).with_name("graphs") / "reference"
 _INSTRUCTION_SETS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
 _PIECE = 1 << 16
-BARE = Path(__file__).with_name("graphs") / "bare"
+BARE = GRAPHS / "bare"
 
 
 def main(arguments: list[str]) -> int:
@@ -102,80 +100,8 @@ def last_level_cache_bytes() -> int:
     return max(sizes, default=32 * 1024**2)
 
 
-class _Subject(Protocol):
-    """Something to time: one trial → nanoseconds by phase."""
-
-    def trial(self) -> dict[str, float]: ...
-
-
-class _Unit:
-    """A one-unit graph: a trial is a run over all its copies. One token in flight: a second run is timed, which finds the caches as a
-    model's next token does; several are bound by arithmetic, and the first will do."""
-
-    def __init__(self, subject: dict[str, Any], threads: int, shared_pool: bool) -> None:
-        self._session = open_session(Path(subject["folder"]), threads, shared_pool=shared_pool)
-        rng = np.random.default_rng(0)
-        value = self._session.get_inputs()[0]
-        self._untimed = int(subject["tokens"] == 1)
-        if value.type == "tensor(int64)":
-            feed = rng.integers(0, subject["rows"], subject["tokens"])
-        else:
-            feed = rng.standard_normal((subject["tokens"], value.shape[1]), dtype=np.float32)
-        self._binding = self._session.io_binding()
-        self._binding.bind_cpu_input(value.name, feed)
-        for output in self._session.get_outputs():
-            self._binding.bind_output(output.name)
-
-    def trial(self) -> dict[str, float]:
-        for _ in range(self._untimed):
-            self._session.run_with_iobinding(self._binding)
-        start = time.perf_counter_ns()
-        self._session.run_with_iobinding(self._binding)
-        return {"run_ns": time.perf_counter_ns() - start}
-
-
-class _Generate:
-    """A decoder or encoder-decoder: a trial is one prefill and `new_tokens` greedy steps. decode_ns is the median step: a step that
-    somebody else held up for ten times as long would tell of them."""
-
-    def __init__(self, subject: dict[str, Any], threads: int, shared_pool: bool) -> None:
-        self._new = int(subject["new_tokens"])
-        self._decoder = open_generator(Path(subject["folder"]), threads, subject["tokens"], self._new, shared_pool)
-        self._ids = np.random.default_rng(0).integers(0, subject["rows"], subject["tokens"])
-
-    def trial(self) -> dict[str, float]:
-        start = time.perf_counter_ns()
-        token = int(self._decoder.prefill(self._ids).argmax())
-        middle = time.perf_counter_ns()
-        return {"prefill_ns": middle - start, "decode_ns": median_step_ns(self._decoder, token, self._new)}
-
-
-class _Encode:
-    """An encoder: a trial is one inference of [batch, tokens]."""
-
-    def __init__(self, subject: dict[str, Any], threads: int, shared_pool: bool) -> None:
-        self._session = open_session(Path(subject["folder"]), threads, shared_pool=shared_pool)
-        ids = np.random.default_rng(0).integers(0, subject["rows"], (subject["batch"], subject["tokens"]))
-        self._feeds = token_feeds(self._session, ids)
-
-    def trial(self) -> dict[str, float]:
-        start = time.perf_counter_ns()
-        self._session.run(None, self._feeds)
-        return {"encode_ns": time.perf_counter_ns() - start}
-
-
-_SUBJECTS: dict[str, Callable[[dict[str, Any], int, bool], _Subject]] = {
-    "unit": _Unit,
-    "generate": _Generate,
-    "encode": _Encode,
-    "decoder phases": DecoderPhases,
-    "encoder phases": EncoderPhases,
-    "encoder-decoder phases": EncoderDecoderPhases,
-}
-
-
 def time_subjects(request: dict[str, Any]) -> dict[str, Any]:
-    """Time the subjects in rotation with the reference; {"trials": {name: [{phase_ns}]}, "reference_ns": [], "dropped", "valid"}.
+    """Time the subjects in rotation with the reference; {"trials": {name: [{phase_ns}]}, "reference_ns": {work: []}, "dropped", "valid"}.
 
     request: threads, subjects [{name, kind, folder, tokens, ...}], windows (clean ones wanted).
     """
@@ -183,24 +109,24 @@ def time_subjects(request: dict[str, Any]) -> dict[str, Any]:
 
     threads, wanted = int(request["threads"]), max(VALID_WINDOWS, int(request["windows"]))
     onnxruntime.set_global_thread_pool_sizes(threads, 1)
-    reference = _Unit({"folder": REFERENCE, "tokens": 1, "rows": 1}, threads, shared_pool=True)
-    subjects = {item["name"]: _SUBJECTS[item["kind"]](item, threads, True) for item in request["subjects"]}
+    references = References(threads)
+    subjects = {item["name"]: SUBJECTS[item["kind"]](item, threads, True) for item in request["subjects"]}
     _settle()
     for _ in range(2):
-        for subject in (reference, *subjects.values()):
+        for subject in (references, *subjects.values()):
             subject.trial()
     clean: list[_Window] = []
     disturbed: list[_Window] = []
     while len(clean) < wanted and len(disturbed) < 2 * wanted:
         watch = Watch()
-        window = _window(reference, subjects, len(clean) + len(disturbed), watch)
+        window = _window(references, subjects, len(clean) + len(disturbed), watch)
         others = watch.usage().others
         (disturbed if others is not None and others > BUSY else clean).append(window)
     valid = len(clean) >= VALID_WINDOWS
     shown = clean if valid else clean + disturbed  # not valid: all of them, so that somebody can see how disturbed
     return {
         "trials": {name: [window.trials[name] for window in shown] for name in subjects},
-        "reference_ns": [window.reference_ns for window in shown],
+        "reference_ns": {work: [window.reference_ns[work] for window in shown] for work in WORKS},
         "dropped": len(disturbed),
         "valid": valid,
     }
@@ -208,23 +134,27 @@ def time_subjects(request: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Window:
-    """Medians over the window's rounds, per subject and phase, and of the reference."""
+    """Medians over the window's rounds, per subject and phase, and of the reference by kind of work."""
 
     trials: dict[str, dict[str, float]]
-    reference_ns: float
+    reference_ns: dict[str, float]
 
 
-def _window(reference: _Subject, subjects: Mapping[str, _Subject], turn: int, watch: Watch) -> _Window:
+def _window(reference: Subject, subjects: Mapping[str, Subject], turn: int, watch: Watch) -> _Window:
     names = list(subjects)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    references: list[float] = []
+    references: list[dict[str, float]] = []
     while not references or _goes_on(len(references), watch.usage().seconds):
-        references.append(reference.trial()["run_ns"])
+        references.append(reference.trial())
         start = (turn + len(references)) % len(names)
         for name in names[start:] + names[:start]:
             runs[name].append(subjects[name].trial())
-    trials = {name: {phase: median(run[phase] for run in done) for phase in done[0]} for name, done in runs.items()}
-    return _Window(trials, median(references))
+    trials = {name: _medians(done) for name, done in runs.items()}
+    return _Window(trials, _medians(references))
+
+
+def _medians(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {phase: median(run[phase] for run in runs) for phase in runs[0]}
 
 
 def _goes_on(rounds: int, seconds: float) -> bool:
@@ -250,11 +180,11 @@ def peak(request: dict[str, Any]) -> dict[str, Any]:
     """
     threads = int(request["threads"])
     subject = request["subject"]
-    _Unit({"folder": BARE, "tokens": 1, "rows": 1}, threads, shared_pool=False).trial()
+    Unit({"folder": BARE, "tokens": 1, "rows": 1}, threads, shared_pool=False).trial()
     before = _peak_bytes()  # before the reading, whose buffer is not the model's doing
     _read_anew(Path(subject["folder"]))
     try:
-        running = _SUBJECTS[subject["kind"]](subject, threads, False)
+        running = SUBJECTS[subject["kind"]](subject, threads, False)
         running.trial()
         running.trial()
     except MemoryError as error:

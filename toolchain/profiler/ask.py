@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,10 @@ from toolchain.files import scratch
 from toolchain.spec import Device
 
 TIMEOUT_SECONDS = 1800
+
+
+References = Mapping[str, Sequence[float]]
+"""By kind of work (`spec.WORKS`): the reference's nanoseconds, one for each window."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Host:
         return self._ask({"action": "identify"})
 
     def time(self, subjects: Sequence[dict[str, Any]], windows: int) -> dict[str, Any]:
-        """{"trials": {name: [{phase_ns}]}, "reference_ns": [...], "dropped", "valid"}, all subjects in rotation in one process."""
+        """{"trials": {name: [{phase_ns}]}, "reference_ns": {work: [...]}, "dropped", "valid"}, all subjects in rotation in one process."""
         return self._ask({"action": "time", "threads": self.threads, "subjects": list(subjects), "windows": windows})
 
     def peak(self, subject: dict[str, Any]) -> dict[str, int]:

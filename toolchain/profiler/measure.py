@@ -16,10 +16,10 @@ MEMORY_TRIALS = 3
 
 @dataclass(frozen=True)
 class Observation:
-    """What was seen of one package: resource → measurement, and the reference kernel's time meanwhile."""
+    """What was seen of one package: resource → measurement, and by kind of work the reference's time meanwhile."""
 
     measurements: Mapping[str, Measurement]
-    reference_ns: float
+    reference_ns: Mapping[str, float]
     dropped: int
     running_bytes: float
     """Resident bytes once it runs: less than the peak where loading sets it."""
@@ -86,4 +86,5 @@ def measure_package(
     weighed = [host.peak(what) for _ in range(MEMORY_TRIALS)]
     measured["peak_memory_bytes"] = summarise((float(seen["peak_bytes"]) for seen in weighed), valid=True)
     running = float(median(seen["running_bytes"] for seen in weighed))
-    return Observation(measured, median(answer["reference_ns"]), answer["dropped"], running)
+    references = {work: median(times) for work, times in answer["reference_ns"].items()}
+    return Observation(measured, references, answer["dropped"], running)

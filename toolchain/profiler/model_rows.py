@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from toolchain.costs.operations import working_set_of
 from toolchain.costs.rows import ModelMemoryRow, ModelRow, Row
 from toolchain.costs.table import CostTable
 from toolchain.files import scratch
@@ -24,7 +25,7 @@ from toolchain.graph.layers import layer_of, units_within
 from toolchain.graph.model import Graph
 from toolchain.graph.oneunit import drawn
 from toolchain.kernels import CATALOGUE, candidates, runs_as, uniform
-from toolchain.profiler.ask import Host
+from toolchain.profiler.ask import Host, References
 from toolchain.profiler.measure import levelled, summarise
 from toolchain.profiler.unit_rows import GRID, grid
 from toolchain.quantize.packing import packed_bytes
@@ -134,14 +135,15 @@ def _memory_key(graph: Graph, anchor: Anchor, workload: Workload, tokens: int) -
     return ("model memory", graph.fingerprint, workload.batch, tokens, capacity, anchor.layers, anchor.name)
 
 
-def time(host: Host, graph: Graph, wanted: Sequence[Wanted]) -> tuple[list[Row], list[float]]:
-    """(rows not yet corrected for drift, the reference's times meanwhile): all anchors in rotation in one process."""
+def time(host: Host, graph: Graph, cache_bytes: int, wanted: Sequence[Wanted]) -> tuple[list[Row], References]:
+    """(rows not yet corrected for drift, the references' times meanwhile): all anchors in rotation in one process."""
     rows: list[Row] = []
     with _packages(graph, wanted) as folders:
         subjects = [subject(graph, item.anchor.name, folders[item.anchor.name], item.times) for item in wanted]
         answer = host.time(subjects, WINDOWS)
     trials = levelled(answer["trials"])
     for item in wanted:
+        kind = working_set_of(units_within(graph.units, item.anchor.layers), item.anchor.policy, cache_bytes)
         for phase in item.times:
             seen = summarise((trial[label(phase)] / 1e6 for trial in trials[item.anchor.name]), answer["valid"])
             assert seen.value is not None
@@ -156,6 +158,7 @@ def time(host: Host, graph: Graph, wanted: Sequence[Wanted]) -> tuple[list[Row],
                     layers=item.anchor.layers,
                     policy=item.anchor.name,
                     units=dict(item.anchor.policy),
+                    working_set=kind,
                     latency_ms=seen.value,
                     spread_ms=seen.spread,
                     n=seen.n,

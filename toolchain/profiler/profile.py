@@ -2,7 +2,7 @@
 
 Three kinds of rows: the time of each unit shape and kernel, their memory (`unit_rows`), and a few whole models (`model_rows`), whose
 difference from the sum of their units is the remainder: attention, norms, cache, per-run overhead. Times are scaled to the speed the
-machine had when the table began, by the reference kernel. Refuses to know budgets and training.
+machine had when the table began, by the reference for their kind of work. Refuses to know budgets and training.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from statistics import median
 
 from toolchain.costs.borrowed import describe
 from toolchain.costs.operations import working_set
-from toolchain.costs.rows import Header, ModelRow, Row, UnitRow
+from toolchain.costs.rows import Header, Row, at_speed
 from toolchain.costs.table import CostTable, open_table, refuse_if_stale
 from toolchain.errors import InputError
 from toolchain.graph.model import Graph
 from toolchain.kernels import candidates, runs_as
 from toolchain.profiler import model_rows, unit_rows
-from toolchain.profiler.ask import Host
+from toolchain.profiler.ask import Host, References
 from toolchain.profiler.probe import working_kernels
 from toolchain.progress import track
-from toolchain.spec import Device, Unit, Workload
+from toolchain.spec import WORKS, Device, Unit, Workload
 
 
 def current_header(device: Device, threads: int, meter: str = "", command: str = "") -> Header:
@@ -89,9 +89,9 @@ def profile(graph: Graph, header: Header, device: Device, workload: Workload, pa
 
 @dataclass(frozen=True)
 class _Job:
-    """One save of the table: rows not yet corrected for drift, and the reference's times meanwhile. unit: whose shape it is about."""
+    """One save of the table: rows not yet corrected for drift, and the references' times meanwhile. unit: whose shape it is about."""
 
-    measure: Callable[[], tuple[list[Row], list[float]]]
+    measure: Callable[[], tuple[list[Row], References]]
     unit: Unit | None = None
 
 
@@ -106,34 +106,28 @@ def _jobs(graph: Graph, host: Host, workload: Workload, table: CostTable) -> Ite
             yield _Job(partial(unit_rows.measure, host, unit, times, memory), unit)
     lacking = model_rows.missing(graph, workload, table)
     if timed := [item for item in lacking if item.times]:
-        yield _Job(partial(model_rows.time, host, graph, timed))
+        yield _Job(partial(model_rows.time, host, graph, table.header.cache_bytes, timed))
     for item in lacking:
         if item.memory:
             yield _Job(partial(_weigh, host, graph, workload, item))
     if (shape := describe(graph)).key not in table.rows:
-        yield _Job(lambda: ([shape], []))
+        yield _Job(lambda: ([shape], {}))
 
 
-def _weigh(host: Host, graph: Graph, workload: Workload, wanted: model_rows.Wanted) -> tuple[list[Row], list[float]]:
-    return model_rows.weigh(host, graph, workload, wanted), []
+def _weigh(host: Host, graph: Graph, workload: Workload, wanted: model_rows.Wanted) -> tuple[list[Row], References]:
+    return model_rows.weigh(host, graph, workload, wanted), {}
 
 
-def _adding(table: CostTable, rows: list[Row], references: list[float]) -> CostTable:
+def _adding(table: CostTable, rows: list[Row], references: References) -> CostTable:
     """The table with rows scaled to the speed the machine had when it began, which its header keeps."""
     if not references:
         return table.adding(rows)
-    now = median(references)
+    now = {work: median(references[work]) for work in WORKS}
     if not table.header.reference_ns:
         if not all(getattr(row, "valid", True) for row in rows):
             return table.adding(
                 rows
             )  # a disturbed machine must not become the measure of all later rows; these are repeated anyway
         table = replace(table, header=replace(table.header, reference_ns=now))
-    scale = table.header.reference_ns / now
-    return table.adding(_scaled(row, scale) for row in rows)
-
-
-def _scaled(row: Row, scale: float) -> Row:
-    if isinstance(row, UnitRow | ModelRow):
-        return replace(row, latency_ms=row.latency_ms * scale, spread_ms=row.spread_ms * scale)
-    return row
+    speed = {work: table.header.reference_ns[work] / now[work] for work in WORKS}
+    return table.adding(at_speed(row, speed) for row in rows)

@@ -20,7 +20,7 @@ from toolchain.files import scratch
 from toolchain.graph.model import Graph
 from toolchain.graph.oneunit import random_weights, write_one_unit
 from toolchain.kernels import CATALOGUE
-from toolchain.profiler.ask import Host
+from toolchain.profiler.ask import Host, References
 from toolchain.profiler.measure import levelled, summarise
 from toolchain.quantize.packing import packed_bytes
 from toolchain.spec import Unit, Workload
@@ -112,10 +112,10 @@ def with_errors(table: CostTable, unit: Unit) -> CostTable:
     return table.adding(row for rows in kinds.values() for row in with_interpolation_errors(rows))
 
 
-def measure(host: Host, unit: Unit, times: Sequence[Case], memory: Sequence[Case]) -> tuple[list[Row], list[float]]:
-    """(rows not yet corrected for drift, the reference's times meanwhile)."""
+def measure(host: Host, unit: Unit, times: Sequence[Case], memory: Sequence[Case]) -> tuple[list[Row], References]:
+    """(rows not yet corrected for drift, the references' times meanwhile)."""
     rows: list[Row] = []
-    references: list[float] = []
+    references: References = {}
     with scratch() as folder:
         subjects = {case.label: _subject(unit, case, folder) for case in {**dict.fromkeys(times), **dict.fromkeys(memory)}}
         if times:

@@ -1,0 +1,168 @@
+"""Which small graph tells how fast the machine is now? Candidates beside whole models in one rotation, for some minutes.
+
+    python benchmarks/references.py [--seconds 420] [--decoder MODEL ...] [--encoder MODEL ...]      measure
+    python benchmarks/references.py --write                                   make toolchain/profiler/graphs/{small,float,int8}
+
+A neighbour on the same host slows down what we time; a reference timed beside it is to say by how much. In blocks of 25 rounds: the
+standard deviation of log(model), and of log(model / reference), root mean square over the models of one kind of work. A reference pays
+where the second is smaller. `small`, `float` and `int8` are what the agent uses (`toolchain/profiler/subjects.py`); the others lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import TensorProto, helper
+
+from toolchain.commands.workflow import opened
+from toolchain.graph.assemble import assemble
+from toolchain.graph.oneunit import drawn
+from toolchain.kernels import uniform
+from toolchain.profiler.model_rows import subject
+from toolchain.profiler.phases import DecoderPhases, EncoderPhases
+from toolchain.profiler.profile import default_workload
+from toolchain.profiler.subjects import GRAPHS
+
+CANDIDATES = {
+    "small": ("fp32", 256, 1, 1),
+    "float": ("fp32", 512, 4, 64),
+    "int8": ("int8", 512, 4, 64),
+    "4 bits": ("w4", 512, 4, 64),
+    "1 MB, one token": ("fp32", 256, 4, 1),
+    "8 MB, one token": ("fp32", 512, 8, 1),
+    "64 MB, one token": ("fp32", 1024, 16, 1),
+}
+"""Name → number format, width, products, tokens."""
+CHOSEN = ("small", "float", "int8")
+KERNELS = ("w8g128", "w4g32", "w8a8")
+BLOCK = 25
+
+
+def graph(form: str, width: int, products: int) -> onnx.ModelProto:
+    """`products` square products of one input. Weights are constants that onnxruntime folds when it loads, so the file is small."""
+    nodes, outputs, constants = [], [], []
+
+    def constant(name: str, dtype: int, shape: list[int], value: float) -> str:
+        constants.append(helper.make_tensor(f"{name}.shape", TensorProto.INT64, [len(shape)], shape))
+        tensor = helper.make_tensor("value", dtype, [1], [value])
+        nodes.append(helper.make_node("ConstantOfShape", [f"{name}.shape"], [name], value=tensor))
+        return name
+
+    scale = helper.make_tensor("scale", TensorProto.FLOAT, [], [0.01])
+    for place in range(products):
+        if form == "fp32":
+            weight = constant(f"w{place}", TensorProto.FLOAT, [width, width], 0.01 * (place + 1))
+            node = helper.make_node("MatMul", ["x", weight], [f"y{place}"])
+        elif form == "int8":
+            weight = constant(f"w{place}", TensorProto.INT8, [width, width], place + 3)
+            node = helper.make_node("DynamicQuantizeMatMul", ["x", weight, "scale"], [f"y{place}"], domain="com.microsoft")
+        else:
+            codes = constant(f"w{place}", TensorProto.UINT8, [width, width // 32, 16], place + 17)
+            scales = constant(f"s{place}", TensorProto.FLOAT, [width * width // 32], 0.01)
+            sizes = {"K": width, "N": width, "bits": 4, "block_size": 32, "accuracy_level": 4}
+            node = helper.make_node("MatMulNBits", ["x", codes, scales], [f"y{place}"], domain="com.microsoft", **sizes)
+        nodes.append(node)
+        outputs.append(helper.make_tensor_value_info(f"y{place}", TensorProto.FLOAT, ["M", width]))
+    if form == "int8":
+        constants.append(scale)
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["M", width])]
+    body = helper.make_graph(nodes, "products", inputs, outputs, constants)
+    versions = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(body, opset_imports=versions, ir_version=10, producer_name="bittailor")
+
+
+class Candidate:
+    def __init__(self, form: str, width: int, products: int, tokens: int) -> None:
+        options = onnxruntime.SessionOptions()
+        options.use_per_session_threads = False
+        model = graph(form, width, products).SerializeToString()
+        self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        self._binding = self._session.io_binding()
+        self._binding.bind_cpu_input("x", np.random.default_rng(0).standard_normal((tokens, width), dtype=np.float32))
+        for output in self._session.get_outputs():
+            self._binding.bind_output(output.name)
+        self._untimed = int(tokens == 1)
+
+    def trial(self) -> dict[str, float]:
+        for _ in range(self._untimed):
+            self._session.run_with_iobinding(self._binding)
+        start = time.perf_counter_ns()
+        self._session.run_with_iobinding(self._binding)
+        return {"": float(time.perf_counter_ns() - start)}
+
+
+def write() -> None:
+    for name in CHOSEN:
+        form, width, products, _ = CANDIDATES[name]
+        (GRAPHS / name).mkdir(exist_ok=True)
+        (GRAPHS / name / "model.onnx").write_bytes(graph(form, width, products).SerializeToString())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=420)
+    parser.add_argument("--decoder", nargs="*", default=["pocket-llama-6m"], metavar="MODEL")
+    parser.add_argument("--encoder", nargs="*", default=[], metavar="MODEL")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--write", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.write:
+        return write()
+    onnxruntime.set_global_thread_pool_sizes(arguments.threads, 1)
+    seen: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        subjects = {name: Candidate(*what) for name, what in CANDIDATES.items()}
+        for model, kernel in itertools.product([*arguments.decoder, *arguments.encoder], KERNELS):
+            source = stack.enter_context(opened(model)).graph
+            place = Path(folder) / f"{Path(model).name} {kernel}"
+            place.mkdir()
+            assemble(source, uniform(kernel, source.units), drawn, place, sync=False)
+            kind = EncoderPhases if source.kind == "encoder" else DecoderPhases
+            described = subject(source, place.name, place, default_workload(source).phases)
+            subjects[place.name] = kind(described, arguments.threads, True)
+        end = time.monotonic() + arguments.seconds
+        while time.monotonic() < end:
+            for name, what in subjects.items():
+                trials = [what.trial() for _ in range(5 if name in CANDIDATES else 1)]
+                for phase in trials[0]:
+                    seen.setdefault(f"{name} {phase}".strip(), []).append(median(trial[phase] for trial in trials))
+            print(f"{len(next(iter(seen.values())))} rounds", end="\r", file=sys.stderr)
+    show(seen)
+
+
+def show(seen: dict[str, list[float]]) -> None:
+    rounds = len(next(iter(seen.values()))) // BLOCK * BLOCK
+    logs = {name: np.median(np.log(times[:rounds]).reshape(-1, BLOCK), axis=1) for name, times in seen.items()}
+    models = [name for name in logs if name not in CANDIDATES]
+    works = {
+        "decode": [name for name in models if "decode" in name],
+        "several tokens": [name for name in models if "decode" not in name],
+    }
+    pairs = [(name,) for name in CANDIDATES] + list(itertools.combinations(CHOSEN, 2))
+    print(f"{rounds // BLOCK} blocks of {BLOCK} rounds; standard deviation of log(time)")
+    print(f"| model | alone | {' | '.join('/ ' + ' × '.join(pair) for pair in pairs)} |\n|---" + "|---" * (len(pairs) + 1) + "|")
+    for name in models:
+        cells = [float((logs[name] - sum(logs[part] for part in pair) / len(pair)).std()) for pair in pairs]
+        print(f"| {name} | {logs[name].std():.3f} | {' | '.join(f'{cell:.3f}' for cell in cells)} |")
+    for work, names in works.items():
+        if names:
+            alone = np.mean([logs[name].var() for name in names]) ** 0.5
+            cells = [
+                np.mean([(logs[name] - sum(logs[part] for part in pair) / len(pair)).var() for name in names]) ** 0.5
+                for pair in pairs
+            ]
+            print(f"| **{work}** | {alone:.3f} | {' | '.join(f'{cell:.3f}' for cell in cells)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""What the agent can run: one-unit graphs, whole models as they serve, and the reference that tells the machine's speed.
+
+A trial is nanoseconds by phase. Whole models phase by phase are in `phases.py`. onnxruntime and numpy only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from toolchain.decoding import open_generator
+from toolchain.profiler.phases import DecoderPhases, EncoderDecoderPhases, EncoderPhases, median_step_ns
+from toolchain.session import open_session, token_feeds
+from toolchain.spec import STREAMED_TOKEN, TOKEN, TOKENS
+
+GRAPHS = Path(__file__).with_name("graphs")
+
+
+class Subject(Protocol):
+    """Something to time: one trial → nanoseconds by phase."""
+
+    def trial(self) -> dict[str, float]: ...
+
+
+class Unit:
+    """A one-unit graph: a trial is a run over all its copies. One token in flight: a second run is timed, which finds the caches as a
+    model's next token does; several are bound by arithmetic, and the first will do."""
+
+    def __init__(self, subject: dict[str, Any], threads: int, shared_pool: bool) -> None:
+        self._session = open_session(Path(subject["folder"]), threads, shared_pool=shared_pool)
+        rng = np.random.default_rng(0)
+        value = self._session.get_inputs()[0]
+        self._untimed = int(subject["tokens"] == 1)
+        if value.type == "tensor(int64)":
+            feed = rng.integers(0, subject["rows"], subject["tokens"])
+        else:
+            feed = rng.standard_normal((subject["tokens"], value.shape[1]), dtype=np.float32)
+        self._binding = self._session.io_binding()
+        self._binding.bind_cpu_input(value.name, feed)
+        for output in self._session.get_outputs():
+            self._binding.bind_output(output.name)
+
+    def trial(self) -> dict[str, float]:
+        for _ in range(self._untimed):
+            self._session.run_with_iobinding(self._binding)
+        start = time.perf_counter_ns()
+        self._session.run_with_iobinding(self._binding)
+        return {"run_ns": time.perf_counter_ns() - start}
+
+
+class Generate:
+    """A decoder or encoder-decoder: a trial is one prefill and `new_tokens` greedy steps. decode_ns is the median step: a step that
+    somebody else held up for ten times as long would tell of them."""
+
+    def __init__(self, subject: dict[str, Any], threads: int, shared_pool: bool) -> None:
+        self._new = int(subject["new_tokens"])
+        self._decoder = open_generator(Path(subject["folder"]), threads, subject["tokens"], self._new, shared_pool)
+        self._ids = np.random.default_rng(0).integers(0, subject["rows"], subject["tokens"])
+
+    def trial(self) -> dict[str, float]:
+        start = time.perf_counter_ns()
+        token = int(self._decoder.prefill(self._ids).argmax())
+        middle = time.perf_counter_ns()
+        return {"prefill_ns": middle - start, "decode_ns": median_step_ns(self._decoder, token, self._new)}
+
+
+class Encode:
+    """An encoder: a trial is one inference of [batch, tokens]."""
+
+    def __init__(self, subject: dict[str, Any], threads: int, shared_pool: bool) -> None:
+        self._session = open_session(Path(subject["folder"]), threads, shared_pool=shared_pool)
+        ids = np.random.default_rng(0).integers(0, subject["rows"], (subject["batch"], subject["tokens"]))
+        self._feeds = token_feeds(self._session, ids)
+
+    def trial(self) -> dict[str, float]:
+        start = time.perf_counter_ns()
+        self._session.run(None, self._feeds)
+        return {"encode_ns": time.perf_counter_ns() - start}
+
+
+class References:
+    """The machine's speed by kind of work: a trial is nanoseconds per kind.
+
+    One token from the cache is bound by handing out small pieces of work (`small`: a 256 × 256 product), one whose weights stream from
+    memory slows down as plain arithmetic does (`float`: products of 64 tokens), several tokens as the mean of that and of int8 arithmetic.
+    """
+
+    def __init__(self, threads: int) -> None:
+        counts = {"small": 1, "float": 64, "int8": 64}
+        self._parts = {
+            name: Unit({"folder": GRAPHS / name, "tokens": tokens, "rows": 1}, threads, shared_pool=True)
+            for name, tokens in counts.items()
+        }
+
+    def trial(self) -> dict[str, float]:
+        seen = {name: part.trial()["run_ns"] for name, part in self._parts.items()}
+        return {TOKEN: seen["small"], STREAMED_TOKEN: seen["float"], TOKENS: (seen["float"] * seen["int8"]) ** 0.5}
+
+
+SUBJECTS: dict[str, Callable[[dict[str, Any], int, bool], Subject]] = {
+    "unit": Unit,
+    "generate": Generate,
+    "encode": Encode,
+    "decoder phases": DecoderPhases,
+    "encoder phases": EncoderPhases,
+    "encoder-decoder phases": EncoderDecoderPhases,
+}
