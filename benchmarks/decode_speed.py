@@ -27,13 +27,13 @@ from toolchain.graph.quiet import quiet
 PROMPT, NEW = 64, 32
 
 
-def random_llama(folder: Path) -> None:
-    """336M parameters: hidden 1024, 24 layers, vocabulary 32000."""
+def random_llama(folder: Path, layers: int = 24) -> None:
+    """Hidden 1024, vocabulary 32000; with 24 layers 336M parameters."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    shape = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "num_attention_heads": 16}
+    shape = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": layers, "num_attention_heads": 16}
     config = LlamaConfig(vocab_size=32000, num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=False, **shape)
     LlamaForCausalLM(config).to(torch.float16).save_pretrained(folder)
 

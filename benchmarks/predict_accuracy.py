@@ -2,11 +2,12 @@
 
     python benchmarks/predict_accuracy.py MODEL --workload generate:64+32 [--policies 80] [--work DIR] [--json FILE]
 
-Profiles the model first, if the table in --work lacks rows. Then packages are made and measured in groups, in rotation, as the workload
-says (a real prefill and real decode steps, not the profiler's single phases), in random order. In every group's rotation stands one model
-that the table holds (uniform w8g128): how much slower it runs now than it did then is the machine's doing, and is taken out of the
-group's figures. Printed too: the ratios corrected by the reference kernel alone, as `check` does it, and the raw ones. A quarter of the
-policies is measured a second time in other groups: how well a measurement predicts itself is the noise floor.
+Profiles the model first, if the table in --work lacks rows; what was measured is kept there too, so a killed run goes on. Then packages
+are made and measured in groups, in rotation, as the workload says (a real prefill and real decode steps, not the profiler's single
+phases), in random order. In every group's rotation stands one model that the table holds (uniform w8g128): how much slower it runs now
+than it did then is the machine's doing, and is taken out of the group's figures. Printed too: the ratios corrected by the references
+alone, as `check` does it, and the raw ones. A quarter of the policies is measured a second time in other groups: how well a measurement
+predicts itself is the noise floor.
 
 Goal: latency within 5% for 90 of 100 policies and within 10% for 99, Spearman >= 0.98, peak memory within 5% for 95, bytes exact.
 """
@@ -22,7 +23,6 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 
@@ -30,9 +30,10 @@ from toolchain import hardware
 from toolchain.commands.workflow import measure_costs, opened
 from toolchain.costs.from_table import cost_model
 from toolchain.costs.model import CostModel
-from toolchain.costs.rows import ModelRow
+from toolchain.costs.operations import working_set_of
+from toolchain.costs.rows import ModelRow, work
 from toolchain.costs.table import CostTable
-from toolchain.files import scratch
+from toolchain.files import scratch, write_atomic
 from toolchain.graph.assemble import assemble, package_bytes
 from toolchain.graph.model import Graph
 from toolchain.graph.oneunit import drawn
@@ -83,7 +84,8 @@ def measured(
         trials = levelled(answer["trials"])
         for name, what in subjects.items():
             row = {key: value.value or 0.0 for key, value in latencies(trials[name], answer["valid"]).items()}
-            row |= {"valid": float(answer["valid"]), "reference_ns": median(answer["reference_ns"])}
+            row |= {"valid": float(answer["valid"])}
+            row |= {work: median(times) for work, times in answer["reference_ns"].items()}
             if memory:
                 files = [*Path(what["folder"]).iterdir(), *graph.companions()]
                 row["peak_memory_bytes"] = host.peak(what)["peak_bytes"]
@@ -154,15 +156,19 @@ def main() -> None:
         policies = {f"policy {number}": random_policy(graph, costs.model, value, rng) for number, value in enumerate(bits)}
         order = rng.sample(list(policies), len(policies))
         again = rng.sample(order, max(GROUP, len(order) // 4))
-        first: dict[str, dict[str, Any]] = {}
-        second: dict[str, dict[str, Any]] = {}
+        done = (arguments.work or Path(temporary)) / f"measured-{graph.fingerprint[:12]}-{arguments.workload}-{len(order)}.json"
+        first, second = json.loads(done.read_text()) if done.exists() else ({}, {})
         for names, into, memory in ((order, first, True), (again, second, False)):
             for start in range(0, len(names), GROUP):
+                if set(names[start : start + GROUP]) <= set(into):
+                    continue
                 group = {KNOWN: uniform(KNOWN, graph.units)} | {name: policies[name] for name in names[start : start + GROUP]}
                 rows = measured(graph, group, arguments.workload, host, memory)
                 known = rows.pop(KNOWN)
                 into |= {name: {**row, "known": known} for name, row in rows.items()}
+                write_atomic(done, json.dumps([first, second]))
                 print(f"measured {len(first)} + {len(second)} of {len(order)} + {len(again)}", file=sys.stderr)
+        kinds = {name: working_set_of(graph.units, policies[name], costs.table.header.cache_bytes) for name in order}
         then_ms = known_latencies(costs.table, graph, arguments.workload)
         predicted = {name: costs.model.totals(policy) for name, policy in policies.items()}
         lines, ranks = [], []
@@ -178,14 +184,15 @@ def main() -> None:
                 f"{resource}: the known model ran {min(moves):.2f} to {max(moves):.2f} times as long as in the table",
                 file=sys.stderr,
             )
-            reference = costs.table.header.reference_ns
-            corrected = [
-                predicted[name][resource] / first[name][resource] * first[name]["reference_ns"] / reference for name in order
-            ]
+            then = costs.table.header.reference_ns
+            corrected = []
+            for name in order:
+                bound = work(resource == "latency_ms" and arguments.workload.kind == "generate", kinds[name])
+                corrected.append(predicted[name][resource] / first[name][resource] * first[name][bound] / then[bound])
             raw = [predicted[name][resource] / first[name][resource] for name in order]
             lines.append(summary(f"{resource}: predicted / measured", [predicted[name][resource] / now[name] for name in order]))
             lines.append(summary(f"{resource}: measured again / measured", [later[name] / now[name] for name in again]))
-            lines.append(summary(f"{resource}: predicted / measured, by the reference kernel instead", corrected))
+            lines.append(summary(f"{resource}: predicted / measured, by the references instead", corrected))
             lines.append(summary(f"{resource}: predicted / measured, raw", raw))
             noise = float(np.percentile([abs(later[name] / now[name] - 1) for name in again], 90))
             pair = [predicted[name][resource] for name in order], [now[name] for name in order]
