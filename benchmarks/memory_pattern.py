@@ -50,10 +50,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
-    onnxruntime.set_global_thread_pool_sizes(arguments.threads, 1)
     print("| policy | peak MB on | off | off / on | phase | ms on | off | off / on (10th to 90th percentile) |")
     print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder, opened(arguments.model) as source:
+        onnxruntime.set_global_thread_pool_sizes(arguments.threads, 1)  # only now: building the graph opens sessions of its own
         for name in arguments.policy:
             graph, place = source.graph, Path(folder) / name
             place.mkdir()

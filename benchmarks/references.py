@@ -1,7 +1,7 @@
 """Which small graph tells how fast the machine is now? Candidates beside whole models in one rotation, for some minutes.
 
-    python benchmarks/references.py [--seconds 420] [--decoder MODEL ...] [--encoder MODEL ...]      measure
-    python benchmarks/references.py --write                                   make toolchain/profiler/graphs/{small,float,int8}
+    python benchmarks/references.py [--seconds 420] [--models MODEL ...]    measure
+    python benchmarks/references.py --write                                make toolchain/profiler/graphs/{small,float,int8}
 
 A neighbour on the same host slows down what we time; a reference timed beside it is to say by how much. In blocks of 25 rounds: the
 standard deviation of log(model), and of log(model / reference), root mean square over the models of one kind of work. A reference pays
@@ -18,6 +18,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import onnx
@@ -111,19 +112,18 @@ def write() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=420)
-    parser.add_argument("--decoder", nargs="*", default=["pocket-llama-6m"], metavar="MODEL")
-    parser.add_argument("--encoder", nargs="*", default=[], metavar="MODEL")
+    parser.add_argument("--models", nargs="+", default=["pocket-llama-6m"], metavar="MODEL")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
     if arguments.write:
         return write()
-    onnxruntime.set_global_thread_pool_sizes(arguments.threads, 1)
     seen: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        subjects = {name: Candidate(*what) for name, what in CANDIDATES.items()}
-        for model, kernel in itertools.product([*arguments.decoder, *arguments.encoder], KERNELS):
-            source = stack.enter_context(opened(model)).graph
+        graphs = {model: stack.enter_context(opened(model)).graph for model in arguments.models}
+        onnxruntime.set_global_thread_pool_sizes(arguments.threads, 1)  # only now: building a graph opens sessions of its own
+        subjects: dict[str, Any] = {name: Candidate(*what) for name, what in CANDIDATES.items()}
+        for (model, source), kernel in itertools.product(graphs.items(), KERNELS):
             place = Path(folder) / f"{Path(model).name} {kernel}"
             place.mkdir()
             assemble(source, uniform(kernel, source.units), drawn, place, sync=False)

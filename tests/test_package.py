@@ -10,6 +10,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,12 @@ from toolchain.commands import acceptance
 from toolchain.decoding import Decoder
 from toolchain.errors import DamagedFileError, InputError
 from toolchain.files import sha256
+from toolchain.hardware import load, thread_count
 from toolchain.package.manifest import open_package
+from toolchain.profiler.ask import Host
+from toolchain.profiler.measure import subject
 from toolchain.session import open_session
+from toolchain.spec import Workload
 
 Cli = Callable[..., Any]
 
@@ -100,6 +105,19 @@ def test_a_package_says_how_it_was_opened(packages: Any) -> None:
     assert said == {"enable_mem_pattern": ours.enable_mem_pattern} == {"enable_mem_pattern": False}
     config = json.loads((packages("qwen2") / "genai_config.json").read_text())
     assert said.items() <= config["model"]["decoder"]["session_options"].items()
+
+
+def test_a_script_without_our_code_weighs_about_the_same(packages: Any) -> None:
+    """The agent and benchmarks/keep_budget.py share no code, and once disagreed by a tenth. The agent may count more, by what its
+    interpreter has less of to spare; it may not count less."""
+    folder = packages("qwen2")
+    script = Path(__file__).parents[1] / "benchmarks" / "keep_budget.py"
+    command = [sys.executable, str(script), "--memory", str(folder), "64", "32"]
+    theirs = [float(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(3)]
+    what = subject("package", folder, Workload.parse("generate:64+32"), open_package(folder).vocabulary)
+    host = Host(load("local"), thread_count(load("local")))
+    ours = [host.peak(what)["peak_bytes"] for _ in range(3)]
+    assert -0.3e6 < median(ours) - median(theirs) < 2e6
 
 
 def test_export_needs_no_table_for_a_policy(models: Any, tmp_path: Path, cli: Cli) -> None:
