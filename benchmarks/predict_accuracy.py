@@ -4,10 +4,10 @@
 
 Profiles the model first, if the table in --work lacks rows; what was measured is kept there too, so a killed run goes on. Then packages
 are made and measured in groups, in rotation, as the workload says (a real prefill and real decode steps, not the profiler's single
-phases), in random order. In every group's rotation stands one model that the table holds (uniform w8g128): how much slower it runs now
-than it did then is the machine's doing, and is taken out of the group's figures. Printed too: the ratios corrected by the references
-alone, as `check` does it, and the raw ones. A quarter of the policies is measured a second time in other groups: how well a measurement
-predicts itself is the noise floor.
+phases), in random order. In every group's rotation stands one model that the table holds (uniform w8g128, as deep as it was profiled):
+how much slower it runs now than it did then is the machine's doing, and is taken out of the group's figures. Printed too: the ratios
+corrected by the references alone, as `check` does it, and the raw ones. A quarter of the policies is measured a second time in other
+groups: how well a measurement predicts itself is the noise floor.
 
 Goal: latency within 5% for 90 of 100 policies and within 10% for 99, Spearman >= 0.98, peak memory within 5% for 95, bytes exact.
 """
@@ -28,7 +28,6 @@ import numpy as np
 
 from toolchain import hardware
 from toolchain.commands.workflow import measure_costs, opened
-from toolchain.costs.from_table import cost_model
 from toolchain.costs.model import CostModel
 from toolchain.costs.operations import working_set_of
 from toolchain.costs.rows import ModelRow, work
@@ -38,9 +37,10 @@ from toolchain.graph.assemble import assemble, package_bytes
 from toolchain.graph.model import Graph
 from toolchain.graph.oneunit import drawn
 from toolchain.hardware import thread_count
-from toolchain.kernels import CATALOGUE, candidates, mean_bits, uniform
+from toolchain.kernels import CATALOGUE, candidates, mean_bits
 from toolchain.profiler.ask import Host
 from toolchain.profiler.measure import latencies, levelled, subject
+from toolchain.profiler.model_rows import Anchor, anchors
 from toolchain.spec import Policy, Workload
 
 GROUP, WINDOWS, KNOWN = 8, 11, "w8g128"
@@ -69,16 +69,17 @@ def random_policy(graph: Graph, costs: CostModel, bits: float, rng: random.Rando
 
 
 def measured(
-    graph: Graph, policies: dict[str, Policy], workload: Workload, host: Host, memory: bool
+    graph: Graph, policies: dict[str, Policy], known: Anchor, workload: Workload, host: Host, memory: bool
 ) -> dict[str, dict[str, float]]:
-    """Per name: latencies, and if asked peak memory and the files' bytes."""
+    """Per name, KNOWN's too: latencies, and if asked peak memory and the files' bytes."""
     seen: dict[str, dict[str, float]] = {}
     with scratch() as folder:
         subjects = {}
-        for name, policy in policies.items():
+        depths = {name: (policy, graph.layers) for name, policy in policies.items()}
+        for name, (policy, layers) in {KNOWN: (known.policy, known.layers), **depths}.items():
             place = folder / name
             place.mkdir()
-            assemble(graph, policy, drawn, place)
+            assemble(graph, policy, drawn, place, layers)
             subjects[name] = subject(name, place, workload, graph.vocabulary)
         answer = host.time(list(subjects.values()), WINDOWS)
         trials = levelled(answer["trials"])
@@ -86,7 +87,7 @@ def measured(
             row = {key: value.value or 0.0 for key, value in latencies(trials[name], answer["valid"]).items()}
             row |= {"valid": float(answer["valid"])}
             row |= {work: median(times) for work, times in answer["reference_ns"].items()}
-            if memory:
+            if memory and name != KNOWN:
                 files = [*Path(what["folder"]).iterdir(), *graph.companions()]
                 row["peak_memory_bytes"] = host.peak(what)["peak_bytes"]
                 row["package_bytes"] = sum(file.stat().st_size for file in files)
@@ -94,15 +95,14 @@ def measured(
     return seen
 
 
-def known_latencies(table: CostTable, graph: Graph, workload: Workload) -> dict[str, float]:
-    """What the table says of KNOWN in the workload's phases: as measured, or as predicted where the profile cut the model."""
-    resources = {"decode": "latency_ms", "prefill": "first_token_ms", "encode": "latency_ms"}
-    found = dict(cost_model(graph, table, workload).totals(uniform(KNOWN, graph.units)))
+def known_latencies(table: CostTable, graph: Graph, known: Anchor, workload: Workload) -> dict[str, float]:
+    """What was measured of KNOWN in the workload's phases when the table was made."""
+    found = {}
     for phase in workload.phases:
         for row in table.of(ModelRow):
             point = (row.model, row.policy, row.layers, row.phase, row.batch, row.tokens, row.past)
-            if point == (graph.fingerprint, KNOWN, graph.layers, phase.name, phase.batch, phase.tokens, phase.past):
-                found[resources[phase.name]] = row.latency_ms
+            if point == (graph.fingerprint, KNOWN, known.layers, phase.name, phase.batch, phase.tokens, phase.past):
+                found[phase.resource] = row.latency_ms
     return found
 
 
@@ -152,6 +152,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary, nullcontext() if graph_folder else opened(arguments.model) as source:
         graph = source.graph if source else Graph.open(Path(arguments.model))
         costs = measure_costs(graph, device, arguments.work or Path(temporary), arguments.workload, "benchmark", renew=False)
+        header = costs.table.header
+        known = next(anchor for anchor in anchors(graph, header.kernels, header.cache_bytes) if anchor.name == KNOWN)
         bits = np.linspace(2.1, 7.9, arguments.policies)
         policies = {f"policy {number}": random_policy(graph, costs.model, value, rng) for number, value in enumerate(bits)}
         order = rng.sample(list(policies), len(policies))
@@ -162,14 +164,14 @@ def main() -> None:
             for start in range(0, len(names), GROUP):
                 if set(names[start : start + GROUP]) <= set(into):
                     continue
-                group = {KNOWN: uniform(KNOWN, graph.units)} | {name: policies[name] for name in names[start : start + GROUP]}
-                rows = measured(graph, group, arguments.workload, host, memory)
-                known = rows.pop(KNOWN)
-                into |= {name: {**row, "known": known} for name, row in rows.items()}
+                group = {name: policies[name] for name in names[start : start + GROUP]}
+                rows = measured(graph, group, known, arguments.workload, host, memory)
+                seen_known = rows.pop(KNOWN)
+                into |= {name: {**row, "known": seen_known} for name, row in rows.items()}
                 write_atomic(done, json.dumps([first, second]))
                 print(f"measured {len(first)} + {len(second)} of {len(order)} + {len(again)}", file=sys.stderr)
         kinds = {name: working_set_of(graph.units, policies[name], costs.table.header.cache_bytes) for name in order}
-        then_ms = known_latencies(costs.table, graph, arguments.workload)
+        then_ms = known_latencies(costs.table, graph, known, arguments.workload)
         predicted = {name: costs.model.totals(policy) for name, policy in policies.items()}
         lines, ranks = [], []
         for resource in ("latency_ms", "first_token_ms"):

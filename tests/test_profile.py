@@ -21,11 +21,11 @@ from toolchain.costs.rows import MemoryRow, ModelMemoryRow, ModelRow, Row, UnitR
 from toolchain.costs.table import CostTable, open_table
 from toolchain.errors import BittailorError, InputError
 from toolchain.hardware import load
-from toolchain.kernels import candidates, runs_as
+from toolchain.kernels import CATALOGUE, candidates, runs_as
 from toolchain.profiler import agent, ask, contention, model_rows, subjects
 from toolchain.profiler.ask import Host
 from toolchain.profiler.measure import summarise
-from toolchain.profiler.profile import _adding
+from toolchain.profiler.profile import _adding, current_header
 from toolchain.spec import WORKS, Unit, Workload
 
 HOST = Host(load("local"), 1)
@@ -401,3 +401,19 @@ def test_a_prompt_as_long_as_the_context_is_weighed_inside_it(graphs: Any) -> No
     (row,) = model_rows.weigh(Host(load("local"), 1), graph, Workload.parse("generate:64+32"), wanted)
     assert isinstance(row, ModelMemoryRow)
     assert row.peak_bytes > 0
+
+
+def test_a_model_that_is_cut_is_also_weighed_whole(graphs: Any) -> None:
+    """The smallest depth is as many layers as these have, so a model of more is made of the same units."""
+    graph = graphs("llama", num_hidden_layers=6)
+    kernels = tuple(CATALOGUE)
+    cut = model_rows.anchors(graph, kernels, cache_bytes=1)
+    assert {anchor.layers for anchor in cut if anchor.timed} <= {4, 6}
+    assert any(anchor.layers < graph.layers for anchor in cut if anchor.timed)
+    whole = [anchor for anchor in cut if not anchor.timed]
+    assert whole
+    assert all(set(anchor.policy) == {unit.name for unit in graph.units} for anchor in whole)
+    assert all(anchor.timed for anchor in model_rows.anchors(graph, kernels, cache_bytes=2**30))
+    table = CostTable(replace(current_header(load("local"), 1), kernels=kernels, cache_bytes=1), {})
+    wanted = [item for item in model_rows.missing(graph, Workload.parse("generate:64+32"), table) if not item.anchor.timed]
+    assert [(item.times, item.memory) for item in wanted] == [((), (64,))] * len(whole)

@@ -32,6 +32,7 @@ from toolchain.quantize.packing import packed_bytes
 from toolchain.spec import Phase, Policy, Workload
 
 MIXED = 16
+WEIGHED_WHOLE = ("mixed-0", "mixed-1")
 FEWEST_LAYERS = 4
 WINDOWS = 11
 EVERYWHERE = ("w8g32", "w4g32", "fp32")
@@ -43,15 +44,20 @@ _LAST_STEPS = 8
 
 @dataclass(frozen=True)
 class Anchor:
-    """A policy of the first `layers` layers, embedding and head."""
+    """A policy of the first `layers` layers, embedding and head. timed: False where only its memory is wanted."""
 
     name: str
     policy: Policy
     layers: int
+    timed: bool = True
 
 
 def anchors(graph: Graph, available: Iterable[str], cache_bytes: int) -> list[Anchor]:
-    """Every kernel on all units, and mixed policies drawn with a fixed seed, each as deep as it must be."""
+    """Every kernel on all units, and mixed policies drawn with a fixed seed, each as deep as it must be.
+
+    Where that is not the whole depth, two mixed ones also whole, for their memory: an error in what few layers add is multiplied on the
+    way to many, and a fresh process takes a moment where timing would take minutes.
+    """
     available = tuple(available)
     names = [name for name in CATALOGUE if name in available and runs_as(name) == name]
     policies = {name: uniform(name, graph.units, available) for name in names}
@@ -64,6 +70,8 @@ def anchors(graph: Graph, available: Iterable[str], cache_bytes: int) -> list[An
         layers = _depth(graph, policy, cache_bytes, stretch=1 + place % 2 / 2)
         kept = {unit.name for unit in units_within(graph.units, layers)}
         made.append(Anchor(name, Policy.of({unit: kernel for unit, kernel in policy.items() if unit in kept}), layers))
+        if name in WEIGHED_WHOLE and layers < graph.layers:
+            made.append(Anchor(name, policy, graph.layers, timed=False))
     return made
 
 
@@ -118,7 +126,8 @@ def missing(graph: Graph, workload: Workload, table: CostTable) -> list[Wanted]:
     wanted = []
     for anchor in anchors(graph, available, table.header.cache_bytes):
         phases = points(graph, workload, anchor.name == everywhere)
-        times = [phase for phase in phases if not getattr(table.rows.get(_key(graph, anchor, phase)), "valid", False)]
+        timed = phases if anchor.timed else []
+        times = [phase for phase in timed if not getattr(table.rows.get(_key(graph, anchor, phase)), "valid", False)]
         counts = sorted({phase.tokens for phase in phases if phase.name != "decode"})
         memory = [count for count in counts if _memory_key(graph, anchor, workload, count) not in table.rows]
         if times or memory:
