@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from toolchain.errors import InputError
-from toolchain.session import ENCODER, STEP, cache_slots, cross_slots, is_encoder_decoder, open_session, token_feeds
+from toolchain.session import ENCODER, STEP, TokenInputs, cache_slots, cross_slots, is_encoder_decoder, open_session, token_feeds
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -44,8 +44,6 @@ class Decoder:
 
     def __init__(self, directory: Path, threads: int = 0, capacity: int = DEFAULT_CONTEXT, shared_pool: bool = False) -> None:
         """Raises InputError for a folder without a decoder, or a capacity below 1."""
-        import onnxruntime
-
         if capacity < 1:
             raise InputError(f"expected room for at least 1 token, got {capacity}")
         self.capacity = capacity
@@ -53,8 +51,24 @@ class Decoder:
         slots = cache_slots(self._session)
         if not slots:
             raise InputError(f"expected a decoder (a graph with past_key_values inputs) in {directory}, got none")
-        self._buffers = [(slot, onnxruntime.OrtValue.ortvalue_from_numpy(slot.zeros(capacity))) for slot in slots]
+        self._inputs = TokenInputs.of(self._session)
+        # Bound once: the buffers stay, and binding them anew for every token took up to a tenth of it (`benchmarks/roofline.py`).
+        self._binding = self._session.io_binding()
+        for slot in slots:
+            buffer = _value(slot.zeros(capacity))
+            self._binding.bind_ortvalue_input(slot.past, buffer)
+            self._binding.bind_ortvalue_output(slot.present, buffer)
+        self._logits = self._fixed_logits()
         self._used = 0
+
+    def _fixed_logits(self) -> onnxruntime.OrtValue | None:
+        """A bound buffer for the logits where they are always [1, 1, V]; None where a graph makes those of every position."""
+        output = next(output for output in self._session.get_outputs() if output.name == "logits")
+        if len(output.shape) != 3 or output.shape[1] != 1 or not isinstance(output.shape[2], int) or output.type != "tensor(float)":
+            return None
+        value = _value(np.zeros((1, 1, output.shape[2]), np.float32))
+        self._binding.bind_ortvalue_output("logits", value)
+        return value
 
     @property
     def used(self) -> int:
@@ -84,17 +98,16 @@ class Decoder:
         T = ids.shape[1]
         if T < 1 or self._used + T > self.capacity:
             raise InputError(f"expected 1 to {self.capacity - self._used} more tokens (room for {self.capacity}), got {T}")
-        binding = self._session.io_binding()
-        feeds = token_feeds(self._session, ids, past=self._used)
+        feeds = self._inputs.feeds(ids, past=self._used)
         for name, array in feeds.items():
-            binding.bind_cpu_input(name, array)
-        for slot, buffer in self._buffers:
-            binding.bind_ortvalue_input(slot.past, buffer)
-            binding.bind_ortvalue_output(slot.present, buffer)
-        binding.bind_output("logits")
-        self._session.run_with_iobinding(binding)
+            self._binding.bind_cpu_input(name, array)
+        if self._logits is None:
+            self._binding.bind_output("logits")  # anew: a bound output would keep the last run's shape
+        self._session.run_with_iobinding(self._binding)
         self._used += T
-        return binding.get_outputs()[-1].numpy()[0, -1]
+        if self._logits is None:
+            return self._binding.get_outputs()[-1].numpy()[0, -1]
+        return self._logits.numpy()[0, -1].copy()  # the next run writes into the same buffer
 
 
 class EncoderDecoder:

@@ -7,6 +7,7 @@ Knows onnxruntime and numpy only: no graph library, no config files. What it is 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -113,30 +114,48 @@ def _slots(session: onnxruntime.InferenceSession, maker: onnxruntime.InferenceSe
     return tuple(slots)
 
 
+@dataclass(frozen=True)
+class TokenInputs:
+    """What a session wants besides its cache: name → dtype, and whether it can be asked for the logits of earlier positions.
+
+    Read from the session once: asking it anew before every token took as long as a small model's layer.
+    """
+
+    dtypes: Mapping[str, type]
+    keeps_positions: bool
+
+    @classmethod
+    def of(cls, session: onnxruntime.InferenceSession) -> TokenInputs:
+        """Raises InputError for an input that we do not know how to fill."""
+        wanted = [item for item in session.get_inputs() if not item.name.startswith("past_key_values.")]
+        if unknown := [item.name for item in wanted if item.name not in _FILLED]:
+            raise InputError(f"expected a graph with inputs among {', '.join(_FILLED)} and a cache, got {unknown[0]!r}")
+        keeps = any(item.name == LOGITS_TO_KEEP for item in session.get_overridable_initializers())
+        return cls({item.name: np.int32 if item.type == "tensor(int32)" else np.int64 for item in wanted}, keeps)
+
+    def feeds(self, ids: np.ndarray, past: int = 0, every_position: bool = False) -> dict[str, np.ndarray]:
+        """Inputs for tokens ids [B, T] after `past` earlier ones.
+
+        every_position: logits of all T positions, where the graph would give the last one's alone.
+        """
+        filled: dict[str, np.ndarray] = {
+            name: np.ascontiguousarray(_FILLED[name](ids, past), kind) for name, kind in self.dtypes.items()
+        }
+        if every_position and self.keeps_positions:
+            filled[LOGITS_TO_KEEP] = np.array([ids.shape[1]], np.int64)
+        return filled
+
+
+_FILLED: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
+    "input_ids": lambda ids, past: ids,
+    "attention_mask": lambda ids, past: np.ones((ids.shape[0], past + ids.shape[1]), np.int64),
+    "position_ids": lambda ids, past: np.broadcast_to(np.arange(past, past + ids.shape[1], dtype=np.int64), ids.shape),
+    "token_type_ids": lambda ids, past: np.zeros(ids.shape, np.int64),
+}
+
+
 def token_feeds(
     session: onnxruntime.InferenceSession, ids: np.ndarray, past: int = 0, every_position: bool = False
 ) -> dict[str, np.ndarray]:
-    """What the session wants besides its cache, for tokens ids [B, T] after `past` earlier ones: only inputs that it has.
-
-    every_position: logits of all T positions, where the graph would give the last one's alone.
-
-    Raises InputError for an input that we do not know how to fill.
-    """
-    B, T = ids.shape
-    known = {
-        "input_ids": ids,
-        "attention_mask": np.ones((B, past + T), np.int64),
-        "position_ids": np.broadcast_to(np.arange(past, past + T, dtype=np.int64), (B, T)),
-        "token_type_ids": np.zeros((B, T), np.int64),
-    }
-    feeds = {}
-    for item in session.get_inputs():
-        if item.name.startswith("past_key_values."):
-            continue
-        if item.name not in known:
-            raise InputError(f"expected a graph with inputs among {', '.join(known)} and a cache, got {item.name!r}")
-        kind = np.int32 if item.type == "tensor(int32)" else np.int64
-        feeds[item.name] = np.ascontiguousarray(known[item.name], kind)
-    if every_position and any(item.name == LOGITS_TO_KEEP for item in session.get_overridable_initializers()):
-        feeds[LOGITS_TO_KEEP] = np.array([T], np.int64)
-    return feeds
+    """`TokenInputs.feeds` for one call. Raises InputError for an input that we do not know how to fill."""
+    return TokenInputs.of(session).feeds(ids, past, every_position)
