@@ -1,6 +1,7 @@
 import json
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from tiny_graphs import attention
@@ -103,4 +104,12 @@ def test_prompts_without_room_are_refused(tmp_path, prompt, count):
 def test_a_damaged_configuration_is_named(tmp_path):
     (attention(tmp_path) / "genai_config.json").write_text('{"model": {}}')
     with pytest.raises(DamagedFileError, match="context_length"):
+        generate(tmp_path, "hello", 2)
+
+
+def test_a_decoder_without_logits_is_refused(tmp_path):
+    model = onnx.load(attention(tmp_path) / "model.onnx")
+    model.graph.node[-1].output[0] = model.graph.output[0].name = "scores"
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(InputError, match="an output named logits"):
         generate(tmp_path, "hello", 2)

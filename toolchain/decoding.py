@@ -63,7 +63,9 @@ class Decoder:
 
     def _fixed_logits(self) -> onnxruntime.OrtValue | None:
         """A bound buffer for the logits where they are always [1, 1, V]; None where a graph makes those of every position."""
-        output = next(output for output in self._session.get_outputs() if output.name == "logits")
+        output = next((output for output in self._session.get_outputs() if output.name == "logits"), None)
+        if output is None:
+            raise InputError("expected a decoder with an output named logits, got none")
         if len(output.shape) != 3 or output.shape[1] != 1 or not isinstance(output.shape[2], int) or output.type != "tensor(float)":
             return None
         value = _value(np.zeros((1, 1, output.shape[2]), np.float32))

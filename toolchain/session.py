@@ -31,8 +31,8 @@ ENCODER_DECODER_CONTEXT = 512
 
 SESSION_OPTIONS = {"enable_mem_pattern": False}
 """How sessions are opened, and what a package's manifest tells those who open it. Memory patterns plan one block for a whole run, the
-second time a shape is seen, beside what the first run left: an encoder's peak rose by a fifth, and no run was faster
-(`benchmarks/memory_pattern.py`)."""
+second time a shape is seen, beside what the first run left: an encoder's peak rose by a fifth, and its runs
+were no faster (`benchmarks/memory_pattern.py`)."""
 
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
@@ -118,7 +118,7 @@ def _slots(session: onnxruntime.InferenceSession, maker: onnxruntime.InferenceSe
 class TokenInputs:
     """What a session wants besides its cache: name → dtype, and whether it can be asked for the logits of earlier positions.
 
-    Read from the session once: asking it anew before every token took as long as a small model's layer.
+    Read from the session once: asking it anew before every token shows in a small model's time per token.
     """
 
     dtypes: Mapping[str, type]
