@@ -9,13 +9,13 @@ One token needs every weight once, so the weights' bytes over the memory's speed
 * units: one 1024 × 2816 linear under each kernel at one token, with as many copies as it takes to stream those bytes; MatMulNBits also
   without zero points, to show what they cost. GB/s is of packed weights: codes, scales and zero points. "Held" is what the runtime keeps
   for them in memory of its own, over packed: MatMulNBits packs anew and adds a sum per group, and that is what it streams.
-* whole model: decode of a random Llama of 336M parameters (weights do not change the time) at position 64, and where a step's time goes
-  by operator, from onnxruntime's profiler. That takes time itself, between nodes and within: the time of its cheapest operator's node, a
-  shape or a sign of one number, is taken off every node as the profiler's own. What then is left of a step without it is dispatch.
-  Our loop (bindings, argmax) is what a step takes beyond its run. Operators below 0.5% of a step are summed.
+* whole model: decode of a random Llama of 336M parameters (weights do not change the time) at position 64, and where a step's time goes.
+  Operators: from onnxruntime's profiler, which works inside a node's time too: what its cheapest node takes, a shape or a sign of one
+  number, is taken off every node. Dispatch: as many nodes of a graph whose nodes have nothing to do. Our loop (bindings, argmax): what
+  a step takes beyond its run. None of them is what the others leave over, so their sum over the step shows how far to trust them.
 
 Everything takes turns in one process and on one thread pool, the order reversed every round, the models with the profiler on as well.
-Before each turn the pool is given time to fall asleep; then one run is untimed, and the median of five counts. A round in which others
+Before each turn the pool is given time to fall asleep; then one run is untimed, and the median of nine counts. A round in which others
 used more than a tenth of the CPU is repeated, up to three times as many rounds as asked; the quietest are kept. Shares and ratios are of
 the same round. Printed are medians, and in brackets the 10th to 90th percentile of the rounds.
 """
@@ -35,26 +35,26 @@ import numpy as np
 import onnxruntime
 from roofline_subjects import (
     MODELS,
-    PROFILED,
-    RUN,
     SYMMETRIC_TOO,
     WHOLE,
     WITHOUT,
     Subject,
     decoders,
     far_beyond_cache,
-    llama,
-    opened_graph,
+    idle_nodes,
     operators,
     readers,
+    timed_runs,
     units,
 )
 from threadpoolctl import threadpool_limits
+from two_phases import cell, llama, opened_graph, table
 
 from toolchain.profiler.agent import cpu_name, last_level_cache_bytes
 from toolchain.profiler.contention import Watch
 
-RUNS, QUIET, SMALL = 5, 0.1, 0.005
+RUNS, QUIET, SMALL = 9, 0.1, 0.005
+IDLE = "idle nodes"
 PAUSE_SECONDS = 0.1
 """After a run onnxruntime's idle pool was seen to spin for 45 ms: it must not take the next one's cores."""
 
@@ -83,35 +83,26 @@ def _seconds(subject: Subject) -> float:
     return median(times)
 
 
-def cell(values: np.ndarray, digits: str = ".1f") -> str:
-    """Median (10th to 90th percentile)."""
-    low, high = np.percentile(values, [10, 90])
-    return f"{np.median(values):{digits}} ({low:{digits}} to {high:{digits}})"
-
-
-def table(*rows: tuple[object, ...]) -> str:
-    """Markdown; the first row is the head."""
-    lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]) + "\n"
-
-
-def breakdown(spent: dict[str, np.ndarray], nodes: Counter[str], step: np.ndarray, profiled: np.ndarray, least: np.ndarray) -> str:
-    """Where a step's seconds go. spent: by operator, and RUN, as the profiler says; profiled: a step with it on; least: see above."""
+def breakdown(
+    spent: dict[str, np.ndarray], nodes: Counter[str], dispatch: np.ndarray, loop: np.ndarray, step: np.ndarray, least: np.ndarray
+) -> str:
+    """Where a step's seconds go. spent: by operator, as the profiler says; least: what the fastest reader takes for the weights."""
     own = np.min([spent[what] / count for what, count in nodes.items()], axis=0)
-    loop = profiled - spent[RUN]
     took = {what: spent[what] - count * own for what, count in nodes.items()}
     large = sorted((what for what in took if np.median(took[what] / step) >= SMALL), key=lambda what: -np.median(took[what]))
     small = [what for what in took if what not in large]
     rows = [(what, nodes[what], took[what]) for what in large]
     rows.append((f"{len(small)} others", sum(nodes[what] for what in small), sum(took[what] for what in small)))
-    rows += [("dispatch", nodes.total(), step - loop - sum(took.values())), ("our loop", 1, loop)]
+    rows += [("dispatch", nodes.total(), dispatch), ("our loop", 1, loop)]
+    rows.append(("sum", nodes.total(), sum(seconds for _, _, seconds in rows)))
     lines = [
-        (what, count, cell(s * 1e6, ".0f"), f"{np.median(s) / count * 1e6:.1f}", cell(s / step, ".3f")) for what, count, s in rows
+        (what, count, cell(seconds * 1e6, ".0f"), f"{np.median(seconds) / count * 1e6:.1f}", cell(seconds / step, ".3f"))
+        for what, count, seconds in rows
     ]
     return (
         f"{table(('operator', 'nodes', 'µs per step', 'µs per node', 'share of a step'), *lines)}\n"
-        f"MatMulNBits alone reads at {cell(least / took['MatMulNBits'], '.2f')} of the fastest. With the profiler on a step took "
-        f"{cell(profiled / step, '.2f')} times as long; {cell(own * 1e6)} µs are taken off every node.\n"
+        f"MatMulNBits alone reads at {cell(least / took['MatMulNBits'], '.2f')} of the fastest; "
+        f"{cell(own * 1e6)} µs were taken off every node.\n"
     )
 
 
@@ -126,11 +117,11 @@ def main() -> None:
     # One thread per array is all that BLAS may have: its own would double them.
     with tempfile.TemporaryDirectory() as temporary, threadpool_limits(1, user_api="blas"):
         with opened_graph(llama(arguments.work or Path(temporary))) as graph:
-            whole, profiled = decoders(graph, Path(temporary))
+            whole, sessions = decoders(graph, Path(temporary))
         read, one = readers(size, arguments.threads), units(size)
-        subjects = {**read, **one, **whole}
+        subjects = {**read, **one, **whole, IDLE: idle_nodes()}
         seconds, kept, quiet = measure(subjects, arguments.rounds)
-        seen = {name: operators(Path(session.end_profiling()), kept, RUNS + 1) for name, session in profiled.items()}
+        traces = {name: operators(Path(watched.end_profiling()), kept, RUNS) for name, (_, watched) in sessions.items()}
     speed = {name: subject.bytes / seconds[name] / 1e9 for name, subject in subjects.items()}
     fastest = max([*read, "fp32"], key=lambda name: float(np.median(speed[name])))
     share = {name: speed[name] / speed[fastest] for name in subjects}
@@ -177,9 +168,12 @@ def main() -> None:
     )
     print("\n" + table(head, *lines))
 
-    for name, (spent, nodes) in seen.items():
+    for name, (timed, _) in sessions.items():
         step = seconds[WHOLE.format(name)]
-        text = breakdown(spent, nodes, step, seconds[PROFILED.format(name)], step * share[WHOLE.format(name)])
+        spent, nodes = traces[name]
+        run = np.array([median(run) for run in timed_runs(timed.seconds, kept, RUNS)])
+        dispatch = seconds[IDLE] / subjects[IDLE].copies * nodes.total()
+        text = breakdown(spent, nodes, dispatch, step - run, step, step * share[WHOLE.format(name)])
         print(f"{name}, a step by operator:\n\n{text}")
 
 

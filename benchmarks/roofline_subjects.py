@@ -5,13 +5,12 @@ Graphs are written to a temporary folder that is gone once they are loaded: the 
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import io
 import json
 import re
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -21,11 +20,9 @@ from statistics import median
 from unittest import mock
 
 import numpy as np
-import onnx
+import onnx.parser
 import onnxruntime
-from decode_speed import random_llama
 
-from toolchain.commands.workflow import opened
 from toolchain.decoding import Decoder
 from toolchain.files import scratch
 from toolchain.graph.assemble import assemble
@@ -35,7 +32,7 @@ from toolchain.graph.oneunit import drawn, random_weights, write_one_unit
 from toolchain.kernels import CATALOGUE, uniform
 from toolchain.profiler.agent import last_level_cache_bytes
 from toolchain.quantize.packing import packed_bytes
-from toolchain.session import MODEL, open_session
+from toolchain.session import MODEL, SESSION_OPTIONS, open_session
 from toolchain.spec import Unit
 
 UNIT = Unit("unit", "MatMul", K=1024, N=2816)
@@ -43,8 +40,7 @@ KERNELS = ("fp32", "w8a8", "w8g32", "w8g128", "w4g32", "w4g128", "w2g32", "w2g12
 SYMMETRIC_TOO = ("w8g32", "w8g128", "w4g32", "w4g128")
 WITHOUT, WHOLE, PROFILED = "{} without zero points", "{} model", "{} model, profiled"
 MODELS, POSITION = ("w4g32", "w8g32"), 64
-RUN = "model_run"
-"""The profiler's name for a run of the whole graph."""
+IDLE_NODES = 256
 
 
 @dataclass(frozen=True)
@@ -116,63 +112,80 @@ def _drop_zero_points(folder: Path) -> int:
     return size
 
 
-@contextlib.contextmanager
-def opened_graph(folder: Path) -> Iterator[Graph]:
-    """The graph of a checkpoint, or of a folder that is one already."""
-    with contextlib.nullcontext() if (folder / "graph.json").is_file() else opened(str(folder)) as source:
-        yield source.graph if source else Graph.open(folder)
+class TimedSession:
+    """A session that notes how long its runs take: what a step takes beyond that is our own loop."""
+
+    def __init__(self, session: onnxruntime.InferenceSession) -> None:
+        self._session = session
+        self.seconds: list[float] = []
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._session, name)
+
+    def run_with_iobinding(self, binding: onnxruntime.IOBinding) -> None:
+        start = time.perf_counter()
+        self._session.run_with_iobinding(binding)
+        self.seconds.append(time.perf_counter() - start)
 
 
-def llama(work: Path) -> Path:
-    """The random checkpoint: the folder `llama` in the work folder is taken as it is, if there is one."""
-    if not (work / "llama").exists():
-        work.mkdir(parents=True, exist_ok=True)
-        with contextlib.redirect_stderr(io.StringIO()):
-            random_llama(work / "llama")
-    return work / "llama"
-
-
-def decoders(graph: Graph, traces: Path) -> tuple[dict[str, Subject], dict[str, onnxruntime.InferenceSession]]:
-    """Each of MODELS without and with the profiler, and the sessions of the latter."""
+def decoders(graph: Graph, traces: Path) -> tuple[dict[str, Subject], dict[str, tuple[TimedSession, onnxruntime.InferenceSession]]]:
+    """Each of MODELS without and with the profiler, and their sessions."""
     subjects, sessions = {}, {}
-
-    def profiled(directory: Path, *_: object, **__: object) -> onnxruntime.InferenceSession:
-        options = onnxruntime.SessionOptions()
-        options.use_per_session_threads, options.log_severity_level = False, 3
-        options.enable_profiling, options.profile_file_prefix = True, str(traces / name)
-        sessions[name] = onnxruntime.InferenceSession(str(directory / MODEL), options, providers=["CPUExecutionProvider"])
-        return sessions[name]
 
     def step(decoder: Decoder) -> None:
         decoder.seek(POSITION)
         decoder.step(1).argmax()
 
-    for name in MODELS:
-        policy = uniform(name, graph.units)
+    for model in MODELS:
+        policy = uniform(model, graph.units)
         packed = sum(packed_bytes(unit, CATALOGUE[policy[unit.name]]) for unit in graph.units if unit.op != "Gather")
         with scratch() as folder:
             assemble(graph, policy, drawn, folder, sync=False)
-            subjects[WHOLE.format(name)] = Subject(partial(step, Decoder(folder, 0, POSITION + 1, shared_pool=True)), packed)
-            with mock.patch("toolchain.decoding.open_session", profiled):
-                subjects[PROFILED.format(name)] = Subject(partial(step, Decoder(folder, 0, POSITION + 1, shared_pool=True)), packed)
+            options = _options()
+            options.enable_profiling, options.profile_file_prefix = True, str(traces / model)
+            watched = onnxruntime.InferenceSession(folder / MODEL, options, providers=["CPUExecutionProvider"])
+            sessions[model] = TimedSession(open_session(folder, shared_pool=True)), watched
+            for label, session in zip((WHOLE, PROFILED), sessions[model], strict=True):
+                with mock.patch("toolchain.decoding.open_session", return_value=session):
+                    subjects[label.format(model)] = Subject(partial(step, Decoder(folder, capacity=POSITION + 1)), packed)
     return subjects, sessions
 
 
-def operators(trace: Path, kept: list[int], turn: int) -> tuple[dict[str, np.ndarray], Counter[str]]:
-    """({operator, and RUN for all of it: seconds per run in each kept round}, {operator: nodes}) of a session with the profiler on.
+def _options() -> onnxruntime.SessionOptions:
+    """As `open_session` has them with a shared pool."""
+    options = onnxruntime.SessionOptions()
+    options.use_per_session_threads, options.log_severity_level = False, 3
+    for name, value in SESSION_OPTIONS.items():
+        setattr(options, name, value)
+    return options
 
-    turn: runs per round, of which the first does not count.
-    """
-    runs: list[Counter[str]] = []
+
+def idle_nodes() -> Subject:
+    """A chain of nodes that have next to nothing to do: what is left is the runtime's way from one node to the next."""
+    chain = " ".join(f"y{number + 1} = Abs(y{number})" for number in range(IDLE_NODES))
+    model = onnx.parser.parse_model(f"""
+        <ir_version: 10, opset_import: ["": 21]> idle (float[1] y0) => (float[1] y{IDLE_NODES}) {{ {chain} }}""")
+    options = _options()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return Subject(partial(session.run, None, {"y0": np.ones(1, np.float32)}), 0, IDLE_NODES)
+
+
+def timed_runs(values: Sequence, kept: Sequence[int], runs: int) -> list[Sequence]:
+    """One value per run of a session → those of each kept round that count: a round's first is untimed, `runs` follow it."""
+    return [values[number * (runs + 1) + 1 : (number + 1) * (runs + 1)] for number in kept]
+
+
+def operators(trace: Path, kept: Sequence[int], runs: int) -> tuple[dict[str, np.ndarray], Counter[str]]:
+    """({operator: seconds per run in each kept round}, {operator: nodes}) of a session with the profiler on."""
+    seen: list[Counter[str]] = [Counter()]
     nodes: Counter[str] = Counter()
-    spent: Counter[str] = Counter()
     for event in json.loads(trace.read_text()):
-        if event["name"] == RUN:  # noted when it ends, after its nodes
-            runs.append(spent + Counter({RUN: event["dur"]}))
-            spent = Counter()
+        if event["name"] == "model_run":  # noted when it ends, after its nodes
+            seen.append(Counter())
         elif event["cat"] == "Node" and event["name"].endswith("_kernel_time"):
-            spent[event["args"]["op_name"]] += event["dur"]
+            seen[-1][event["args"]["op_name"]] += event["dur"]
             nodes[event["args"]["op_name"]] += 1
-    rounds = [runs[number * turn + 1 : (number + 1) * turn] for number in kept]
-    seconds = {what: np.array([median(run[what] for run in timed) / 1e6 for timed in rounds]) for what in (*nodes, RUN)}
-    return seconds, Counter({what: count // len(runs) for what, count in nodes.items()})
+    rounds = timed_runs(seen, kept, runs)
+    seconds = {what: np.array([median(run[what] for run in timed) / 1e6 for timed in rounds]) for what in nodes}
+    return seconds, Counter({what: count // (len(seen) - 1) for what, count in nodes.items()})

@@ -17,16 +17,20 @@ Printed are medians, and in brackets the 10th to 90th percentile of the rounds; 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import tempfile
+from collections.abc import Iterator
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from roofline import cell, table
-from roofline_subjects import UNIT, far_beyond_cache, llama, opened_graph
+from decode_speed import random_llama
+from roofline_subjects import UNIT, far_beyond_cache
 
 from toolchain import hardware
+from toolchain.commands.workflow import opened
 from toolchain.files import scratch
 from toolchain.graph.assemble import assemble, package_bytes
 from toolchain.graph.model import Graph
@@ -47,6 +51,34 @@ PHASES = {
     "decode, ms per token": Phase("decode", 1, 1, past=80, prompt=64),
 }
 ONE_UNIT, TOKENS = (BASE, "w8a8", "w4g32+w8a8"), (1, 64)
+
+
+@contextlib.contextmanager
+def opened_graph(folder: Path) -> Iterator[Graph]:
+    """The graph of a checkpoint, or of a folder that is one already."""
+    with contextlib.nullcontext() if (folder / "graph.json").is_file() else opened(str(folder)) as source:
+        yield source.graph if source else Graph.open(folder)
+
+
+def llama(work: Path) -> Path:
+    """The random checkpoint: the folder `llama` in the work folder is taken as it is, if there is one."""
+    if not (work / "llama").exists():
+        work.mkdir(parents=True, exist_ok=True)
+        with contextlib.redirect_stderr(io.StringIO()):
+            random_llama(work / "llama")
+    return work / "llama"
+
+
+def cell(values: np.ndarray, digits: str = ".1f") -> str:
+    """Median (10th to 90th percentile)."""
+    low, high = np.percentile(values, [10, 90])
+    return f"{np.median(values):{digits}} ({low:{digits}} to {high:{digits}})"
+
+
+def table(*rows: tuple[object, ...]) -> str:
+    """Markdown; the first row is the head."""
+    lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]) + "\n"
 
 
 def policy(name: str, graph: Graph) -> Policy:
@@ -120,8 +152,8 @@ def main() -> None:
     def shown(values: np.ndarray, digits: str) -> str:
         return cell(values, digits) if len(values) > 1 else f"{values[0]:{digits}}"
 
-    print(table(("package", *heads), *((name, *(shown(row[head], ".1f") for head in heads)) for name, row in seen.items())))
-    ratios = ((name, *(shown(row[head] / seen[BASE][head], ".2f") for head in heads)) for name, row in seen.items() if name != BASE)
+    print(table(("package", *heads), *((name, *(shown(row[head], ".4g") for head in heads)) for name, row in seen.items())))
+    ratios = ((name, *(shown(row[head] / seen[BASE][head], ".3f") for head in heads)) for name, row in seen.items() if name != BASE)
     print(table((f"ratio to {BASE}", *heads), *ratios))
 
     times, copies, state = one_unit(host, arguments.rounds)
@@ -131,7 +163,7 @@ def main() -> None:
     both = ONE_UNIT[-1]
     for tokens, part in zip(TOKENS, parts(CATALOGUE[both]), strict=True):
         price = times[both, tokens] - times[part.name, tokens]
-        print(f"{both} at {tokens} tokens: {cell(price)} µs more than {part.name} alone")
+        print(f"{both} with {tokens} in flight: {cell(price)} µs more than {part.name} alone")
 
 
 if __name__ == "__main__":
