@@ -18,7 +18,6 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 import onnx
@@ -32,7 +31,7 @@ from toolchain.kernels import uniform
 from toolchain.profiler.model_rows import subject
 from toolchain.profiler.phases import DecoderPhases, EncoderPhases
 from toolchain.profiler.profile import default_workload
-from toolchain.profiler.subjects import GRAPHS
+from toolchain.profiler.subjects import GRAPHS, Subject, Unit
 
 CANDIDATES = {
     "small": ("fp32", 256, 1, 1),
@@ -82,31 +81,12 @@ def graph(form: str, width: int, products: int) -> onnx.ModelProto:
     return helper.make_model(body, opset_imports=versions, ir_version=10, producer_name="bittailor")
 
 
-class Candidate:
-    def __init__(self, form: str, width: int, products: int, tokens: int) -> None:
-        options = onnxruntime.SessionOptions()
-        options.use_per_session_threads = False
-        model = graph(form, width, products).SerializeToString()
-        self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        self._binding = self._session.io_binding()
-        self._binding.bind_cpu_input("x", np.random.default_rng(0).standard_normal((tokens, width), dtype=np.float32))
-        for output in self._session.get_outputs():
-            self._binding.bind_output(output.name)
-        self._untimed = int(tokens == 1)
-
-    def trial(self) -> dict[str, float]:
-        for _ in range(self._untimed):
-            self._session.run_with_iobinding(self._binding)
-        start = time.perf_counter_ns()
-        self._session.run_with_iobinding(self._binding)
-        return {"": float(time.perf_counter_ns() - start)}
-
-
-def write() -> None:
-    for name in CHOSEN:
-        form, width, products, _ = CANDIDATES[name]
-        (GRAPHS / name).mkdir(exist_ok=True)
-        (GRAPHS / name / "model.onnx").write_bytes(graph(form, width, products).SerializeToString())
+def written(name: str, folder: Path) -> Path:
+    """The candidate's graph as a folder's model.onnx."""
+    form, width, products, _ = CANDIDATES[name]
+    folder.mkdir(exist_ok=True)
+    (folder / "model.onnx").write_bytes(graph(form, width, products).SerializeToString())
+    return folder
 
 
 def main() -> None:
@@ -117,12 +97,17 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
     if arguments.write:
-        return write()
+        for name in CHOSEN:
+            written(name, GRAPHS / name)
+        return
     seen: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         graphs = {model: stack.enter_context(opened(model)).graph for model in arguments.models}
         onnxruntime.set_global_thread_pool_sizes(arguments.threads, 1)  # only now: building a graph opens sessions of its own
-        subjects: dict[str, Any] = {name: Candidate(*what) for name, what in CANDIDATES.items()}
+        subjects: dict[str, Subject] = {}
+        for name, (*_, tokens) in CANDIDATES.items():
+            described = {"folder": written(name, Path(folder) / name), "tokens": tokens, "rows": 1}
+            subjects[name] = Unit(described, arguments.threads, shared_pool=True)
         for (model, source), kernel in itertools.product(graphs.items(), KERNELS):
             place = Path(folder) / f"{Path(model).name} {kernel}"
             place.mkdir()
@@ -135,7 +120,9 @@ def main() -> None:
             for name, what in subjects.items():
                 trials = [what.trial() for _ in range(5 if name in CANDIDATES else 1)]
                 for phase in trials[0]:
-                    seen.setdefault(f"{name} {phase}".strip(), []).append(median(trial[phase] for trial in trials))
+                    seen.setdefault(name if name in CANDIDATES else f"{name} {phase}", []).append(
+                        median(trial[phase] for trial in trials)
+                    )
             print(f"{len(next(iter(seen.values())))} rounds", end="\r", file=sys.stderr)
     show(seen)
 
