@@ -32,7 +32,7 @@ ENCODER_DECODER_CONTEXT = 512
 SESSION_OPTIONS = {"enable_mem_pattern": False}
 """How sessions are opened, and what a package's manifest tells those who open it. Memory patterns plan one block for a whole run, the
 second time a shape is seen, beside what the first run left: an encoder's peak rose by a fifth, and its runs
-were no faster (`benchmarks/memory_pattern.py`)."""
+were no faster (`benchmarks/session_options.py`)."""
 
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
