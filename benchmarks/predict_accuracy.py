@@ -4,10 +4,11 @@
 
 Profiles the model first, if the table in --work lacks rows; what was measured is kept there too, so a killed run goes on. Then packages
 are made and measured in groups, in rotation, as the workload says (a real prefill and real decode steps, not the profiler's single
-phases), in random order. In every group's rotation stands one model that the table holds (uniform w8g128, as deep as it was profiled):
-how much slower it runs now than it did then is the machine's doing, and is taken out of the group's figures. Printed too: the ratios
-corrected by the references alone, as `check` does it, and the raw ones. A quarter of the policies is measured a second time in other
-groups: how well a measurement predicts itself is the noise floor.
+phases), in random order. In every group's rotation stand three models that the table holds (uniform at 8, 4 and 2 bits, as deep as they
+were profiled): how much slower they run now than they did then is the machine's doing, and is taken out of the group's figures, of each
+policy by the shares of its predicted time that it spends at these bits (8 bits are bound by the memory, 2 by arithmetic: a neighbour
+slows one and not the other). Printed too: the ratios corrected by the references alone, as `check` does it, and the raw ones. A quarter
+of the policies is measured a second time in other groups: how well a measurement predicts itself is the noise floor.
 
 Goal: latency within 5% for 90 of 100 policies and within 10% for 99, Spearman >= 0.98, peak memory within 5% for 95, bytes exact.
 """
@@ -19,6 +20,7 @@ import json
 import random
 import sys
 import tempfile
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +45,20 @@ from toolchain.profiler.measure import latencies, levelled, subject
 from toolchain.profiler.model_rows import Anchor, anchors
 from toolchain.spec import Policy, Workload
 
-GROUP, WINDOWS, KNOWN = 8, 11, "w8g128"
+GROUP, WINDOWS = 8, 11
+KNOWN = {8: "w8g128", 4: "w4g32", 2: "w2g32"}
+"""Models that the table holds, by the weight bits whose drift they tell (fp32 drifts as 8 bits do, 3 bits run as 4)."""
+
+
+def bits_of(kernel: str) -> int:
+    """Which of KNOWN tells this kernel's drift."""
+    return min(KNOWN, key=lambda bits: abs(bits - CATALOGUE[kernel].container_bits))
+
+
+def drift(costs: CostModel, resource: str, policy: Policy, slower: Mapping[int, float]) -> float:
+    """How much slower a policy runs, from how much slower its kernels' known models do."""
+    spent = {unit: costs.per_unit[resource][unit][kernel] for unit, kernel in policy.items()}
+    return sum(spent[unit] * slower[bits_of(kernel)] for unit, kernel in policy.items()) / sum(spent.values())
 
 
 def random_policy(graph: Graph, costs: CostModel, bits: float, rng: random.Random) -> Policy:
@@ -69,14 +84,15 @@ def random_policy(graph: Graph, costs: CostModel, bits: float, rng: random.Rando
 
 
 def measured(
-    graph: Graph, policies: dict[str, Policy], known: Anchor, workload: Workload, host: Host, memory: bool
+    graph: Graph, policies: dict[str, Policy], known: list[Anchor], workload: Workload, host: Host, memory: bool
 ) -> dict[str, dict[str, float]]:
-    """Per name, KNOWN's too: latencies, and if asked peak memory and the files' bytes."""
+    """Per name, those of `known` too: latencies, and if asked peak memory and the files' bytes."""
     seen: dict[str, dict[str, float]] = {}
     with scratch() as folder:
         subjects = {}
-        depths = {name: (policy, graph.layers) for name, policy in policies.items()}
-        for name, (policy, layers) in {KNOWN: (known.policy, known.layers), **depths}.items():
+        depths = {anchor.name: (anchor.policy, anchor.layers) for anchor in known}
+        depths |= {name: (policy, graph.layers) for name, policy in policies.items()}
+        for name, (policy, layers) in depths.items():
             place = folder / name
             place.mkdir()
             assemble(graph, policy, drawn, place, layers)
@@ -87,7 +103,7 @@ def measured(
             row = {key: value.value or 0.0 for key, value in latencies(trials[name], answer["valid"]).items()}
             row |= {"valid": float(answer["valid"])}
             row |= {work: median(times) for work, times in answer["reference_ns"].items()}
-            if memory and name != KNOWN:
+            if memory and name in policies:
                 files = [*Path(what["folder"]).iterdir(), *graph.companions()]
                 row["peak_memory_bytes"] = host.peak(what)["peak_bytes"]
                 row["package_bytes"] = sum(file.stat().st_size for file in files)
@@ -96,12 +112,12 @@ def measured(
 
 
 def known_latencies(table: CostTable, graph: Graph, known: Anchor, workload: Workload) -> dict[str, float]:
-    """What was measured of KNOWN in the workload's phases when the table was made."""
+    """What was measured of a known model in the workload's phases when the table was made."""
     found = {}
     for phase in workload.phases:
         for row in table.of(ModelRow):
             point = (row.model, row.policy, row.layers, row.phase, row.batch, row.tokens, row.past)
-            if point == (graph.fingerprint, KNOWN, known.layers, phase.name, phase.batch, phase.tokens, phase.past):
+            if point == (graph.fingerprint, known.name, known.layers, phase.name, phase.batch, phase.tokens, phase.past):
                 found[phase.resource] = row.latency_ms
     return found
 
@@ -153,12 +169,12 @@ def main() -> None:
         graph = source.graph if source else Graph.open(Path(arguments.model))
         costs = measure_costs(graph, device, arguments.work or Path(temporary), arguments.workload, "benchmark", renew=False)
         header = costs.table.header
-        known = next(anchor for anchor in anchors(graph, header.kernels, header.cache_bytes) if anchor.name == KNOWN)
+        known = [anchor for anchor in anchors(graph, header.kernels, header.cache_bytes) if anchor.name in KNOWN.values()]
         bits = np.linspace(2.1, 7.9, arguments.policies)
         policies = {f"policy {number}": random_policy(graph, costs.model, value, rng) for number, value in enumerate(bits)}
         order = rng.sample(list(policies), len(policies))
         again = rng.sample(order, max(GROUP, len(order) // 4))
-        done = (arguments.work or Path(temporary)) / f"measured-{graph.fingerprint[:12]}-{arguments.workload}-{len(order)}.json"
+        done = (arguments.work or Path(temporary)) / f"measured-3-{graph.fingerprint[:12]}-{arguments.workload}-{len(order)}.json"
         first, second = json.loads(done.read_text()) if done.exists() else ({}, {})
         for names, into, memory in ((order, first, True), (again, second, False)):
             for start in range(0, len(names), GROUP):
@@ -166,26 +182,31 @@ def main() -> None:
                     continue
                 group = {name: policies[name] for name in names[start : start + GROUP]}
                 rows = measured(graph, group, known, arguments.workload, host, memory)
-                seen_known = rows.pop(KNOWN)
+                seen_known = {anchor.name: rows.pop(anchor.name) for anchor in known}
                 into |= {name: {**row, "known": seen_known} for name, row in rows.items()}
                 write_atomic(done, json.dumps([first, second]))
                 print(f"measured {len(first)} + {len(second)} of {len(order)} + {len(again)}", file=sys.stderr)
         kinds = {name: working_set_of(graph.units, policies[name], costs.table.header.cache_bytes) for name in order}
-        then_ms = known_latencies(costs.table, graph, known, arguments.workload)
+        then_ms = {anchor.name: known_latencies(costs.table, graph, anchor, arguments.workload) for anchor in known}
         predicted = {name: costs.model.totals(policy) for name, policy in policies.items()}
         lines, ranks = [], []
         for resource in ("latency_ms", "first_token_ms"):
             if resource not in costs.model.per_unit:
                 continue
+
+            def slower(row: dict, resource: str = resource) -> dict[int, float]:
+                return {bits: row["known"][name][resource] / then_ms[name][resource] for bits, name in KNOWN.items()}
+
             now, later = (
-                {name: row[resource] * then_ms[resource] / row["known"][resource] for name, row in seen.items()}
+                {name: row[resource] / drift(costs.model, resource, policies[name], slower(row)) for name, row in seen.items()}
                 for seen in (first, second)
             )
-            moves = [first[name]["known"][resource] / then_ms[resource] for name in order]
-            print(
-                f"{resource}: the known model ran {min(moves):.2f} to {max(moves):.2f} times as long as in the table",
-                file=sys.stderr,
-            )
+            for bits in KNOWN:
+                moves = [slower(first[name])[bits] for name in order]
+                print(
+                    f"{resource}: the known model at {bits} bits ran {min(moves):.2f} to {max(moves):.2f} times as long as in the table",
+                    file=sys.stderr,
+                )
             then = costs.table.header.reference_ns
             corrected = []
             for name in order:

@@ -256,7 +256,9 @@ def _whole_memory(graph: Graph, table: CostTable, workload: Workload, isolated: 
     centre = min(full, key=lambda tokens: abs(tokens - workload.prompt_tokens))
 
     def sample(row: ModelMemoryRow) -> Sample:
-        return _sample(row, row.peak_bytes - row.layers * graph.cache_bytes_per_layer(row.capacity), isolated, graph)
+        # Of a few layers, loading sets the peak where embedding or head are large; the whole model's peak is then its running.
+        held = row.running_bytes if row.layers < graph.layers else row.peak_bytes
+        return _sample(row, held - row.layers * graph.cache_bytes_per_layer(row.capacity), isolated, graph)
 
     calibration = calibrate([sample(row) for row in points[centre]])
     remainder = calibration.remainder(graph.layers)
