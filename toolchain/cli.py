@@ -108,6 +108,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--budget", metavar="low|medium|high|FILE")
     limits(sub)
     sub.add_argument("--policy", metavar="FILE|KERNEL", help="export this policy (of a MODEL: post-training quantisation)")
+    sub.add_argument(
+        "--method",
+        default="solver",
+        metavar="solver|meta-network|prices|search",
+        help="how a budget's policy is found (default: solver)",
+    )
     sub.add_argument("--out", required=True, metavar="PACKAGE")
 
     sub = command(

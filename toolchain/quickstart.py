@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from toolchain.check import COULD_NOT_TELL, OVER, WITHIN
-from toolchain.commands import acceptance, workflow
+from toolchain.commands import acceptance, choosing, workflow
 from toolchain.commands.training import train_supernet
 from toolchain.evaluate.perplexity import perplexity
 from toolchain.files import scratch, write_atomic
@@ -55,7 +55,7 @@ def quickstart(out: Path, steps: int | None) -> tuple[dict[str, Any], str]:
             for name in FRACTIONS:
                 budget = workflow.find_budget(name, {}, source.graph, costs, device)
                 assert budget is not None
-                choice = workflow.choose(source, costs, budget)
+                choice = choosing.choose(source, costs, budget)
                 packages[name] = workflow.cut(source, choice, out / name, device, budget, costs, costs.model.workload)
         rows = []
         with _stage("4/5 measure each against its budget", seconds):

@@ -157,7 +157,7 @@ def train(arguments: Namespace) -> Answer:
 
 def export(arguments: Namespace) -> Answer:
     from toolchain import hardware
-    from toolchain.commands import workflow
+    from toolchain.commands import choosing, workflow
     from toolchain.errors import MissingCostError, StaleTableError
     from toolchain.profiler.profile import default_workload
     from toolchain.progress import note
@@ -183,7 +183,7 @@ def export(arguments: Namespace) -> Answer:
         else:
             assert costs is not None
             assert budget is not None
-            choice = workflow.choose(source, costs, budget)
+            choice = choosing.choose(source, costs, budget, arguments.method)
         package = workflow.cut(source, choice, Path(arguments.out), device, budget, costs, workload)
     if unpredicted:
         note(f"bittailor: exported without a prediction: {unpredicted}")

@@ -1,4 +1,4 @@
-"""From what the user typed to a package: open a model or supernet, find its cost model, choose a policy, cut.
+"""From what the user typed to a package: open a model or supernet, find its cost model, cut. Choosing a policy is `choosing.py`.
 
 Owns the order in which rooms are called; refuses to print results and to parse arguments.
 """
@@ -12,14 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain.costs.encoding import encode
 from toolchain.costs.from_table import cost_model
 from toolchain.costs.model import CostModel
 from toolchain.costs.operations import working_set_of
 from toolchain.costs.predictor import ShapePredictor
 from toolchain.costs.rows import Header, ModelRow, work
 from toolchain.costs.table import CostTable, find_tables, open_table, refuse_if_stale
-from toolchain.errors import DamagedFileError, InfeasibleBudgetError, InputError, MissingCostError
+from toolchain.errors import DamagedFileError, InputError, MissingCostError
 from toolchain.files import scratch, write_atomic
 from toolchain.graph.assemble import Weights, package_bytes, round_to_nearest
 from toolchain.graph.build import build
@@ -28,8 +27,7 @@ from toolchain.hardware import meter, named_budget, read_budget, shipped, thread
 from toolchain.kernels import CATALOGUE, parts, uniform, validate
 from toolchain.package.export import export_package
 from toolchain.package.manifest import Package
-from toolchain.policy import budgets, projection, proposal
-from toolchain.policy.solver import Values, measured_limits
+from toolchain.policy import budgets, proposal
 from toolchain.profiler.probe import working_kernels
 from toolchain.profiler.profile import check_workload, current_header, default_workload, profile
 from toolchain.progress import note
@@ -201,74 +199,11 @@ class Choice:
     gap_to_optimum: float | None
 
 
-def choose(source: Source, costs: Costs, budget: Budget) -> Choice:
-    """The meta-network's proposal for the budget, projected onto it exactly. Needs a supernet.
-
-    Plans with room for the prediction's spread; where only a policy without that room exists, says so and takes it.
-    """
-    folder = source.supernet
-    if folder is None:
-        raise InputError(
-            "expected a supernet to choose a policy from, got a model",
-            "type: bittailor train MODEL --out SUPERNET, or add --policy",
-        )
-    model = _restricted(costs.model, folder)
-    _, unmeasured = measured_limits(model, budget)
-    for resource in unmeasured:
-        note(f"bittailor: {resource} is not measured on {model.device!r}: the policy is chosen without that limit")
-    log_probabilities: Values = proposal.log_probabilities(folder.meta_network, encode(budget, model))
-    losses: Values = folder.sensitivity
-    if budget.first_token_ms is not None:
-        model, log_probabilities, losses = _with_two_phases(model, costs.model, log_probabilities, losses)
-    plan = budgets.planned(budget, model)
-    try:
-        policy = projection.project(log_probabilities, model, plan)
-    except InfeasibleBudgetError:
-        policy, plan = projection.project(log_probabilities, model, budget), budget
-        note("bittailor: no policy keeps this budget with room for the prediction's spread; taking one without")
-    gap = projection.gap_to_optimum(policy, model, losses, plan)
-    return Choice(policy, "meta-network, projected", gap)
-
-
-def _with_two_phases(
-    model: CostModel, measured: CostModel, log_probabilities: Values, losses: Values
-) -> tuple[CostModel, Values, Values]:
-    """Offer also the kernels that prefill with another: as likely, and as good, as what they decode with. A hair less likely, so that
-    the second set of weights is taken only where the time to the first token asks for it."""
-
-    def two_phase(unit: str) -> list[str]:
-        return [
-            name
-            for name in measured.kernels[unit]
-            if CATALOGUE[name].prefill and all(part.name in model.kernels[unit] for part in parts(CATALOGUE[name]))
-        ]
-
-    def extended(values: Values, less: float) -> dict[str, dict[str, float]]:
-        return {
-            unit: {**row, **{name: row[parts(CATALOGUE[name])[0].name] - less for name in two_phase(unit)}}
-            for unit, row in values.items()
-        }
-
-    kernels = {unit: (*names, *two_phase(unit)) for unit, names in model.kernels.items()}
-    return replace(model, kernels=kernels), extended(log_probabilities, 1e-3), extended(losses, 0.0)
-
-
 def _references(graph: Graph, policy: Policy, workload: Workload, header: Header) -> dict[str, dict[str, float]]:
     """Latency → {kind of work that bounds it under this policy: the reference's nanoseconds when the table began}."""
     kind = working_set_of(graph.units, policy, header.cache_bytes)
     works = {phase.resource: work(phase.name == "decode", kind) for phase in workload.phases}
     return {name: {bound: header.reference_ns[bound]} for name, bound in works.items()} if header.reference_ns else {}
-
-
-def _restricted(model: CostModel, folder: SupernetFolder) -> CostModel:
-    """The cost model over the kernels that the supernet's meta-network knows."""
-    known = {unit: set(names) for unit, names in proposal.read(folder.meta_network)[0].items()}
-    if set(known) != set(model.kernels):
-        raise InputError(
-            "expected a cost table of the supernet's own units, got another model's", "type: bittailor profile SUPERNET"
-        )
-    kernels = {unit: tuple(name for name in names if name in known[unit]) for unit, names in model.kernels.items()}
-    return replace(model, kernels=kernels)
 
 
 def cut(

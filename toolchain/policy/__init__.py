@@ -1,4 +1,4 @@
-"""From limits to a policy: the exact solver, the meta-network and its projection onto a budget, sensitivities.
+"""From limits to a policy: the exact solver, meta-networks and their projection onto a budget, search, sensitivities.
 
 Knows costs (`costs/`) and additive values that come in as numbers or callables; refuses to know the supernet and how costs were measured.
 """

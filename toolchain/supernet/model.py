@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from toolchain.errors import InputError, UnsafeModelError
 from toolchain.kernels import CATALOGUE, candidates
-from toolchain.quantize.affine import Quantized
+from toolchain.quantize.affine import Quantized, groups
 from toolchain.quantize.fake import codes, fake_quantise, fake_quantise_activation
 from toolchain.spec import Kernel, Policy, Unit
 from toolchain.supernet.clipping import clips, search
@@ -75,8 +75,10 @@ class Supernet:
         alpha: float | None = None,
         seed: int = 0,
         importance: Mapping[str, Tensor] | None = None,
+        search_clips: bool = True,
     ) -> None:
-        """importance: module → mean square of each input [K] (`input_importance`), which weighs the search for the first clip factors."""
+        """importance: module → mean square of each input [K] (`input_importance`), which weighs the search for the first clip factors.
+        search_clips: False where `load` will overwrite them anyway; the search is most of the time this takes."""
         self.model = model.requires_grad_(False)
         self.units = tuple(units)
         self.rank, self.alpha = rank, float(rank if alpha is None else alpha)
@@ -91,7 +93,7 @@ class Supernet:
             for unit in self.units:
                 if name in self.kernels[unit.name] and kernel.quantised:
                     for module in unit.modules:
-                        self._start(kernel, self._owner[module], generator, importance or {})
+                        self._start(kernel, self._owner[module], generator, importance or {}, search_clips)
 
     def _owners(self) -> dict[str, str]:
         """module → the first module with the same weight tensor, whose adapters both use. Checks that layers are what units say."""
@@ -116,8 +118,10 @@ class Supernet:
                 raise InputError(f"expected {unit.N} rows in unit {unit.name!r}, its layers have {rows}")
         return owner
 
-    def _start(self, kernel: Kernel, module: str, generator: torch.Generator, importance: Mapping[str, Tensor]) -> None:
-        """A: uniform as in PEFT, B: 0 (the adapter starts as nothing); clip logits from the search."""
+    def _start(
+        self, kernel: Kernel, module: str, generator: torch.Generator, importance: Mapping[str, Tensor], search_clips: bool
+    ) -> None:
+        """A: uniform as in PEFT, B: 0 (the adapter starts as nothing); clip logits from the search, or 0."""
         if f"{kernel.name}/{module}/A" in self.parameters:
             return
         weight = self._weight(module)
@@ -125,8 +129,11 @@ class Supernet:
         bound = math.sqrt(3 / K)
         start = {"A": (torch.rand(self.rank, K, generator=generator) * 2 - 1) * bound, "B": torch.zeros(N, self.rank)}
         if clips(kernel):
-            low, high = search(weight, kernel, importance.get(module))
-            start |= {"low": torch.logit(low), "high": torch.logit(high)}
+            if search_clips:
+                low, high = search(weight, kernel, importance.get(module))
+                start |= {"low": torch.logit(low), "high": torch.logit(high)}
+            else:
+                start |= {"low": torch.zeros(N, groups(K, kernel)[0]), "high": torch.zeros(N, groups(K, kernel)[0])}
         for part, tensor in start.items():
             self.parameters[f"{kernel.name}/{module}/{part}"] = nn.Parameter(tensor)
 

@@ -1,0 +1,191 @@
+"""Which way of choosing a policy is best: does it keep budgets, how near is it to the optimum, what does it really lose, what does it take?
+
+    python benchmarks/choosing.py SUPERNET --table FILE [--table FILE ...] [--workload W] [--budgets 1000] [--measured 5] [--search]
+
+First table: random feasible budgets (each limit present half of the time) on every device's cost table. Share that keeps the budget in
+the cost model, before projection and after; the excess of predicted loss over the exact optimum after it; milliseconds. The network of
+prices has seen no measured table; the meta-network's device is the one that the supernet was trained for.
+
+Second table: what the chosen subnets really lose, on windows that neither training nor choosing saw: distance to the teacher (decoder:
+KL, nats per token), at memory limits and at latency limits spread over the quantised policies' range.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from toolchain.commands.choosing import restricted, scorer
+from toolchain.costs.encoding import encode
+from toolchain.costs.from_table import cost_model
+from toolchain.costs.model import CostModel
+from toolchain.costs.table import open_table
+from toolchain.graph.model import Graph
+from toolchain.kernels import CATALOGUE, mean_bits
+from toolchain.policy import prices, proposal
+from toolchain.policy.search import search
+from toolchain.policy.solver import Values, find, objective_of, solve
+from toolchain.progress import track
+from toolchain.spec import RESOURCES, Budget, Policy, Workload
+from toolchain.supernet.store import SupernetFolder
+
+Propose = Callable[[CostModel, Budget], tuple[Values | None, Values]]
+"""(what is proposed, each unit's least being chosen, or None; what the projection is told)."""
+
+_FLOOR = 1e-3
+"""Of the worst policy's loss: where the optimum loses next to nothing, excess is taken relative to this."""
+
+
+def random_budgets(costs: CostModel, count: int, seed: int) -> list[Budget]:
+    """Feasible budgets over the quantised policies' ranges: at least what some random policy costs in each limited resource."""
+    rng = np.random.default_rng([seed, 61])
+    ranges = {name: costs.bounds(name) for name in RESOURCES if name in costs.per_unit}
+    ranges = {name: (low, high) for name, (low, high) in ranges.items() if high > low}
+    budgets: list[Budget] = []
+    while len(budgets) < count:
+        present = [name for name in ranges if rng.random() < 0.5] or [list(ranges)[rng.integers(len(ranges))]]
+        limits = {name: ranges[name][0] + rng.random() * (ranges[name][1] - ranges[name][0]) for name in present}
+        budget = Budget.from_json(limits, "random")
+        if len(present) == 1 or find(costs, costs.per_unit[present[0]], budget) is not None:
+            budgets.append(budget)
+    return budgets
+
+
+def least(values: Values) -> Policy:
+    """Every unit's kernel of least value: a proposal, not projected."""
+    return Policy.of({unit: min(row, key=row.__getitem__) for unit, row in values.items()})
+
+
+def keeps(costs: CostModel, policy: Policy, budget: Budget) -> bool:
+    totals = costs.totals(policy)
+    return all(totals[name] <= limit * (1 + 1e-9) for name, limit in budget.limits.items())
+
+
+def against_the_optimum(folder: SupernetFolder, costs: CostModel, count: int, proposers: dict[str, Propose]) -> list[dict]:
+    """One row per way of proposing."""
+    losses = folder.sensitivity
+    worst = sum(max(losses[unit.name][kernel] for kernel in costs.kernels[unit.name]) for unit in costs.units)
+    seen: dict[str, list[tuple]] = {name: [] for name in proposers}
+    for budget in track(random_budgets(costs, count, 0), count, "budgets"):
+        best = solve(costs, losses, budget).objective
+        for name, propose in proposers.items():
+            start = time.perf_counter()
+            proposed, told = propose(costs, budget)
+            middle = time.perf_counter()
+            policy = solve(costs, told, budget).policy
+            end = time.perf_counter()
+            excess = (objective_of(policy, losses) - best) / max(best, _FLOOR * worst)
+            raw = proposed is not None and keeps(costs, least(proposed), budget)
+            seen[name].append((raw, keeps(costs, policy, budget), excess, middle - start, end - middle))
+    rows = []
+    for name, found in seen.items():
+        raw, kept, excess, proposing, projecting = (np.array(column, float) for column in zip(*found, strict=True))
+        rows.append(
+            {
+                "method": name,
+                "kept unprojected": raw.mean(),
+                "kept": kept.mean(),
+                "excess median": np.median(excess),
+                "excess 99%": np.percentile(excess, 99),
+                "proposal ms": 1e3 * np.median(proposing),
+                "projection ms": 1e3 * np.median(projecting),
+                "projection ms, worst": 1e3 * projecting.max(),
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("supernet", type=Path)
+    parser.add_argument(
+        "--table", type=Path, action="append", required=True, help="a device's table.jsonl; the first is the trained one's"
+    )
+    parser.add_argument("--workload", type=Workload.parse, default=Workload.parse("generate:64+32"))
+    parser.add_argument("--budgets", type=int, default=1000)
+    parser.add_argument(
+        "--measured", type=int, default=5, help="memory limits, and as many latency limits, at which subnets are scored"
+    )
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--network", type=Path, default=prices.SHIPPED)
+    parser.add_argument("--search", action="store_true", help="also LLM-QFA's search, 150 scores a budget")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    folder = SupernetFolder.open(arguments.supernet)
+    graph = Graph.open(folder.graph_directory)
+    losses, network = folder.sensitivity, prices.read(arguments.network)
+
+    def negative_log(costs: CostModel, budget: Budget) -> tuple[Values, Values]:
+        likely = proposal.log_probabilities(folder.meta_network, encode(budget, costs))
+        unlikely = {unit: {kernel: -value for kernel, value in row.items()} for unit, row in likely.items()}
+        return unlikely, unlikely
+
+    def priced(costs: CostModel, budget: Budget) -> tuple[Values, Values]:
+        whole, told = (prices.proposal(network, costs, losses, budget, share) for share in (1.0, prices.PROJECTED))
+        return whole, told
+
+    proposers: dict[str, Propose] = {
+        "solver": lambda costs, budget: (None, losses),
+        "meta-network": negative_log,
+        "prices": priced,
+    }
+    out: dict = {"budgets": [], "measured": []}
+    for place in arguments.table:
+        table = open_table(place)
+        costs = restricted(cost_model(graph, table, arguments.workload), folder)
+        print(f"\n{table.header.cpu}, {table.header.threads} threads: {arguments.budgets} budgets\n")
+        rows = against_the_optimum(folder, costs, arguments.budgets, proposers)
+        out["budgets"].append({"cpu": table.header.cpu, "threads": table.header.threads, "rows": rows})
+        print(
+            "| method | kept unprojected | kept | excess, median | 99% | proposal ms | projection ms | worst |\n" + "|---" * 8 + "|"
+        )
+        for row in rows:
+            raw = "–" if row["method"] == "solver" else f"{row['kept unprojected']:.1%}"
+            shares = f"{raw} | {row['kept']:.1%} | {row['excess median']:.2%} | {row['excess 99%']:.2%}"
+            times = f"{row['proposal ms']:.2f} | {row['projection ms']:.1f} | {row['projection ms, worst']:.0f}"
+            print(f"| {row['method']} | {shares} | {times} |", flush=True)
+    costs = restricted(cost_model(graph, open_table(arguments.table[0]), arguments.workload), folder)
+    known, unseen = scorer(folder, folder.calibration()), scorer(folder, folder.heldout()[: arguments.windows])
+    quantised = replace(
+        costs,
+        kernels={
+            unit: tuple(name for name in names if CATALOGUE[name].quantised) or names for unit, names in costs.kernels.items()
+        },
+    )
+    methods = {
+        name: lambda budget, propose=propose: solve(costs, propose(costs, budget)[1], budget).policy
+        for name, propose in proposers.items()
+    }
+    if arguments.search:
+        from toolchain.train.sampler import PolicySampler
+
+        methods["search"] = lambda budget: (
+            search(known, costs, budget, lambda kernels, bits, rng: PolicySampler(costs.units, kernels).mixed(bits, rng)).policy
+        )
+    print(f"\n| limit | {' | '.join(f'{name}: bits | loss | s' for name in methods)} |\n|---{'|---' * 3 * len(methods)}|")
+    for resource in ("peak_memory_bytes", "latency_ms"):
+        low, high = quantised.bounds(resource)
+        for fraction in np.linspace(0.08, 0.6, arguments.measured):
+            budget = Budget(**{resource: low + float(fraction) * (high - low)})
+            cells, row = [], {}
+            for name, method in methods.items():
+                start = time.perf_counter()
+                policy = method(budget)
+                spent = time.perf_counter() - start
+                loss = unseen(policy)
+                row[name] = {"bits": mean_bits(policy, graph.units), "loss": loss, "seconds": spent}
+                cells.append(f"{row[name]['bits']:.2f} | {loss:.4f} | {spent:.1f}")
+            out["measured"].append({"resource": resource, "limit": budget.limits[resource], "methods": row})
+            print(f"| {resource} {budget.limits[resource]:.4g} | {' | '.join(cells)} |", flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(out, indent=1, default=float) + "\n")
+
+
+if __name__ == "__main__":
+    main()
