@@ -110,7 +110,6 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--policy", metavar="FILE|KERNEL", help="export this policy (of a MODEL: post-training quantisation)")
     sub.add_argument(
         "--method",
-        default="solver",
         metavar="solver|meta-network|prices|search",
         help="how a budget's policy is found (default: solver)",
     )

@@ -167,6 +167,8 @@ def export(arguments: Namespace) -> Answer:
     given = _limits(arguments)
     if not (arguments.budget or given or arguments.policy):
         raise InputError("expected --budget, a limit or --policy, got none", "type for example: --budget medium")
+    if arguments.policy and arguments.method:
+        raise InputError(f"expected --policy or a --method that finds one, got both ({arguments.method})", "leave one of them out")
     with workflow.opened(arguments.model) as source:
         workload = _workload(arguments) or workflow.trained_workload(source) or default_workload(source.graph)
         policy = workflow.read_policy(arguments.policy, source.graph) if arguments.policy else None
@@ -183,7 +185,7 @@ def export(arguments: Namespace) -> Answer:
         else:
             assert costs is not None
             assert budget is not None
-            choice = choosing.choose(source, costs, budget, arguments.method)
+            choice = choosing.choose(source, costs, budget, arguments.method or choosing.DEFAULT)
         package = workflow.cut(source, choice, Path(arguments.out), device, budget, costs, workload)
     if unpredicted:
         note(f"bittailor: exported without a prediction: {unpredicted}")

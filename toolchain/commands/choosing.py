@@ -28,6 +28,7 @@ from toolchain.policy.solver import Values, measured_limits, solve
 from toolchain.progress import note
 from toolchain.spec import Budget, Policy
 from toolchain.supernet.store import SupernetFolder
+from toolchain.train.sampler import PolicySampler
 
 METHODS = {
     "solver": "exact solver over sensitivities",
@@ -83,8 +84,6 @@ def _found(method: str, folder: SupernetFolder, model: CostModel, offered: CostM
     if method == "solver":
         return solve(offered, losses, plan).policy
     score = scorer(folder, folder.calibration())
-    from toolchain.train.sampler import PolicySampler
-
     return search(score, model, plan, lambda kernels, bits, rng: PolicySampler(model.units, kernels).mixed(bits, rng)).policy
 
 
