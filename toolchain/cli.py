@@ -110,8 +110,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--policy", metavar="FILE|KERNEL", help="export this policy (of a MODEL: post-training quantisation)")
     sub.add_argument(
         "--method",
-        metavar="solver|meta-network|prices|search",
-        help="how a budget's policy is found (default: solver)",
+        metavar="meta-network|solver|prices|search",
+        help="how a budget's policy is found (default: meta-network)",
     )
     sub.add_argument("--out", required=True, metavar="PACKAGE")
 
