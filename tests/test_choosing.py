@@ -138,22 +138,31 @@ def test_the_order_of_units_and_kernels_says_nothing() -> None:
         assert there[unit] == pytest.approx(row, rel=1e-3)
 
 
-def test_the_shipped_prices_are_near_the_optimum_on_devices_they_never_saw() -> None:
+def test_the_shipped_prices_are_about_right_on_devices_they_never_saw() -> None:
+    """Prices themselves: after the projection even untrained ones look good, since the solver holds the limit whatever it is told."""
+    untrained = {name: weight.detach().numpy() for name, weight in PriceNetwork(seed=0).weights.items()}
+    rng = np.random.default_rng(999)
+    errors: dict[str, list[float]] = {"shipped": [], "untrained": []}
+    for _ in range(6):
+        seen, wanted, binding = problems(rng, 16)
+        for name, weights in (("shipped", prices.read(prices.SHIPPED)), ("untrained", untrained)):
+            off = np.abs(prices.forward(weights, seen) - np.log(np.maximum(wanted, 1e-9)))
+            errors[name] += off[binding].tolist()
+    assert np.median(errors["shipped"]) < 0.6 * np.median(errors["untrained"])
+
+
+def test_projected_prices_keep_every_budget() -> None:
     network = prices.read(prices.SHIPPED)
-    excess = []
     for seed in range(12):
         costs, losses, rng = _problem(100 + seed)
-        for _ in range(4):
-            limits = {}
-            for name in ("peak_memory_bytes", "latency_ms")[: rng.integers(1, 3)]:
-                low, high = costs.bounds(name)
-                limits[name] = low + float(rng.uniform(0.1, 0.9)) * (high - low)
-            budget = Budget(**limits)
-            policy = solve(costs, prices.proposal(network, costs, losses, budget, prices.PROJECTED), budget).policy
-            best = solve(costs, losses, budget).objective
-            assert _keeps(costs, policy, budget)
-            excess.append(objective_of(policy, losses) / best - 1)
-    assert np.median(excess) < 0.05
+        limits = {}
+        for name in ("peak_memory_bytes", "latency_ms")[: rng.integers(1, 3)]:
+            low, high = costs.bounds(name)
+            limits[name] = low + float(rng.uniform(0.1, 0.9)) * (high - low)
+        budget = Budget(**limits)
+        policy = solve(costs, prices.proposal(network, costs, losses, budget, prices.PROJECTED), budget).policy
+        assert _keeps(costs, policy, budget)
+        assert objective_of(policy, losses) >= solve(costs, losses, budget).objective * (1 - 1e-9)
 
 
 def test_a_damaged_network_is_refused(tmp_path: Path) -> None:

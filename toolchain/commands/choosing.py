@@ -62,7 +62,7 @@ def choose(source: Source, costs: Costs, budget: Budget, method: str = DEFAULT) 
     offered, losses = model, folder.sensitivity
     if budget.first_token_ms is not None:
         offered = _with_two_phases(model, costs.model)
-        losses = _extended(losses, offered)
+        losses = _extended(losses, offered, _HAIR)
     plan = budgets.planned(budget, offered)
     try:
         policy = _found(method, folder, model, offered, losses, plan)
@@ -77,7 +77,7 @@ def _found(method: str, folder: SupernetFolder, model: CostModel, offered: CostM
     """One method's policy within `plan`. model: costs of the kernels that were trained; offered: those of two phases besides."""
     if method == "meta-network":
         likely = proposal.log_probabilities(folder.meta_network, encode(plan, model))
-        return projection.project(_negated(_extended(_negated(likely), offered)), offered, plan)
+        return projection.project(_extended(likely, offered, -_HAIR), offered, plan)
     if method == "prices":
         worth = prices.proposal(prices.read(prices.SHIPPED), offered, losses, plan, prices.PROJECTED)
         return solve(offered, worth, plan).policy
@@ -114,19 +114,15 @@ def _with_two_phases(model: CostModel, measured: CostModel) -> CostModel:
     return replace(model, kernels={unit: (*names, *two_phase(unit)) for unit, names in model.kernels.items()})
 
 
-def _extended(values: Values, offered: CostModel) -> dict[str, dict[str, float]]:
-    """Values with those of kernels of two phases: what they decode with, and a hair more."""
+def _extended(values: Values, offered: CostModel, hair: float) -> dict[str, dict[str, float]]:
+    """Values with those of kernels of two phases: of what they decode with, and `hair` more."""
     return {
         unit: {
-            name: row[name] if name in row else row[parts(CATALOGUE[name])[0].name] + _HAIR
+            name: row[name] if name in row else row[parts(CATALOGUE[name])[0].name] + hair
             for name in dict.fromkeys((*row, *offered.kernels[unit]))
         }
         for unit, row in values.items()
     }
-
-
-def _negated(values: Values) -> dict[str, dict[str, float]]:
-    return {unit: {name: -value for name, value in row.items()} for unit, row in values.items()}
 
 
 def restricted(model: CostModel, folder: SupernetFolder) -> CostModel:
