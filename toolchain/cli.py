@@ -98,6 +98,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--out", required=True, metavar="SUPERNET")
     sub.add_argument("--steps", type=int, default=200, metavar="N", help="training steps (default: 200)")
+    sub.add_argument("--batch", type=int, default=4, metavar="N", help="windows a step (default: 4)")
+    sub.add_argument(
+        "--micro-batch", type=int, default=0, metavar="N", help="windows that go through the model at once (default: all)"
+    )
+    sub.add_argument(
+        "--on", choices=("auto", "cpu", "cuda"), default="auto", help="where to train (default: a GPU if torch has one)"
+    )
+    sub.add_argument(
+        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of the model's passes (default: bf16 on a GPU)"
+    )
     sub.add_argument("--seed", type=int, default=0)
 
     example = "bittailor export supernet --device local --budget low --out package"

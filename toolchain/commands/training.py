@@ -34,6 +34,24 @@ _HELDOUT_MOST = 40
 
 
 @dataclass(frozen=True)
+class Machine:
+    """Where and in what portions to train. on: "cpu", "cuda" or "auto"; precision: "fp32", "bf16" or "auto" (bf16 on a GPU);
+    batch: windows a step; micro_batch: windows that go through the model at once, 0: all."""
+
+    on: str = "auto"
+    precision: str = "auto"
+    batch: int = BATCH
+    micro_batch: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or self.micro_batch < 0:
+            raise InputError(f"expected one window a step or more, got {self.batch} and {self.micro_batch}")
+
+
+LOCAL = Machine()
+
+
+@dataclass(frozen=True)
 class Text:
     """Token windows [n, WINDOW] to train on and to measure on, and what outputs say of them."""
 
@@ -52,13 +70,19 @@ def train_supernet(
     out: Path,
     steps: int,
     seed: int,
+    machine: Machine = LOCAL,
 ) -> dict[str, Any]:
-    """Train and write the supernet; returns {"supernet", "steps", "text", ...}. Raises InputError and its kin before any long work."""
+    """Train and write the supernet; returns {"supernet", "steps", "text", ...}. Raises InputError and its kin before any long work.
+
+    Under `accelerate launch` every process calls this with the same arguments; the first one writes.
+    """
     torch = require("torch")
     from toolchain.supernet.model import Supernet, input_importance, load_model
     from toolchain.supernet.saving import save
     from toolchain.train.loop import train
     from toolchain.train.quality import scorer
+    from toolchain.train.settings import Settings
+    from toolchain.train.team import Team
 
     if steps < 1:
         raise InputError(f"expected one training step or more, got {steps}")
@@ -78,44 +102,53 @@ def train_supernet(
         )
     if text:
         texts.documents(text)  # unreadable text is found before the long work
+    team = Team(machine.on)
+    precision = machine.precision if machine.precision != "auto" else "bf16" if team.device.type == "cuda" else "fp32"
+    settings = Settings(micro_batch=machine.micro_batch, precision=precision)
     work = out.with_name(out.name + ".training")
     resumed = work.exists()
     try:
-        graph = _graph(source, folder, work)
-        costs = workflow.find_costs(graph, device, folders, workload)
-        model = load_model(folder)
-        text_used = _text(graph, model, text, work, seed)
+        with team.main_first():  # the others find what it has made
+            graph = _graph(source, folder, work)
+            costs = workflow.find_costs(graph, device, folders, workload)
+            model = load_model(folder).to(team.device)
+            text_used = _text(graph, model, text, work, seed)
     except BittailorError:
         if not resumed:
             shutil.rmtree(work, ignore_errors=True)
         raise
     calibration = text_used.train[:CALIBRATION]
-    importance = input_importance(model, graph.units, torch.from_numpy(calibration))
+    importance = input_importance(model, graph.units, torch.from_numpy(calibration).to(team.device))
     supernet = Supernet(model, graph.units, costs.table.header.kernels, seed=seed, importance=importance)
     reference = uniform("fp32", graph.units)
 
     def losses() -> dict[str, dict[str, float]]:
-        return sensitivity.measure(scorer(supernet, calibration), graph.units, supernet.kernels, reference)
+        return team.agree(lambda: sensitivity.measure(scorer(supernet, calibration), graph.units, supernet.kernels, reference))
 
-    trained = train(supernet, text_used.train, costs.model, losses, steps, min(BATCH, len(text_used.train)), work, seed)
+    batch = min(machine.batch, len(text_used.train))
+    trained = train(supernet, text_used.train, costs.model, losses, steps, batch, work, seed, settings=settings, team=team)
+    assert trained.meta_network is not None
     after = losses()
     description = {
         "text": text_used.description,
         "heldout": text_used.heldout_description,
         "steps": steps,
-        "batch": BATCH,
+        "batch": batch,
+        "trained_on": f"{team.size} × {team.device.type}, {precision}",
         "window": WINDOW,
         "seed": seed,
         "device": device.name,
         "workload": str(costs.model.workload),
     }
-    with replace_folder(out, store.DESCRIPTION) as target:
-        shutil.copytree(graph.directory, target / "graph")
-        shutil.copytree(folder, target / "model", ignore=shutil.ignore_patterns(".*", "*.bin", "*.md"))
-        trained.meta_network.save(target / "meta_network.safetensors")
-        store.write_arrays(target / "heldout.safetensors", {"tokens": text_used.heldout})
-        save(supernet, target, Path(source).name, after, description, calibration)
-    shutil.rmtree(work, ignore_errors=True)
+    if team.main:
+        with replace_folder(out, store.DESCRIPTION) as target:
+            shutil.copytree(graph.directory, target / "graph")
+            shutil.copytree(folder, target / "model", ignore=shutil.ignore_patterns(".*", "*.bin", "*.md"))
+            trained.meta_network.save(target / "meta_network.safetensors")
+            store.write_arrays(target / "heldout.safetensors", {"tokens": text_used.heldout})
+            save(supernet, target, Path(source).name, after, description, calibration)
+        shutil.rmtree(work, ignore_errors=True)
+    team.wait()
     return {"supernet": str(out), **description, "resumed_from_step": trained.resumed_from}
 
 

@@ -123,9 +123,8 @@ def codes(weight: Tensor, kernel: Kernel, clip_low: Tensor | None = None, clip_h
     offset = (grouped / scales[..., None]).round_()
     offset = torch.minimum(torch.maximum(offset, bottom[..., None]), top[..., None])
     values = offset + zero[..., None]
-    return Quantized(
-        values.to(torch.uint8).numpy(), scales.numpy().astype(np.float32), zero.to(torch.uint8).numpy(), weight.shape[1]
-    )
+    whole, zero = values.to(torch.uint8).cpu(), zero.to(torch.uint8).cpu()
+    return Quantized(whole.numpy(), scales.cpu().numpy().astype(np.float32), zero.numpy(), weight.shape[1])
 
 
 class _FakeQuantiseActivation(torch.autograd.Function):

@@ -35,8 +35,9 @@ def search(weight: Tensor, kernel: Kernel, importance: Tensor | None = None) -> 
     """
     N, K = weight.shape
     G, width = groups(K, kernel)
-    share = torch.ones(K) if importance is None else importance
-    padded = torch.zeros(G * width)
+    like = {"device": weight.device}
+    share = torch.ones(K, **like) if importance is None else importance
+    padded = torch.zeros(G * width, **like)
     padded[:K] = share
 
     def loss(low: Tensor, high: Tensor) -> Tensor:
@@ -45,10 +46,10 @@ def search(weight: Tensor, kernel: Kernel, importance: Tensor | None = None) -> 
             wrong = torch.nn.functional.pad(wrong, (0, short))
         return (wrong.reshape(N, G, width) * padded.reshape(G, width)).sum(-1)
 
-    low = torch.full((N, G), _LARGEST)
+    low = torch.full((N, G), _LARGEST, **like)
     high, best = low.clone(), loss(low, low)
     for factor in _COARSE[1:]:
-        trial = torch.full((N, G), factor)
+        trial = torch.full((N, G), factor, **like)
         now = loss(trial, trial)
         better = now < best
         best = torch.where(better, now, best)

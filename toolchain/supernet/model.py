@@ -134,8 +134,13 @@ class Supernet:
                 start |= {"low": torch.logit(low), "high": torch.logit(high)}
             else:
                 start |= {"low": torch.zeros(N, groups(K, kernel)[0]), "high": torch.zeros(N, groups(K, kernel)[0])}
-        for part, tensor in start.items():
-            self.parameters[f"{kernel.name}/{module}/{part}"] = nn.Parameter(tensor)
+        for part, tensor in start.items():  # drawn on the CPU: the same start on every device
+            self.parameters[f"{kernel.name}/{module}/{part}"] = nn.Parameter(tensor.to(weight.device))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives; its adapters live there too."""
+        return self._weight(self.units[0].modules[0]).device
 
     @property
     def kind(self) -> str:
@@ -153,14 +158,18 @@ class Supernet:
     def _weight(self, module: str) -> Tensor:
         return self.model.get_submodule(module).get_parameter("weight")
 
-    def _quantiser_inputs(self, module: str, kernel: Kernel) -> tuple[Tensor, Kernel, Tensor | None, Tensor | None]:
-        """The arguments of `fake_quantise` and of `codes`: computed in this one place, so the two cannot differ."""
-        stem = f"{kernel.name}/{self._owner[module]}"
-        get = self.parameters
-        merged = torch.addmm(self._weight(module), get[f"{stem}/B"], get[f"{stem}/A"], alpha=self.alpha / self.rank)
-        if f"{stem}/low" not in get:
-            return merged, kernel, None, None
-        return merged, kernel, get[f"{stem}/low"].sigmoid(), get[f"{stem}/high"].sigmoid()
+    def _quantiser_inputs(self, modules: Sequence[str], kernel: Kernel) -> tuple[Tensor, Kernel, Tensor | None, Tensor | None]:
+        """The arguments of `fake_quantise` and of `codes` for the stacked rows of modules of one width: computed in this one place, so the
+        two cannot differ."""
+        get, stems = self.parameters, [f"{kernel.name}/{self._owner[module]}" for module in modules]
+        merged = [
+            torch.addmm(self._weight(module), get[f"{stem}/B"], get[f"{stem}/A"], alpha=self.alpha / self.rank)
+            for module, stem in zip(modules, stems, strict=True)
+        ]
+        if not clips(kernel):
+            return torch.cat(merged), kernel, None, None
+        low, high = (torch.cat([get[f"{stem}/{end}"] for stem in stems]).sigmoid() for end in ("low", "high"))
+        return torch.cat(merged), kernel, low, high
 
     def parameters_of(self, policy: Mapping[str, str]) -> dict[str, nn.Parameter]:
         """The trained tensors that this policy's forward pass uses."""
@@ -168,17 +177,22 @@ class Supernet:
         return {name: tensor for name, tensor in self.parameters.items() if name[: name.rindex("/") + 1] in stems}
 
     def weights(self, policy: Mapping[str, str]) -> dict[str, Tensor]:
-        """parameter name of the model → the weight that the policy's kernels make of it (fp32: the plain one)."""
-        made: dict[tuple[str, str], Tensor] = {}
-        out = {}
+        """parameter name of the model → the weight that the policy's kernels make of it (fp32: the plain one).
+
+        Layers of one kernel and width are quantised in one go: on a GPU a small model's time is the number of launches.
+        """
+        stacks: dict[tuple[str, int], dict[str, None]] = {}
         for unit in self.units:
-            kernel = CATALOGUE[policy[unit.name]]
-            for module in unit.modules:
-                key = (self._owner[module], kernel.name)
-                if key not in made:
-                    made[key] = fake_quantise(*self._quantiser_inputs(module, kernel)) if kernel.quantised else self._weight(module)
-                out[f"{module}.weight"] = made[key]
-        return out
+            stacks.setdefault((policy[unit.name], unit.K), {}).update(dict.fromkeys(self._owner[module] for module in unit.modules))
+        made: dict[tuple[str, str], Tensor] = {}
+        for (name, _), owners in stacks.items():
+            if CATALOGUE[name].quantised:
+                rows = [self._weight(owner).shape[0] for owner in owners]
+                stacked = fake_quantise(*self._quantiser_inputs(list(owners), CATALOGUE[name]))
+                made |= {(owner, name): part for owner, part in zip(owners, stacked.split(rows), strict=True)}
+            else:
+                made |= {(owner, name): self._weight(owner) for owner in owners}
+        return {f"{module}.weight": made[self._owner[module], policy[unit.name]] for unit in self.units for module in unit.modules}
 
     def __call__(
         self,
@@ -242,9 +256,7 @@ class Supernet:
     @torch.no_grad()
     def quantized(self, unit: Unit, kernel: Kernel) -> Quantized:
         """Codes of the whole unit, its modules' rows stacked: `affine.dequantize` of them is exactly what the forward pass uses."""
-        parts = [codes(*self._quantiser_inputs(module, kernel)) for module in unit.modules]
-        stacked = [np.concatenate([getattr(part, name) for part in parts]) for name in ("codes", "scales", "zero_points")]
-        return Quantized(stacked[0], stacked[1], stacked[2], unit.K)
+        return codes(*self._quantiser_inputs(unit.modules, kernel))
 
     def policy(self, kernel: str) -> Policy:
         """The uniform policy of a kernel name (see `kernels.uniform`)."""
@@ -267,7 +279,7 @@ class Supernet:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """A copy of every trained tensor, by the names of `parameters`."""
-        return {name: parameter.detach().numpy().copy() for name, parameter in self.parameters.items()}
+        return {name: parameter.detach().cpu().numpy().copy() for name, parameter in self.parameters.items()}
 
 
 def _output(result: Any) -> Tensor:

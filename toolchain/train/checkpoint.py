@@ -7,7 +7,7 @@ Knows nothing of how they are used. A checkpoint belongs to one set-up (`identit
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ class State:
 
 
 def save(
-    folder: Path, identity: str, state: State, named: Mapping[str, nn.Parameter], optimisers: tuple[torch.optim.Optimizer, ...]
+    folder: Path, identity: str, state: State, named: Mapping[str, nn.Parameter], optimisers: Sequence[torch.optim.Optimizer]
 ) -> None:
     """Write every parameter, with the moments of those that an optimiser has moved."""
     from safetensors.torch import save as to_bytes
@@ -43,11 +43,11 @@ def save(
         if parameter in moments:
             tensors |= {f"{part}:{name}": moments[parameter][part] for part in _MOMENTS}
     header = {"identity": identity, "state": json.dumps({"step": state.step, "extra": state.extra})}
-    write_atomic(folder / FILE, to_bytes({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=header))
+    write_atomic(folder / FILE, to_bytes({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata=header))
 
 
 def load(
-    folder: Path, identity: str, named: Mapping[str, nn.Parameter], optimisers: tuple[torch.optim.Optimizer, ...]
+    folder: Path, identity: str, named: Mapping[str, nn.Parameter], optimisers: Sequence[torch.optim.Optimizer]
 ) -> State | None:
     """Put a checkpoint of this identity back into parameters and optimisers; None (and everything as it was) if there is none."""
     from safetensors import SafetensorError, safe_open
@@ -72,5 +72,9 @@ def load(
     for name, parameter in named.items():
         parameter.data.copy_(tensors[f"value:{name}"])
         if f"step:{name}" in tensors:
-            owner[id(parameter)].state[parameter] = {part: tensors[f"{part}:{name}"] for part in _MOMENTS}
+            moments = {part: tensors[f"{part}:{name}"] for part in _MOMENTS}
+            # AdamW counts its steps on the CPU, wherever the parameter lives.
+            owner[id(parameter)].state[parameter] = {
+                part: value if part == "step" else value.to(parameter.device) for part, value in moments.items()
+            }
     return State(state["step"], state["extra"])

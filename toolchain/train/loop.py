@@ -1,14 +1,8 @@
-"""The joint loop: one step trains the supernet on a few policies and, now and then, the meta-network on a budget.
+"""The loop: supernet and meta-network together (`train`), or the supernet alone on given policies (`adapt`, a dedicated run).
 
-    step t:  a batch of windows, the teacher's output once
-             policy 1   the sandwich: every unit at one of the low bit-widths, in turn
-             policy 2   a mixed one at the triangle wave's mean;  every `meta_every` steps instead the meta-network's own for a drawn budget
-             each: α·distance + β·penalty backward;  then one AdamW step
-
-The meta-network first imitates the exact solver's answers to random budgets (values: measured sensitivities), then goes on with
-Gumbel-softmax, straight-through. Its gradient needs no extra backward pass: with Ŵ = Σ_k y_k Ŵ_k, ∂L/∂y_k = ⟨∂L/∂Ŵ, Ŵ_k⟩, and ∂L/∂Ŵ is
-what the supernet's own backward pass computed (relative to the chosen kernel's; activation quantisers are taken as given). To that come the
-expected-cost penalty and, still, the imitation.
+    step t:  a batch of windows; the policies that the schedule has for t (`schedule.py`)
+             every `meta_every` steps, in place of the last of them, the meta-network's own for a drawn budget (`joint.py`)
+             gradients (`step.py`), then one AdamW step
 
 Every random draw is a function of (seed, step), so a run that was killed goes on from its last checkpoint exactly as if it had not been.
 """
@@ -20,12 +14,12 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from toolchain.costs.model import CostModel
 from toolchain.errors import InputError
@@ -35,51 +29,49 @@ from toolchain.progress import track
 from toolchain.spec import Policy
 from toolchain.supernet.model import Supernet
 from toolchain.train import checkpoint
-from toolchain.train.losses import BALANCE, ExpectedCost, Interference, Target, penalty
-from toolchain.train.sampler import MOST_BITS, PolicySampler, Scenarios, scenarios, triangle, worth_training
+from toolchain.train.joint import Joint, imitate
+from toolchain.train.losses import Interference
+from toolchain.train.sampler import MOST_BITS, PolicySampler, scenarios, worth_training
+from toolchain.train.schedule import Schedule, fixed, low_levels, schedule
+from toolchain.train.settings import TUNED, Settings
+from toolchain.train.step import Batch, step_gradients
+from toolchain.train.team import Team
 
-LOW_BITS = 4
-"""The sandwich visits bit-widths up to this one: above it there is next to nothing to learn, and mixed policies cover it."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the pocket model was tuned with (400 policies of 4×256 tokens): see each field's reason.
-
-    lr             adapters; 5e-3 gains 3% perplexity at 2 bits and loses 3 to 5% at 3 to 8, 1e-2 is worse everywhere
-    clip_lr        clip logits: they live on a scale of 1, the adapters on one of 0.05
-    waves          triangle waves in a run
-    a, balance     interference-aware loss
-    meta_every     steps between two meta-network steps; tau anneals from tau_start to tau_end
-    """
-
-    lr: float = 2e-3
-    clip_lr: float = 1e-2
-    warm_up: int = 10
-    last_lr: float = 0.05
-    waves: int = 4
-    a: float = 1.0
-    balance: float = BALANCE
-    activations: bool = True
-    imitation_lr: float = 1e-3
-    meta_lr: float = 1e-4
-    meta_every: int = 4
-    imitation_steps: int = 400
-    scenarios: int = 240
-    tau_start: float = 1.0
-    tau_end: float = 0.3
-    cost_weight: float = 1.0
-    imitation_weight: float = 1.0
-    checkpoint_seconds: float = 30.0
+History = tuple[dict[str, float], ...]
 
 
 @dataclass(frozen=True)
 class Trained:
     """The supernet is trained in place. history: one dict per step of this call; resumed_from: the step a checkpoint held, or 0."""
 
-    meta_network: MetaNetwork
-    history: tuple[dict[str, float], ...]
+    meta_network: MetaNetwork | None
+    history: History
     resumed_from: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every kind of run is given: windows int64 [n, T], masks 0/1 [n, T] for padded ones, and where its checkpoint is kept."""
+
+    windows: np.ndarray
+    masks: np.ndarray | None
+    steps: int
+    batch: int
+    out: Path
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.windows.ndim != 2 or len(self.windows) < self.batch or self.steps < 1 or self.batch < 1:
+            raise InputError(
+                f"expected at least {self.batch} windows of text and one step, got {len(self.windows)} and {self.steps}",
+                "give more text: --text FILE",
+            )
+
+    def rows(self, index: int) -> np.ndarray:
+        """The windows of a step: without repetition within an epoch, a new order in the next."""
+        epoch, place = divmod(index, len(self.windows) // self.batch)
+        order = np.random.default_rng([self.seed, 2, epoch]).permutation(len(self.windows))
+        return order[place * self.batch : (place + 1) * self.batch]
 
 
 def train(
@@ -92,7 +84,8 @@ def train(
     out: Path,
     seed: int = 0,
     masks: np.ndarray | None = None,
-    settings: Settings = Settings(),
+    settings: Settings = TUNED,
+    team: Team | None = None,
 ) -> Trained:
     """Train supernet and meta-network together for `steps` steps of `batch` windows [n, T]; masks [n, T] 0/1 for padded encoder windows.
 
@@ -100,165 +93,131 @@ def train(
     continued: parameters after the last step equal those of an uninterrupted run. The last one stays, for the caller to delete.
     Raises InputError for too few windows or a cost model of other units.
     """
-    if windows.ndim != 2 or len(windows) < batch or steps < 1 or batch < 1:
-        raise InputError(
-            f"expected at least {batch} windows of text and one step, got {len(windows)} and {steps}", "give more text: --text FILE"
-        )
+    run = Run(windows, masks, steps, batch, out, seed)
     if [unit.name for unit in cost_model.units] != [unit.name for unit in supernet.units]:
         raise InputError("expected a cost model of the supernet's own units, got another model's", "type: bittailor profile MODEL")
-    candidates = _candidates(supernet, cost_model)
+    worth = worth_training(cost_model)
+    candidates = {
+        unit.name: tuple(name for name in supernet.kernels[unit.name] if name in worth[unit.name]) for unit in supernet.units
+    }
+    sampler = PolicySampler.of(supernet.units, candidates)
+    loop = _Loop(supernet, run, settings, schedule(sampler, steps, settings), _sampled(sampler, seed), team or Team("cpu"))
+    if not settings.meta_every:
+        return loop.go(None, None, [candidates])
     network = MetaNetwork(candidates, seed=seed)
-    optimiser = _supernet_optimiser(supernet, settings)
-    meta_optimiser = torch.optim.AdamW(network.parameters(), lr=settings.meta_lr, weight_decay=0.0)
-    named = {**supernet.parameters, **{f"meta:{name}": parameter for name, parameter in network.named_parameters()}}
-    identity = _identity(supernet, windows, masks, cost_model, candidates, steps, batch, seed, settings)
-    state = checkpoint.load(out, identity, named, (optimiser, meta_optimiser))
-    values: Values = state.extra["sensitivity"] if state else sensitivity()
-    drawn = scenarios(_restricted(cost_model, candidates), values, settings.scenarios, seed)
-    if state is None:
-        _imitate(network, drawn, settings)
-        state = checkpoint.State(0, {"sensitivity": values})
-        checkpoint.save(out, identity, state, named, (optimiser, meta_optimiser))
-    step = _Step(supernet, network, cost_model, candidates, drawn, steps, seed, settings)
-    history = []
-    saved = time.monotonic()
-    ids, kept = torch.as_tensor(windows), None if masks is None else torch.as_tensor(masks)
-    for index in track(range(state.step, steps), steps - state.step, "training"):
-        rows = _rows(len(windows), batch, index, seed)
-        rate = min(1.0, (index + 1) / settings.warm_up)
-        rate *= settings.last_lr + (1 - settings.last_lr) * 0.5 * (1 + math.cos(math.pi * index / steps))
-        for group in optimiser.param_groups:
-            group["lr"] = group["base"] * rate
-        optimiser.zero_grad(set_to_none=True)
-        meta_optimiser.zero_grad(set_to_none=True)
-        history.append(step(index, ids[rows], None if kept is None else kept[rows]))
-        optimiser.step()
-        if index % settings.meta_every == settings.meta_every - 1:
-            meta_optimiser.step()
-        if time.monotonic() - saved > settings.checkpoint_seconds or index == steps - 1:
-            checkpoint.save(out, identity, checkpoint.State(index + 1, state.extra), named, (optimiser, meta_optimiser))
-            saved = time.monotonic()
-    return Trained(network, tuple(history), state.step)
+    loop.watch({f"meta:{name}": parameter for name, parameter in network.named_parameters()}, settings.meta_lr)
+
+    def joint(state: checkpoint.State | None) -> tuple[Joint, dict[str, Any]]:
+        values: Values = state.extra["sensitivity"] if state else sensitivity()
+        drawn = scenarios(replace(cost_model, kernels=candidates), values, settings.scenarios, seed)
+        if state is None:
+            imitate(network, drawn, settings)
+        return Joint(supernet, network, cost_model, candidates, drawn, steps, settings), {"sensitivity": values}
+
+    costs = [cost_model.per_unit, cost_model.fixed, [[tie.units, tie.savings] for tie in cost_model.ties]]
+    return loop.go(network, joint, [candidates, costs])
 
 
-class _Step:
-    """One step's gradients. Holds what is the same in every step; each call is a function of the step's number and batch."""
+def adapt(
+    supernet: Supernet,
+    windows: np.ndarray,
+    policies: Sequence[Policy],
+    steps: int,
+    batch: int,
+    out: Path,
+    seed: int = 0,
+    masks: np.ndarray | None = None,
+    settings: Settings = TUNED,
+    team: Team | None = None,
+) -> Trained:
+    """Train given policies and nothing else, all of them in every step: with one it is a dedicated run. Otherwise as `train`."""
+    run = Run(windows, masks, steps, batch, out, seed)
+    loop = _Loop(supernet, run, settings, fixed(policies), policies, team or Team("cpu"))
+    return loop.go(None, None, [[dict(policy) for policy in policies]])
+
+
+class _Loop:
+    """Optimisers, learning rates, checkpoints: what is the same for every kind of run."""
 
     def __init__(
-        self,
-        supernet: Supernet,
-        network: MetaNetwork,
-        cost_model: CostModel,
-        candidates: Mapping[str, tuple[str, ...]],
-        drawn: Scenarios,
-        steps: int,
-        seed: int,
-        settings: Settings,
+        self, supernet: Supernet, run: Run, settings: Settings, visits: Schedule, sampled: Sequence[Mapping[str, str]], team: Team
     ) -> None:
-        self.supernet, self.network, self.drawn = supernet, network, drawn
-        self.steps, self.seed, self.settings = steps, seed, settings
-        self.sampler = PolicySampler.of(supernet.units, candidates)
-        self.low, self.high = self.sampler.range()
-        self.levels = [level for level in self.sampler.levels if level <= LOW_BITS] or list(self.sampler.levels)
-        self.cost = ExpectedCost(cost_model, candidates)
-        rng = np.random.default_rng([seed, 29])
-        sampled = [self.sampler.mixed(target, rng) for target in np.linspace(self.low, self.high, 64)]
-        sampled += [self.sampler.level(level, rng) for level in self.levels for _ in range(64 // len(self.levels))]
-        self.interference = Interference(supernet.units, sampled, settings.a, settings.balance)
-
-    def __call__(self, index: int, ids: Tensor, mask: Tensor | None) -> dict[str, float]:
-        rng = np.random.default_rng([self.seed, 1, index])
-        target = Target(self.supernet.kind, self.supernet.teacher(ids, mask), mask)
-        sandwich = self.sampler.level(self.levels[index % len(self.levels)], rng)
-        out = {"sandwich": self._backward(sandwich, ids, mask, target, self.supernet.weights(sandwich))}
-        if index % self.settings.meta_every == self.settings.meta_every - 1:
-            return out | self._meta(index, rng, ids, mask, target)
-        period = max(self.steps // self.settings.waves, 2)
-        mixed = self.sampler.mixed(triangle(index, period, self.low, self.high), rng)
-        return out | {"mixed": self._backward(mixed, ids, mask, target, self.supernet.weights(mixed))}
-
-    def _backward(self, policy: Policy, ids: Tensor, mask: Tensor | None, target: Target, weights: Mapping[str, Tensor]) -> float:
-        """Accumulate the gradient of the interference-aware loss; returns the distance to the teacher."""
-        distance = target.distance(self.supernet(policy, ids, mask, self.settings.activations, weights))
-        used = self.supernet.parameters_of(policy)
-        loss = self.interference.alpha(policy) * distance + self.interference.beta(policy) * penalty(used)
-        if loss.requires_grad:  # not for a policy that is fp32 everywhere
-            loss.backward()
-        return float(distance.detach())
-
-    def _meta(self, index: int, rng: np.random.Generator, ids: Tensor, mask: Tensor | None, target: Target) -> dict[str, float]:
-        settings, scenario = self.settings, self.drawn.draw(rng)
-        encoding = torch.from_numpy(self.drawn.encodings[scenario])
-        generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
-        tau = settings.tau_start * (settings.tau_end / settings.tau_start) ** (index / self.steps)
-        policy, soft = self.network.sample(encoding, tau, generator)
-        # One handle per use of a weight: a tied embedding and head are one tensor but two choices.
-        handles = {
-            name: weight.view_as(weight) if weight.requires_grad else weight.detach().requires_grad_()
-            for name, weight in self.supernet.weights(policy).items()
-        }
-        for handle in handles.values():
-            handle.retain_grad()
-        distance = self._backward(policy, ids, mask, target, handles)
-        log_probabilities = self.network(encoding)
-        probabilities = log_probabilities.exp()
-        imitation = (
-            -(self.network.one_hot(self.drawn.answers[scenario]) * log_probabilities.masked_fill(~self.network.mask, 0.0))
-            .sum(-1)
-            .mean()
+        self.supernet, self.run, self.settings, self.visits, self.team = supernet, run, settings, visits, team
+        self.weights = (
+            Interference(supernet.units, sampled, settings.a, settings.balance) if settings.loss == "interference" else None
         )
-        excess = self.cost.excess(self.drawn.budgets[scenario], probabilities)
-        loss = (
-            # No further than the loss there is: a first-order estimate of a jump of several bits is not to be believed beyond it, and
-            # unbounded it was seen to drive the network away from everything it had imitated.
-            (soft * self._choice_gradient(policy, handles).clamp(-distance, distance)).sum() / len(self.network.candidates)
-            + settings.cost_weight * excess
-            + settings.imitation_weight * imitation
-        )
-        loss.backward()
-        return {"meta": distance, "excess": float(excess.detach()), "imitation": float(imitation.detach())}
+        self.optimisers: list[torch.optim.Optimizer] = [_supernet_optimiser(supernet, settings)]
+        self.named = dict(supernet.parameters)
 
-    @torch.no_grad()
-    def _choice_gradient(self, policy: Policy, handles: Mapping[str, Tensor]) -> Tensor:
-        """∂L/∂y [U, C], relative to the chosen kernel's, to first order in the weights."""
-        gradient = torch.zeros(len(self.network.candidates), self.network.most)
-        for column in range(self.network.most):
-            trial = {unit: kernels[min(column, len(kernels) - 1)] for unit, kernels in self.network.candidates.items()}
-            weights = self.supernet.weights(trial)
-            for row, unit in enumerate(self.supernet.units):
-                if column < len(self.network.candidates[unit.name]) and trial[unit.name] != policy[unit.name]:
-                    names = [f"{module}.weight" for module in unit.modules]
-                    gradient[row, column] = sum(
-                        float((grad * (weights[name] - handles[name])).sum())
-                        for name in names
-                        if (grad := handles[name].grad) is not None
-                    )
-        return gradient
+    def watch(self, named: Mapping[str, torch.nn.Parameter], lr: float) -> None:
+        """A second optimiser and its parameters."""
+        self.optimisers.append(torch.optim.AdamW(named.values(), lr=lr, weight_decay=0.0))
+        self.named |= named
+
+    def go(
+        self,
+        network: MetaNetwork | None,
+        make_joint: Callable[[checkpoint.State | None], tuple[Joint, dict[str, Any]]] | None,
+        facts: list[Any],
+    ) -> Trained:
+        run, settings, team = self.run, self.settings, self.team
+        identity = _identity(self.supernet, run, settings, facts)
+        state = checkpoint.load(run.out, identity, self.named, self.optimisers)
+        joint, extra = make_joint(state) if make_joint else (None, {})
+        begin = state.step if state else 0
+        if state is None:
+            self._save(identity, checkpoint.State(0, extra))
+        history = []
+        saved = time.monotonic()
+        device = self.supernet.device
+        ids = torch.as_tensor(run.windows).to(device)
+        kept = None if run.masks is None else torch.as_tensor(run.masks).to(device)
+        for index in track(range(begin, run.steps), run.steps - begin, "training"):
+            rows = torch.as_tensor(run.rows(index)).to(device)
+            self._set_rates(index)
+            history.append(self._step(index, Batch(ids[rows], None if kept is None else kept[rows]), joint))
+            if time.monotonic() - saved > settings.checkpoint_seconds or index == run.steps - 1:
+                self._save(identity, checkpoint.State(index + 1, extra))
+                saved = time.monotonic()
+        team.wait()
+        return Trained(network, tuple({name: float(value) for name, value in row.items()} for row in history), begin)
+
+    def _step(self, index: int, batch: Batch, joint: Joint | None) -> dict[str, Any]:
+        """Gradients and optimiser steps; distances stay on their device until the run is over, since to read one is to wait for it."""
+        for optimiser in self.optimisers:
+            optimiser.zero_grad(set_to_none=True)
+        rng = np.random.default_rng([self.run.seed, 1, index])
+        policies = list(self.visits(index, rng))
+        every = self.settings.meta_every
+        proposed = joint.propose(index, rng) if joint and index % every == every - 1 else None
+        if proposed:
+            policies[-1] = proposed[1]
+        seen = step_gradients(self.supernet, policies, batch, self.weights, self.settings, self.team)
+        self.team.join_gradients(self.supernet.parameters.values())
+        self.optimisers[0].step()
+        out: dict[str, Any] = {str(place): visit.distance for place, visit in enumerate(seen)}
+        if joint and proposed:
+            out |= joint.learn(proposed[0], proposed[2], seen[-1], self.team)
+            self.optimisers[1].step()
+        return out
+
+    def _set_rates(self, index: int) -> None:
+        rate = min(1.0, (index + 1) / self.settings.warm_up)
+        rate *= self.settings.last_lr + (1 - self.settings.last_lr) * 0.5 * (1 + math.cos(math.pi * index / self.run.steps))
+        for group in self.optimisers[0].param_groups:
+            group["lr"] = group["base"] * rate
+
+    def _save(self, identity: str, state: checkpoint.State) -> None:
+        if self.team.main:
+            checkpoint.save(self.run.out, identity, state, self.named, self.optimisers)
 
 
-def _imitate(network: MetaNetwork, drawn: Scenarios, settings: Settings) -> None:
-    """Cross-entropy to the solver's answers, whole pool at a time, rare encodings weighing more."""
-    optimiser = torch.optim.Adam(network.parameters(), lr=settings.imitation_lr)
-    encodings = torch.from_numpy(drawn.encodings)
-    answers = torch.stack([network.one_hot(policy) for policy in drawn.answers])
-    weights = torch.tensor(drawn.weights, dtype=torch.float32)
-    for _ in range(settings.imitation_steps):
-        optimiser.zero_grad(set_to_none=True)
-        log_probabilities = network(encodings).masked_fill(~network.mask, 0.0)
-        (-(answers * log_probabilities).sum(-1).mean(-1) @ weights).backward()
-        optimiser.step()
-
-
-def _candidates(supernet: Supernet, cost_model: CostModel) -> dict[str, tuple[str, ...]]:
-    """What the meta-network chooses among: kernels the supernet has and some budget could want."""
-    worth = worth_training(cost_model)
-    return {unit.name: tuple(name for name in supernet.kernels[unit.name] if name in worth[unit.name]) for unit in supernet.units}
-
-
-def _restricted(cost_model: CostModel, candidates: Mapping[str, Sequence[str]]) -> CostModel:
-    from dataclasses import replace
-
-    return replace(cost_model, kernels={unit: tuple(names) for unit, names in candidates.items()})
+def _sampled(sampler: PolicySampler, seed: int) -> list[Policy]:
+    """Policies as training sees them, over which the interference-aware weights are normalised."""
+    rng = np.random.default_rng([seed, 29])
+    found = [sampler.mixed(target, rng) for target in np.linspace(*sampler.range(), 64)]
+    levels = low_levels(sampler)
+    return found + [sampler.level(level, rng) for level in levels for _ in range(64 // len(levels))]
 
 
 def _supernet_optimiser(supernet: Supernet, settings: Settings) -> torch.optim.Optimizer:
@@ -271,34 +230,15 @@ def _supernet_optimiser(supernet: Supernet, settings: Settings) -> torch.optim.O
     return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)  # R(θ) is the decay
 
 
-def _rows(count: int, batch: int, index: int, seed: int) -> np.ndarray:
-    """The windows of step `index`: without repetition within an epoch, a new order in the next."""
-    per_epoch = count // batch
-    epoch, place = divmod(index, per_epoch)
-    order = np.random.default_rng([seed, 2, epoch]).permutation(count)
-    return order[place * batch : (place + 1) * batch]
-
-
-def _identity(
-    supernet: Supernet,
-    windows: np.ndarray,
-    masks: np.ndarray | None,
-    cost_model: CostModel,
-    candidates: Mapping[str, Sequence[str]],
-    steps: int,
-    batch: int,
-    seed: int,
-    settings: Settings,
-) -> str:
+def _identity(supernet: Supernet, run: Run, settings: Settings, facts: list[Any]) -> str:
     """sha256 over everything that a step depends on, save the sensitivities (which the checkpoint carries)."""
     digest = hashlib.sha256()
-    for array in (windows, masks) if masks is not None else (windows,):
+    for array in (run.windows, run.masks) if run.masks is not None else (run.windows,):
         digest.update(np.ascontiguousarray(array).tobytes())
     for name, parameter in supernet.model.named_parameters():
-        digest.update(name.encode() + parameter.detach().numpy().tobytes())
+        digest.update(name.encode() + parameter.detach().cpu().numpy().tobytes())
     for name, parameter in supernet.parameters.items():
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
-    facts = [steps, batch, seed, supernet.rank, supernet.alpha, asdict(settings), dict(candidates), MOST_BITS]
-    costs = [cost_model.per_unit, cost_model.fixed, [[tie.units, tie.savings] for tie in cost_model.ties]]
-    digest.update(json.dumps([facts, costs], sort_keys=True, default=dict).encode())
+    more = [run.steps, run.batch, run.seed, supernet.rank, supernet.alpha, asdict(settings), MOST_BITS, facts]
+    digest.update(json.dumps(more, sort_keys=True, default=dict).encode())
     return digest.hexdigest()

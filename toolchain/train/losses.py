@@ -56,6 +56,10 @@ class Target:
             crossed = _masked_mean(-(self.probabilities * torch.log_softmax(student, -1)).sum(-1), self.mask)
         return crossed - self.entropy
 
+    def squared(self, student: Tensor) -> Tensor:
+        """Mean squared error of the outputs, averaged over the tokens that the mask keeps."""
+        return _masked_mean((self.teacher - student).square().mean(-1), self.mask)
+
 
 def _masked_mean(per_token: Tensor, mask: Tensor | None) -> Tensor:
     return per_token.mean() if mask is None else (per_token * mask).sum() / mask.sum().clamp_min(1)

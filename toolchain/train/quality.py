@@ -17,8 +17,8 @@ def scorer(supernet: Supernet, windows: np.ndarray, masks: np.ndarray | None = N
 
     Activations are quantised as the kernels do it, one window at a time, so w8a8 shows what its per-tensor range loses on a device.
     """
-    ids = torch.as_tensor(windows)
-    kept = None if masks is None else torch.as_tensor(masks)
+    ids = torch.as_tensor(windows).to(supernet.device)
+    kept = None if masks is None else torch.as_tensor(masks).to(supernet.device)
     pieces = [slice(start, start + 1) for start in range(len(ids))]
     targets = [
         (ids[piece], mask, Target(supernet.kind, supernet.teacher(ids[piece], mask), mask))

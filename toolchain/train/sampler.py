@@ -1,8 +1,7 @@
 """Which policies and budgets a training step sees.
 
-Policies: the sandwich (one step in turn at every bit-width everywhere; universally slimmable networks, arXiv:1903.05134) beside a
-resource-balanced mixed policy, whose target mean bit-width moves along a triangle wave (LLM-QFA, arXiv:2405.20202) and whose units are
-drawn from the maximum-entropy distribution with that mean: p(kernel) ∝ exp(tilt · bits), one tilt for all units.
+Policies: every unit at one bit-width, or mixed ones with a target mean bit-width, whose units are drawn from the maximum-entropy
+distribution with that mean: p(kernel) ∝ exp(tilt · bits), one tilt for all units. When which is drawn: `schedule.py`.
 Budgets: scenarios with rare encodings are drawn more (MetaQuantLLM: w = q/p, q ∝ 1/frequency over a binned histogram).
 
 Everything is a function of its arguments and a generator: step t of a resumed run draws what step t of an uninterrupted one drew.
@@ -75,6 +74,10 @@ class PolicySampler:
         return Policy.of(
             {unit: min(names, key=lambda name: (abs(bits(name) - wanted), rank[name])) for unit, names in self.candidates.items()}
         )
+
+    def uniform(self, rng: np.random.Generator) -> Policy:
+        """Every unit's kernel by itself, each as likely as the other."""
+        return Policy.of({unit: names[rng.integers(len(names))] for unit, names in self.candidates.items()})
 
     def mixed(self, target: float, rng: np.random.Generator) -> Policy:
         """Independent draws whose expected mean bits (weighted by parameters) is `target`, as near as the candidates allow."""

@@ -21,17 +21,18 @@ def self_written(model: nn.Module, tokens: int, seed: int, eos: int, length: int
     """
     count = -(-tokens // length)
     starts = range(0, count, batch)
+    device = next(model.parameters()).device
     written = []
     for start in track(starts, len(starts), "writing text"):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + start)
         size = min(batch, count - start)
-        newest, past, columns = torch.full((size, 1), eos), None, []
+        newest, past, columns = torch.full((size, 1), eos, device=device), None, []
         for _ in range(length):
             out = model(input_ids=newest, past_key_values=past, use_cache=True)
             past = out.past_key_values
             cumulated = torch.softmax(out.logits[:, -1], -1).cumsum(-1)  # inverse of the distribution: torch.multinomial is slower
-            draw = torch.rand(size, 1, generator=generator) * cumulated[:, -1:]
+            draw = torch.rand(size, 1, generator=generator).to(device) * cumulated[:, -1:]
             newest = torch.searchsorted(cumulated, draw).clamp_max_(cumulated.shape[-1] - 1)
             columns.append(newest)
-        written.append(torch.cat(columns, dim=1))
+        written.append(torch.cat(columns, dim=1).cpu())
     return torch.cat(written).numpy()

@@ -1,0 +1,60 @@
+"""What a training run is set to. Every part of the method can be switched off, for ablations and for runs that do not need it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from toolchain.errors import InputError
+from toolchain.train.losses import BALANCE
+
+SAMPLINGS = ("sandwich", "balanced", "uniform")
+LOSSES = ("interference", "mse")
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the pocket model was tuned with (400 policies of 4×256 tokens): see each field's reason.
+
+    sampling       which policies are trained: `schedule.py`
+    loss           "interference": α·distance + β·penalty;  "mse": mean squared error of the outputs, every policy alike
+    lr             adapters; 5e-3 gains 3% perplexity at 2 bits and loses 3 to 5% at 3 to 8, 1e-2 is worse everywhere
+    clip_lr        clip logits: they live on a scale of 1, the adapters on one of 0.05
+    waves          triangle waves in a run
+    a, balance     interference-aware loss
+    meta_every     steps between two meta-network steps, 0: there is none; tau anneals from tau_start to tau_end
+    cost_weight    pull of the expected cost under the budget; imitation_weight: of the exact solver's answers
+    micro_batch    windows that go through the model at once, 0: all of the batch; gradients are accumulated
+    precision      of the model's passes; weights are merged, quantised and stepped in fp32
+    """
+
+    sampling: str = "sandwich"
+    loss: str = "interference"
+    lr: float = 2e-3
+    clip_lr: float = 1e-2
+    warm_up: int = 10
+    last_lr: float = 0.05
+    waves: int = 4
+    a: float = 1.0
+    balance: float = BALANCE
+    activations: bool = True
+    imitation_lr: float = 1e-3
+    meta_lr: float = 1e-4
+    meta_every: int = 4
+    imitation_steps: int = 400
+    scenarios: int = 240
+    tau_start: float = 1.0
+    tau_end: float = 0.3
+    cost_weight: float = 1.0
+    imitation_weight: float = 1.0
+    micro_batch: int = 0
+    precision: str = "fp32"
+    checkpoint_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        for value, known in ((self.sampling, SAMPLINGS), (self.loss, LOSSES), (self.precision, PRECISIONS)):
+            if value not in known:
+                raise InputError(f"expected one of {', '.join(known)}, got {value!r}")
+
+
+TUNED = Settings()
