@@ -99,9 +99,9 @@ def main() -> None:
     held = sum(parameter.numel() * 4 for parameter in model.parameters())
     adapters = sum(parameter.numel() * 4 for parameter in supernet.parameters.values())
     print(
-        f"\nmodel {held / 1e6:.1f} MB; adapters and clip logits of {len(KERNELS) - 1} kernels at rank {supernet.rank} {adapters / 1e6:.1f} MB, "
+        f"\nmodel {held / 1e6:.1f} MB; adapters and clip logits of {len(KERNELS) - 1} kernels, rank {supernet.rank}: {adapters / 1e6:.1f} MB,"
     )
-    print(f"with both moments {3 * adapters / 1e6:.1f} MB; plain training: weights, gradients, moments {4 * held / 1e6:.1f} MB")
+    print(f"with both moments {3 * adapters / 1e6:.1f} MB; plain training's weights, gradients and moments {4 * held / 1e6:.1f} MB")
     print(f"peak of this process, which holds both: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6:.0f} MB")
 
 
