@@ -60,7 +60,9 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = SupernetFolder.open(arguments.supernet)
     graph = Graph.open(folder.graph_directory)
-    supernet = Supernet(load_model(folder.model_directory), graph.units, folder.kernels, rank=folder.description["rank"])
+    supernet = Supernet(
+        load_model(folder.model_directory), graph.units, folder.kernels, rank=folder.description["rank"], start=False
+    )
     supernet.load(folder.trained())
     windows = folder.heldout()[: arguments.windows]
     tokenizer = load_tokenizer(graph.directory)

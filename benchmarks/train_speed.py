@@ -3,7 +3,7 @@
     python benchmarks/train_speed.py [MODEL] [--batch 4] [--window 256] [--rounds 15] [--on cpu] [--precision fp32]
 
 Interleaved, one process: a plain step (forward, cross-entropy with the next token, backward, AdamW on every weight), and steps of the
-supernet with one policy and with two (teacher, merge, rounding, int8 activations, backward, AdamW on the adapters of the policies' kernels).
+supernet with one policy and with two (teacher, merge, rounding, int8 activations, backward, AdamW on the policies' adapters).
 A policy-step is one policy's share of a step. Goal on 2 cores: at least 0.5 policy-steps in the time of a plain step.
 Then the memory: what the supernet keeps beside the model, in bytes of parameters, gradients and moments, and the process's peak.
 """
@@ -98,9 +98,8 @@ def main() -> None:
         print(f"| {name} | {median(times) * 1e3:.0f} | {low:.0f} to {high:.0f} | {median(policies * base / times):.2f} |")
     held = sum(parameter.numel() * 4 for parameter in model.parameters())
     adapters = sum(parameter.numel() * 4 for parameter in supernet.parameters.values())
-    print(
-        f"\nmodel {held / 1e6:.1f} MB; adapters and clip logits of {len(KERNELS) - 1} kernels, rank {supernet.rank}: {adapters / 1e6:.1f} MB,"
-    )
+    what = f"adapters and clip logits of {len(KERNELS) - 1} kernels, rank {supernet.rank}"
+    print(f"\nmodel {held / 1e6:.1f} MB; {what}: {adapters / 1e6:.1f} MB,")
     print(f"with both moments {3 * adapters / 1e6:.1f} MB; plain training's weights, gradients and moments {4 * held / 1e6:.1f} MB")
     print(f"peak of this process, which holds both: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6:.0f} MB")
 

@@ -114,9 +114,10 @@ def test_quantising_what_was_dequantised_changes_nothing_that_matters(w: np.ndar
 
 @settings(deadline=None)
 @given(w=weights(), kernel=kernels, clip=st.floats(0.3, 1.0))
-def test_clipping_narrows_the_range_by_its_factor(w: np.ndarray, kernel: Kernel, clip: float) -> None:
-    factors = np.full((len(w), groups(w.shape[1], kernel)[0]), clip, np.float32)
-    plain, clipped = quantize(w, kernel), quantize(w, kernel, factors, factors)
+def test_bounds_set_the_range(w: np.ndarray, kernel: Kernel, clip: float) -> None:
+    grouped = _grouped(w, kernel)
+    low, high = (np.float32(clip) * end for end in (np.minimum(grouped.min(-1), 0), np.maximum(grouped.max(-1), 0)))
+    plain, clipped = quantize(w, kernel), quantize(w, kernel, low, high)
     wide = np.abs(_grouped(w, kernel)).max(-1) > 0
     np.testing.assert_allclose(clipped.scales[wide], plain.scales[wide] * np.float32(clip), rtol=1e-5)
 

@@ -38,13 +38,13 @@ def test_forward_codes_and_numpy_reference_are_bit_for_bit_equal(
     kernel: Kernel, shape: tuple[int, int], seed: int, clipped: bool
 ) -> None:
     w = _weights(shape, seed)
-    clip: tuple[np.ndarray | None, np.ndarray | None] = (None, None)
+    bounds: tuple[np.ndarray | None, np.ndarray | None] = (None, None)
     if clipped:
         N, G = shape[0], affine.groups(shape[1], kernel)[0]
-        low, high = np.random.default_rng(seed).uniform(0.3, 1, size=(2, N, G)).astype(np.float32)
-        clip = (low, high)
-    tensors = [None if factor is None else torch.from_numpy(factor) for factor in clip]
-    reference = affine.quantize(w, kernel, *clip)
+        size = (np.random.default_rng(seed).uniform(0, 1, size=(2, N, G)) * np.abs(w).max()).astype(np.float32)
+        bounds = (-size[0], size[1])
+    tensors = [None if bound is None else torch.from_numpy(bound) for bound in bounds]
+    reference = affine.quantize(w, kernel, *bounds)
     ours = codes(torch.from_numpy(w), kernel, *tensors)
     assert np.array_equal(ours.codes, reference.codes)
     assert np.array_equal(ours.scales, reference.scales)
@@ -62,20 +62,19 @@ def test_activation_quantiser_equals_numpy(name: str, x: np.ndarray) -> None:
 
 
 def _straight_through(weight: torch.Tensor, kernel: Kernel, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-    """The same formula through autograd, `round` counting as the identity and the groups' extremes as constants."""
+    """The same formula through autograd, `round` counting as the identity."""
 
     def rounded(x: torch.Tensor) -> torch.Tensor:
         return x + (x.round() - x).detach()
 
     N, K = weight.shape
     grouped = weight.reshape(N, -1, kernel.group_size or K)
-    lo, hi = grouped.detach().amin(-1).clamp_max(0) * low, grouped.detach().amax(-1).clamp_min(0) * high
     if kernel.symmetric:
-        s, z = torch.maximum(-lo, hi) / 63, torch.full_like(lo, 128)
+        s, z = torch.maximum(-low, high) / 63, torch.full_like(low, 128)
         q = (rounded(grouped / s[..., None]) + z[..., None]).clamp(65, 191)
     else:
-        s = (hi - lo) / (kernel.levels - 1)
-        z = rounded(-lo / s)
+        s = (high - low) / (kernel.levels - 1)
+        z = rounded(-low / s)
         q = (rounded(grouped / s[..., None]) + z[..., None]).clamp(0, kernel.levels - 1)
     return ((q - z[..., None]) * s[..., None]).reshape(N, K)
 
@@ -86,7 +85,7 @@ def test_gradients_equal_autograd_through_straight_through_rounding(name: str) -
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(8, 64, generator=generator, dtype=torch.float64)
     G = affine.groups(64, kernel)[0]
-    low, high = (torch.rand(8, G, generator=generator, dtype=torch.float64) * 0.4 + 0.4 for _ in range(2))
+    low, high = ((torch.rand(8, G, generator=generator, dtype=torch.float64) * 1.2 + 0.8) * sign for sign in (-1, 1))
     upstream = torch.randn(8, 64, generator=generator, dtype=torch.float64)
     inputs = [tensor.clone().requires_grad_() for tensor in (weight, low, high)]
     expected = torch.autograd.grad((_straight_through(inputs[0], kernel, *inputs[1:]) * upstream).sum(), inputs)
@@ -97,7 +96,7 @@ def test_gradients_equal_autograd_through_straight_through_rounding(name: str) -
     assert any(gradient.abs().sum() > 0 for gradient in got[1:])
 
 
-def test_without_clip_factors_the_gradient_is_the_identity() -> None:
+def test_without_bounds_the_gradient_is_the_identity() -> None:
     weight = torch.randn(4, 32, requires_grad=True)
     upstream = torch.randn(4, 32)
     fake_quantise(weight, CATALOGUE["w2g32"]).backward(upstream)

@@ -96,7 +96,7 @@ def scorer(folder: SupernetFolder, windows: np.ndarray) -> Callable[[Policy], fl
 
     graph = Graph.open(folder.graph_directory)
     rank, alpha = folder.description["rank"], folder.description["alpha"]
-    supernet = Supernet(load_model(folder.model_directory), graph.units, folder.kernels, rank=rank, alpha=alpha, search_clips=False)
+    supernet = Supernet(load_model(folder.model_directory), graph.units, folder.kernels, rank=rank, alpha=alpha, start=False)
     supernet.load(folder.trained())
     return quality.scorer(supernet, windows)
 

@@ -28,6 +28,7 @@ WINDOW = 256
 BATCH = 4
 CALIBRATION = 4
 """Windows on which the kernels' losses are measured, before training (for the meta-network's start) and after."""
+GPTQ_WINDOWS = 64
 SELF_WRITTEN_TOKENS = 128 * WINDOW
 HELDOUT = 0.1
 _HELDOUT_MOST = 40
@@ -77,8 +78,9 @@ def train_supernet(
     Under `accelerate launch` every process calls this with the same arguments; the first one writes.
     """
     torch = require("torch")
-    from toolchain.supernet.model import Supernet, input_importance, load_model
+    from toolchain.supernet.model import Supernet, load_model
     from toolchain.supernet.saving import save
+    from toolchain.supernet.starts import input_moments
     from toolchain.train.loop import train
     from toolchain.train.quality import scorer
     from toolchain.train.settings import Settings
@@ -118,8 +120,8 @@ def train_supernet(
             shutil.rmtree(work, ignore_errors=True)
         raise
     calibration = text_used.train[:CALIBRATION]
-    importance = input_importance(model, graph.units, torch.from_numpy(calibration).to(team.device))
-    supernet = Supernet(model, graph.units, costs.table.header.kernels, seed=seed, importance=importance)
+    moments = input_moments(model, graph.units, torch.from_numpy(text_used.train[:GPTQ_WINDOWS]).to(team.device))
+    supernet = Supernet(model, graph.units, costs.table.header.kernels, seed=seed, moments=moments)
     reference = uniform("fp32", graph.units)
 
     def losses() -> dict[str, dict[str, float]]:

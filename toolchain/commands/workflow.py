@@ -219,7 +219,7 @@ def cut(
         used = {(unit, part.name) for unit, kernel in choice.policy.items() for part in parts(CATALOGUE[kernel])}
         skipped = sorted({kernel for unit, kernel in used if kernel != "fp32" and kernel not in offered[unit]})
         if skipped:  # no budget would choose them, so no step saw them
-            training["not_trained"] = f"{', '.join(skipped)}: clip search only"
+            training["not_trained"] = f"{', '.join(skipped)}: GPTQ alone"
     evidence: dict[str, Any] = {
         "chosen_by": choice.chosen_by,
         "training": training or "none: round-to-nearest of the model's weights",

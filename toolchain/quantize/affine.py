@@ -3,10 +3,10 @@
 Owns what a kernel means in numbers; refuses to know models and devices. By hand, because the codes must fit the runtime's
 kernels bit for bit and the torch forward pass (`fake.py`) must reproduce them exactly: same operations, same order, float32.
 
-    lo = min(w, 0)·c_lo, hi = max(w, 0)·c_hi   per group (c = learned clipping factors, 1 when absent)
+    lo = min(w, 0), hi = max(w, 0)   per group, or learned bounds lo ≤ 0 ≤ hi
     s = (hi − lo) / (2^b − 1),  z = round(−lo / s),  q = clip(round(w / s) + z, 0, 2^b − 1),  ŵ = (q − z)·s
 
-(PTQ/QAT study, algorithm 1; clipping: OmniQuant, arXiv:2308.13137.) Symmetric kernels (w8a8) use s = max|w|·c_hi / 63, z = 128.
+(PTQ/QAT study, algorithm 1.) Symmetric kernels (w8a8) use s = max(−lo, hi) / 63, z = 128.
 """
 
 from __future__ import annotations
@@ -41,10 +41,8 @@ def groups(K: int, kernel: Kernel) -> tuple[int, int]:
     return -(-K // width), width
 
 
-def quantize(
-    weight: np.ndarray, kernel: Kernel, clip_low: np.ndarray | None = None, clip_high: np.ndarray | None = None
-) -> Quantized:
-    """Codes of weight [N, K] float32 under a quantised kernel; clip factors [N, G] in (0, 1]. ValueError for fp32 or non-finite weights."""
+def quantize(weight: np.ndarray, kernel: Kernel, low: np.ndarray | None = None, high: np.ndarray | None = None) -> Quantized:
+    """Codes of weight [N, K] float32 under a quantised kernel; bounds low <= 0 <= high [N, G]. ValueError for fp32, non-finite weights."""
     if not kernel.quantised:
         raise ValueError(f"expected a quantised kernel, got {kernel.name}")
     if not np.isfinite(weight).all():
@@ -55,8 +53,8 @@ def quantize(
     padded[:, :K] = weight
     grouped = padded.reshape(N, G, width)
     one = np.float32(1)
-    low = np.minimum(grouped.min(-1), np.float32(0)) * (one if clip_low is None else clip_low)
-    high = np.maximum(grouped.max(-1), np.float32(0)) * (one if clip_high is None else clip_high)
+    low = np.minimum(grouped.min(-1), np.float32(0)) if low is None else low
+    high = np.maximum(grouped.max(-1), np.float32(0)) if high is None else high
     if kernel.symmetric:
         scales = np.maximum(-low, high) / np.float32(SYMMETRIC_MAX)
         scales = np.where(scales > 0, scales, one)

@@ -5,10 +5,10 @@ pass is bit for bit what `affine.dequantize` makes of the exported codes. Both a
 `x + (q(x) - x).detach()` rounds twice and is *not* bit-exact, and autograd through a dozen elementwise steps is several times slower.
 
 Gradients (a rounding counts as the identity; the zero point as −lo/s):
-    weight           1 where the code is inside the range, 0 where it was clipped; 1 everywhere when no clip factors are given.
+    weight           1 where the code is inside the range, 0 where it was clipped; 1 everywhere when no bounds are given.
                      The dependence of the range on the group's extreme weights is left out (plain straight-through).
-    clip factors     with q = round(w/s):  ∂ŵ/∂s = q − w/s inside, the bound's own offset where clipped; chained through
-                     s = (hi − lo)/(2^b − 1), lo = min(w)·c_lo, hi = max(w)·c_hi   (LSQ, arXiv:1902.08153; OmniQuant, arXiv:2308.13137)
+    bounds           with q = round(w/s):  ∂ŵ/∂s = q − w/s inside, the bound's own offset where clipped; chained through
+                     s = (hi − lo)/(2^b − 1)   (LSQ, arXiv:1902.08153, for both ends of the range)
     activations      1
 """
 
@@ -36,42 +36,46 @@ def _ungrouped(x: Tensor, K: int) -> Tensor:
     return x.reshape(*x.shape[:-2], -1)[..., :K]
 
 
-def _grid(grouped: Tensor, kernel: Kernel, clip_low: Tensor | None, clip_high: Tensor | None) -> tuple[Tensor, ...]:
-    """(min, max, lo, scales, zero, smallest offset, largest offset) of each group, all [N, G]; offset = code − zero point."""
-    least, most = torch.aminmax(grouped, dim=-1)
-    least, most = least.clamp_max_(0), most.clamp_min_(0)
-    low = least if clip_low is None else least * clip_low
-    high = most if clip_high is None else most * clip_high
+def _grid(grouped: Tensor, kernel: Kernel, low: Tensor | None, high: Tensor | None) -> tuple[Tensor, ...]:
+    """(lo, scales, zero, smallest offset, largest offset) of each group, all [N, G]; offset = code − zero point."""
+    if low is None or high is None:
+        low, high = torch.aminmax(grouped, dim=-1)
+        low, high = low.clamp_max_(0), high.clamp_min_(0)
     if kernel.symmetric:
         scales = torch.maximum(-low, high) / SYMMETRIC_MAX
         scales = torch.where(scales > 0, scales, 1.0)
         zero = torch.full_like(scales, SYMMETRIC_ZERO)
-        return least, most, low, scales, zero, torch.full_like(scales, -SYMMETRIC_MAX), torch.full_like(scales, SYMMETRIC_MAX)
+        return low, scales, zero, torch.full_like(scales, -SYMMETRIC_MAX), torch.full_like(scales, SYMMETRIC_MAX)
+    scales, zero = steps(low, high, kernel)
+    return low, scales, zero, -zero, (kernel.levels - 1) - zero
+
+
+def steps(low: Tensor, high: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
+    """(scales, zero points) [N, G] of an asymmetric kernel between bounds low <= 0 <= high [N, G]."""
     scales = (high - low) / (kernel.levels - 1)
     scales = torch.where(scales > 0, scales, 1.0)
-    zero = (-low / scales).round_().clamp_(0, kernel.levels - 1)
-    return least, most, low, scales, zero, -zero, (kernel.levels - 1) - zero
+    return scales, (-low / scales).round_().clamp_(0, kernel.levels - 1)
 
 
 class _FakeQuantise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, clip_low: Tensor | None, clip_high: Tensor | None, kernel: Kernel) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, low: Tensor | None, high: Tensor | None, kernel: Kernel) -> Tensor:
         grouped = _grouped(weight, kernel)
-        least, most, low, scales, _, bottom, top = _grid(grouped, kernel, clip_low, clip_high)
+        least, scales, _, bottom, top = _grid(grouped, kernel, low, high)
         # round(w/s) + z clipped to the codes, minus z, is round(w/s) clipped to the offsets: all are small integers, exact in float32.
         offset = (grouped / scales[..., None]).round_()
         offset = torch.minimum(torch.maximum(offset, bottom[..., None], out=offset), top[..., None], out=offset)
         offset.mul_(scales[..., None])
-        ctx.kernel, ctx.clipped = kernel, (clip_low is not None, clip_high is not None)
-        if any(ctx.clipped):
-            ctx.save_for_backward(weight, least, most, low, scales, bottom, top)
+        ctx.kernel, ctx.bounded = kernel, low is not None
+        if ctx.bounded:
+            ctx.save_for_backward(weight, least, scales, bottom, top)
         return _ungrouped(offset, weight.shape[1])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        if not any(ctx.clipped):
+        if not ctx.bounded:
             return gradient, None, None, None
-        weight, least, most, low, scales, bottom, top = ctx.saved_tensors
+        weight, low, scales, bottom, top = ctx.saved_tensors
         ratio = _grouped(weight, ctx.kernel) / scales[..., None]
         nearest = ratio.round()
         offset = torch.minimum(torch.maximum(nearest, bottom[..., None]), top[..., None])
@@ -82,34 +86,33 @@ class _FakeQuantise(torch.autograd.Function):
         d_scale = (inner * offset.sub_(ratio)).sum(-1)  # offset − w/s; only its inside part counts here
         if ctx.kernel.symmetric:
             above, below = (lost * (nearest > top[..., None])).sum(-1), (lost * (nearest < bottom[..., None])).sum(-1)
-            d_scale += SYMMETRIC_MAX * (above - below)
-            from_high = most * (d_scale / SYMMETRIC_MAX)  # the wider side sets the scale
-            wider = scales * SYMMETRIC_MAX > -low * (1 + 1e-6)
-            d_high = torch.where(wider, from_high, 0.0)
-            d_low = torch.where(wider, 0.0, -least * (d_scale / SYMMETRIC_MAX))
+            d_scale = (d_scale + SYMMETRIC_MAX * (above - below)) / SYMMETRIC_MAX
+            wider = scales * SYMMETRIC_MAX > -low * (1 + 1e-6)  # the wider side sets the scale
+            d_high, d_low = torch.where(wider, d_scale, 0.0), torch.where(wider, 0.0, -d_scale)
         else:
             # a clipped weight sits on a bound: ŵ = bound·s, and the bound's offset moves with lo through the zero point
             above, below = (lost * (nearest > top[..., None])).sum(-1), (lost * (nearest < bottom[..., None])).sum(-1)
             slope = low / scales
             d_scale += above * (top - slope) + below * (bottom - slope)
-            d_high = most * (d_scale / (ctx.kernel.levels - 1))
-            d_low = least * (above + below - d_scale / (ctx.kernel.levels - 1))
+            d_high = d_scale / (ctx.kernel.levels - 1)
+            d_low = above + below - d_high
         d_weight = _ungrouped(inner, weight.shape[1]) if ctx.needs_input_grad[0] else None
-        return d_weight, d_low if ctx.clipped[0] else None, d_high if ctx.clipped[1] else None, None
+        return d_weight, d_low, d_high, None
 
 
-def fake_quantise(weight: Tensor, kernel: Kernel, clip_low: Tensor | None = None, clip_high: Tensor | None = None) -> Tensor:
+def fake_quantise(weight: Tensor, kernel: Kernel, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
     """What the kernel makes of weight [N, K] float32, dequantised [N, K]; the weight itself for the fp32 kernel.
 
-    clip_low, clip_high: factors [N, G] in (0, 1] on each group's minimum and maximum. Gradients: see the module's first lines.
+    low, high: bounds [N, G] of each group, low <= 0 <= high, both or neither; without, its minimum and maximum. Gradients: see the
+    module's first lines.
     """
     if not kernel.quantised:
         return weight
-    return _FakeQuantise.apply(weight, clip_low, clip_high, kernel)
+    return _FakeQuantise.apply(weight, low, high, kernel)
 
 
 @torch.no_grad()
-def codes(weight: Tensor, kernel: Kernel, clip_low: Tensor | None = None, clip_high: Tensor | None = None) -> Quantized:
+def codes(weight: Tensor, kernel: Kernel, low: Tensor | None = None, high: Tensor | None = None) -> Quantized:
     """The codes that the same call of `fake_quantise` rounds to: `affine.dequantize` of them equals its value bit for bit.
 
     Raises ValueError for fp32 or non-finite weights.
@@ -119,7 +122,7 @@ def codes(weight: Tensor, kernel: Kernel, clip_low: Tensor | None = None, clip_h
     if not bool(torch.isfinite(weight).all()):
         raise ValueError("expected finite weights, got NaN or infinity")
     grouped = _grouped(weight, kernel)
-    *_, scales, zero, bottom, top = _grid(grouped, kernel, clip_low, clip_high)
+    _, scales, zero, bottom, top = _grid(grouped, kernel, low, high)
     offset = (grouped / scales[..., None]).round_()
     offset = torch.minimum(torch.maximum(offset, bottom[..., None]), top[..., None])
     values = offset + zero[..., None]
@@ -140,10 +143,9 @@ class _FakeQuantiseActivation(torch.autograd.Function):
         least, most = torch.aminmax(x)
         low, high = least.clamp_max(0), most.clamp_min(0)
         scale = (high - low) / 255
-        if scale == 0:
-            return x.clone()
-        zero = (-low / scale).round_().clamp_(0, 255)
-        return (x / scale).round_().add_(zero).clamp_(0, 255).sub_(zero).mul_(scale)
+        usable = torch.where(scale > 0, scale, 1.0)  # all zeros stay zeros; to ask which it is would make a GPU wait
+        zero = (-low / usable).round_().clamp_(0, 255)
+        return (x / usable).round_().add_(zero).clamp_(0, 255).sub_(zero).mul_(usable)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:

@@ -1,11 +1,12 @@
-"""The supernet in torch: a frozen Hugging Face model and, per kernel and layer, a LoRA adapter and clip factors.
+"""The supernet in torch: a frozen Hugging Face model and, per kernel and layer, frozen weights, a LoRA adapter and bounds.
 
 Owns the forward pass of a policy and the codes it used. The merge is quantisation-aware: the forward pass uses
 
-    Ŵ = Q_b(W + (alpha/r)·B·A; sigmoid(low), sigmoid(high))        straight-through gradient to A and B, true gradient to the clip logits
+    Ŵ = Q_b(W_b + (alpha/r)·B_b·A_b; −exp(low), exp(high))        straight-through gradient to A and B, true gradient to the bounds
 
-so what is exported is a plain integer kernel and equals what was trained (method: LLM-QFA's decoupled adapters, arXiv:2405.20202, with
-OmniQuant's clipping, arXiv:2308.13137). Adapters are separate per kernel: no interference between bit-widths.
+so what is exported is a plain integer kernel and equals what was trained (method: LLM-QFA's decoupled weights and adapters,
+arXiv:2405.20202, with learned ranges). W_b is where GPTQ leaves the weights (`starts.py`), above 4 bits the model's own. Everything is
+separate per kernel: no interference between bit-widths. The fewer the bits, the higher an adapter's rank: there is more to make up for.
 
 There is no active subnet: a policy is an argument of every call, weights are passed in by `functional_call`, and the hooks that quantise
 activations live as long as one call. A tied embedding and head have one adapter per kernel, hence the same codes where kernels agree.
@@ -27,9 +28,11 @@ from toolchain.kernels import CATALOGUE, candidates
 from toolchain.quantize.affine import Quantized, groups
 from toolchain.quantize.fake import codes, fake_quantise, fake_quantise_activation
 from toolchain.spec import Kernel, Policy, Unit
-from toolchain.supernet.clipping import clips, search
+from toolchain.supernet.starts import Frozen, bounded, frozen_start, search
 
 RANK = 32
+RANKS = {2: 4, 3: 2}
+"""Weight bits → times the rank of the others. At 2 bits and 250 steps, the pocket model's perplexity is 59.2 at rank 32, 53.6 at 128."""
 
 
 def load_model(folder: Path) -> nn.Module:
@@ -59,10 +62,14 @@ def load_model(folder: Path) -> nn.Module:
     return model.eval()
 
 
+FROZEN = ("places", "low", "high")
+
+
 class Supernet:
     """model: frozen here. units: what gets kernels. kernels: names, those not legal for a unit are skipped for it.
 
-    parameters   every trained tensor, "kernel/module/part" with part in A [r, K], B [N, r], low, high [N, G]
+    parameters   every trained tensor, "kernel/module/part" with part in A [r, K], B [N, r], low, high [N, G] (logarithms of the bounds)
+    frozen       "kernel/module" → weights that the adapter is added to, where they are not the model's own
     kernels      unit → its kernel names, in catalogue order
     """
 
@@ -74,11 +81,11 @@ class Supernet:
         rank: int = RANK,
         alpha: float | None = None,
         seed: int = 0,
-        importance: Mapping[str, Tensor] | None = None,
-        search_clips: bool = True,
+        moments: Mapping[str, Tensor] | None = None,
+        start: bool = True,
     ) -> None:
-        """importance: module → mean square of each input [K] (`input_importance`), which weighs the search for the first clip factors.
-        search_clips: False where `load` will overwrite them anyway; the search is most of the time this takes."""
+        """moments: module → mean of x xᵀ over its inputs [K, K] (`input_moments`), for GPTQ; without, bounds are searched and weights left
+        as they are. start: False where `load` will overwrite it anyway; it is most of the time this takes."""
         self.model = model.requires_grad_(False)
         self.units = tuple(units)
         self.rank, self.alpha = rank, float(rank if alpha is None else alpha)
@@ -87,13 +94,14 @@ class Supernet:
         self.kernels = {unit.name: candidates(unit, available) for unit in self.units}
         self._owner = self._owners()
         self.parameters: dict[str, nn.Parameter] = {}
+        self.frozen: dict[str, Frozen] = {}
         generator = torch.Generator().manual_seed(seed)
         for name in dict.fromkeys(name for names in self.kernels.values() for name in names):
             kernel = CATALOGUE[name]
             for unit in self.units:
                 if name in self.kernels[unit.name] and kernel.quantised:
                     for module in unit.modules:
-                        self._start(kernel, self._owner[module], generator, importance or {}, search_clips)
+                        self._start(kernel, self._owner[module], generator, moments or {}, start)
 
     def _owners(self) -> dict[str, str]:
         """module → the first module with the same weight tensor, whose adapters both use. Checks that layers are what units say."""
@@ -118,24 +126,29 @@ class Supernet:
                 raise InputError(f"expected {unit.N} rows in unit {unit.name!r}, its layers have {rows}")
         return owner
 
-    def _start(
-        self, kernel: Kernel, module: str, generator: torch.Generator, importance: Mapping[str, Tensor], search_clips: bool
-    ) -> None:
-        """A: uniform as in PEFT, B: 0 (the adapter starts as nothing); clip logits from the search, or 0."""
-        if f"{kernel.name}/{module}/A" in self.parameters:
+    def rank_of(self, kernel: Kernel) -> int:
+        """Rank of this kernel's adapters."""
+        return self.rank * RANKS.get(kernel.weight_bits, 1)
+
+    def _start(self, kernel: Kernel, module: str, generator: torch.Generator, moments: Mapping[str, Tensor], start: bool) -> None:
+        """A: uniform as in PEFT, B: 0 (the adapter starts as nothing); bounds from the search, frozen weights from GPTQ."""
+        stem = f"{kernel.name}/{module}"
+        if f"{stem}/A" in self.parameters:
             return
         weight = self._weight(module)
         N, K = weight.shape
-        bound = math.sqrt(3 / K)
-        start = {"A": (torch.rand(self.rank, K, generator=generator) * 2 - 1) * bound, "B": torch.zeros(N, self.rank)}
-        if clips(kernel):
-            if search_clips:
-                low, high = search(weight, kernel, importance.get(module))
-                start |= {"low": torch.logit(low), "high": torch.logit(high)}
-            else:
-                start |= {"low": torch.zeros(N, groups(K, kernel)[0]), "high": torch.zeros(N, groups(K, kernel)[0])}
-        for part, tensor in start.items():  # drawn on the CPU: the same start on every device
-            self.parameters[f"{kernel.name}/{module}/{part}"] = nn.Parameter(tensor.to(weight.device))
+        rank = self.rank_of(kernel)
+        begin = {"A": (torch.rand(rank, K, generator=generator) * 2 - 1) * math.sqrt(3 / K), "B": torch.zeros(N, rank)}
+        if bounded(kernel):
+            low, high = (torch.ones(N, groups(K, kernel)[0]) * sign for sign in (-1, 1))
+            if start:
+                moment = moments.get(module)
+                low, high = search(weight, kernel, None if moment is None else moment.diagonal())
+                if moment is not None:
+                    self.frozen[stem] = frozen_start(weight, moment, kernel, low, high)
+            begin |= {"low": low.neg().log(), "high": high.log()}
+        for part, tensor in begin.items():  # drawn on the CPU: the same start on every device
+            self.parameters[f"{stem}/{part}"] = nn.Parameter(tensor.to(weight.device))
 
     @property
     def device(self) -> torch.device:
@@ -162,14 +175,14 @@ class Supernet:
         """The arguments of `fake_quantise` and of `codes` for the stacked rows of modules of one width: computed in this one place, so the
         two cannot differ."""
         get, stems = self.parameters, [f"{kernel.name}/{self._owner[module]}" for module in modules]
-        merged = [
-            torch.addmm(self._weight(module), get[f"{stem}/B"], get[f"{stem}/A"], alpha=self.alpha / self.rank)
-            for module, stem in zip(modules, stems, strict=True)
-        ]
-        if not clips(kernel):
+        merged = []
+        for module, stem in zip(modules, stems, strict=True):
+            weight = self.frozen[stem].weight(kernel) if stem in self.frozen else self._weight(module)
+            merged.append(torch.addmm(weight, get[f"{stem}/B"], get[f"{stem}/A"], alpha=self.alpha / self.rank))
+        if not bounded(kernel):
             return torch.cat(merged), kernel, None, None
-        low, high = (torch.cat([get[f"{stem}/{end}"] for stem in stems]).sigmoid() for end in ("low", "high"))
-        return torch.cat(merged), kernel, low, high
+        low, high = (torch.cat([get[f"{stem}/{end}"] for stem in stems]).exp() for end in ("low", "high"))
+        return torch.cat(merged), kernel, -low, high
 
     def parameters_of(self, policy: Mapping[str, str]) -> dict[str, nn.Parameter]:
         """The trained tensors that this policy's forward pass uses."""
@@ -265,57 +278,31 @@ class Supernet:
         return uniform(kernel, self.units, dict.fromkeys(name for names in self.kernels.values() for name in names))
 
     def load(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Take over trained tensors by the names of `parameters`. Raises InputError where one is missing or has another shape."""
+        """Take over what `arrays` gave. Raises InputError where a tensor is missing or has another shape."""
         arrays = dict(arrays)
         for module, owner in self._owner.items():  # a tied layer's adapter may come under either name
-            for name in [name for name in self.parameters if name.split("/")[1] == owner and name not in arrays]:
-                alias = name.replace(f"/{owner}/", f"/{module}/")
-                arrays |= {name: arrays[alias]} if alias in arrays else {}
+            for alias in [name for name in arrays if name.split("/")[1] == module != owner]:
+                arrays.setdefault(alias.replace(f"/{module}/", f"/{owner}/"), arrays[alias])
         for name, parameter in self.parameters.items():
             if name not in arrays or arrays[name].shape != tuple(parameter.shape):
                 got = f"shape {arrays[name].shape}" if name in arrays else "none"
                 raise InputError(f"expected {name} of shape {tuple(parameter.shape)}, got {got}")
             parameter.data.copy_(torch.from_numpy(np.asarray(arrays[name])))
+        stems = {name.rpartition("/")[0] for name in self.parameters}
+        kept = {stem: [arrays.get(f"{stem}/frozen_{part}") for part in FROZEN] for stem in stems}
+        self.frozen = {
+            stem: Frozen(*(torch.from_numpy(np.asarray(array)).to(self.device) for array in parts))
+            for stem, parts in kept.items()
+            if all(array is not None for array in parts)
+        }
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """A copy of every trained tensor, by the names of `parameters`."""
-        return {name: parameter.detach().cpu().numpy().copy() for name, parameter in self.parameters.items()}
+        """A copy of every trained tensor by the names of `parameters`, and of the frozen ones as frozen_places, frozen_low, frozen_high."""
+        tensors: dict[str, Tensor] = dict(self.parameters)
+        tensors |= {f"{stem}/frozen_{part}": getattr(held, part) for stem, held in self.frozen.items() for part in FROZEN}
+        return {name: tensor.detach().cpu().numpy().copy() for name, tensor in tensors.items()}
 
 
 def _output(result: Any) -> Tensor:
     logits = getattr(result, "logits", None)
     return result.last_hidden_state if logits is None else logits
-
-
-@torch.no_grad()
-def input_importance(model: nn.Module, units: Iterable[Unit], windows: Tensor, batch: int = 8) -> dict[str, Tensor]:
-    """module → mean square of each of its inputs [K] over windows [n, T]: what an error in that column of the weight costs.
-
-    An embedding's columns count alike. Where a head shares the embedding's tensor, the head's inputs decide.
-    """
-    sums: dict[str, Tensor] = {}
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def add(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            square = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).square().mean(0)
-            sums[name] = sums.get(name, torch.zeros_like(square)) + square
-
-        return add
-
-    linears = [module for unit in units if unit.op == "MatMul" for module in unit.modules]
-    handles = [model.get_submodule(module).register_forward_pre_hook(hook(module)) for module in linears]
-    try:
-        for start in range(0, len(windows), batch):
-            model(input_ids=windows[start : start + batch])
-    finally:
-        for handle in handles:
-            handle.remove()
-    by_tensor = {id(model.get_submodule(module).weight): module for module in linears}
-    shared = {
-        module: sums[by_tensor[key]]
-        for unit in units
-        if unit.op != "MatMul"
-        for module in unit.modules
-        if (key := id(model.get_submodule(module).weight)) in by_tensor
-    }
-    return sums | shared

@@ -10,6 +10,7 @@ import numpy as np
 from torch import nn
 
 from toolchain.kernels import CATALOGUE
+from toolchain.spec import Kernel
 from toolchain.supernet import store
 from toolchain.supernet.model import Supernet
 
@@ -42,8 +43,11 @@ def save(
             for module in unit.modules:
                 if name in supernet.kernels[unit.name]:
                     stem = f"{name}/{supernet.owner(module)}/"
-                    layers[module] = {key.removeprefix(stem): array for key, array in arrays.items() if key.startswith(stem)}
-        store.write_adapter(folder, name, layers, peft_config(supernet, source), embeddings)
+                    parts = {key.removeprefix(stem): array for key, array in arrays.items() if key.startswith(stem)}
+                    if supernet.owner(module) != module:  # held once
+                        parts = {part: array for part, array in parts.items() if not part.startswith("frozen_")}
+                    layers[module] = parts
+        store.write_adapter(folder, name, layers, peft_config(supernet, kernel, source), embeddings)
     store.write_arrays(folder / "calibration.safetensors", {"tokens": np.asarray(calibration, np.int64)})
     store.write_description(
         folder,
@@ -58,15 +62,15 @@ def save(
     )
 
 
-def peft_config(supernet: Supernet, source: str) -> dict[str, Any]:
-    """adapter_config.json without its target_modules: what PEFT needs to add (alpha/r)·B·A to each layer."""
+def peft_config(supernet: Supernet, kernel: Kernel, source: str) -> dict[str, Any]:
+    """adapter_config.json of a kernel without its target_modules: what PEFT needs to add (alpha/r)·B·A to each layer."""
     decoder = supernet.kind == "decoder"
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if decoder else "FEATURE_EXTRACTION",
         "base_model_name_or_path": source,
-        "r": supernet.rank,
-        "lora_alpha": supernet.alpha,
+        "r": supernet.rank_of(kernel),
+        "lora_alpha": supernet.alpha * supernet.rank_of(kernel) / supernet.rank,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,

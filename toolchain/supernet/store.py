@@ -3,7 +3,8 @@
     supernet.yaml                       what it is: source, kernels, sensitivities, training, sha256 of the files below. Written last.
     graph/  model/                      fp32 ONNX graph; the Hugging Face folder: written by the caller, not described here
     quantised/<kernel>.safetensors      <unit>/codes (packed, container bits), <unit>/scales, <unit>/zero_points
-    adapters/<kernel>/                  PEFT: adapter_model.safetensors + adapter_config.json; clip.safetensors: logits <module>/low, /high
+    adapters/<kernel>/                  PEFT: adapter_model.safetensors + adapter_config.json; bounds.safetensors: logarithms <module>/low,
+                                        /high; start.safetensors: what the adapters are added to, where that is not the model's own
     meta_network.safetensors, calibration.safetensors and heldout.safetensors (tokens [n, T])
 
 A tied embedding and head are stored once per kernel, under the first of the two units; the other finds it through `tied_to`.
@@ -27,7 +28,7 @@ from toolchain.quantize.packing import pack, unpack
 from toolchain.spec import Kernel, Unit
 
 DESCRIPTION = "supernet.yaml"
-FORMAT = 1
+FORMAT = 2
 _REMEDY = "train again: bittailor train"
 _HASHED = ("quantised", "adapters", "meta_network.safetensors", "calibration.safetensors", "heldout.safetensors")
 
@@ -52,19 +53,23 @@ def write_quantised(folder: Path, kernel: Kernel, units: Mapping[str, Quantized]
 def write_adapter(
     folder: Path, kernel: str, layers: Mapping[str, Mapping[str, np.ndarray]], config: Mapping[str, Any], embeddings: frozenset[str]
 ) -> None:
-    """adapters/<kernel>/ from module → {A [r, K], B [N, r], optional low and high [N, G]}. PEFT keeps an embedding's pair transposed."""
+    """adapters/<kernel>/ from module → {A [r, K], B [N, r], optional low and high [N, G] and frozen_...}. PEFT keeps an embedding's pair
+    transposed."""
     tensors: dict[str, np.ndarray] = {}
-    clip: dict[str, np.ndarray] = {}
+    bounds: dict[str, np.ndarray] = {}
+    start: dict[str, np.ndarray] = {}
     for module, parts in layers.items():
         stem = f"base_model.model.{module}"
         if module in embeddings:
             tensors[f"{stem}.lora_embedding_A"], tensors[f"{stem}.lora_embedding_B"] = parts["B"].T, parts["A"].T
         else:
             tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"] = parts["A"], parts["B"]
-        clip |= {f"{module}/{part}": parts[part] for part in ("low", "high") if part in parts}
+        bounds |= {f"{module}/{part}": parts[part] for part in ("low", "high") if part in parts}
+        start |= {f"{module}/{part}": array for part, array in parts.items() if part.startswith("frozen_")}
     target = folder / "adapters" / kernel
     write_arrays(target / "adapter_model.safetensors", tensors)
-    write_arrays(target / "clip.safetensors", clip)
+    write_arrays(target / "bounds.safetensors", bounds)
+    write_arrays(target / "start.safetensors", start)
     write_atomic(
         target / "adapter_config.json", json.dumps({**config, "target_modules": sorted(layers)}, indent=1, sort_keys=True) + "\n"
     )
@@ -166,7 +171,7 @@ class SupernetFolder:
         return Quantized(unpack(packed, kernel.container_bits, width), scales, zero_points, unit.K)
 
     def trained(self) -> dict[str, np.ndarray]:
-        """Every adapter and clip logit by the names of `Supernet.parameters` ("kernel/module/part")."""
+        """What `Supernet.arrays` gave, for `Supernet.load`: "kernel/module/part"."""
         from safetensors.numpy import load_file
 
         out = {}
@@ -178,7 +183,8 @@ class SupernetFolder:
                 module, _, part = name.removeprefix("base_model.model.").partition(".lora_")
                 swapped = {"embedding_A": "B", "embedding_B": "A"}
                 out[f"{kernel}/{module}/{swapped.get(part, part[0])}"] = array.T if part in swapped else array
-            out |= {f"{kernel}/{name}": array for name, array in load_file(folder / "clip.safetensors").items()}
+            for file in ("bounds.safetensors", "start.safetensors"):
+                out |= {f"{kernel}/{name}": array for name, array in load_file(folder / file).items()}
         return out
 
     def calibration(self) -> np.ndarray:

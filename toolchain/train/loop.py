@@ -20,9 +20,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from toolchain.costs.model import CostModel
 from toolchain.errors import InputError
+from toolchain.kernels import CATALOGUE
 from toolchain.policy.meta_network import MetaNetwork
 from toolchain.policy.solver import Values
 from toolchain.progress import track
@@ -36,6 +38,9 @@ from toolchain.train.schedule import Schedule, fixed, low_levels, schedule
 from toolchain.train.settings import TUNED, Settings
 from toolchain.train.step import Batch, step_gradients
 from toolchain.train.team import Team
+
+FEW_BITS = 2
+"""Kernels of at most this many bits take larger steps."""
 
 History = tuple[dict[str, float], ...]
 
@@ -77,7 +82,7 @@ class Run:
 def train(
     supernet: Supernet,
     windows: np.ndarray,
-    cost_model: CostModel,
+    cost_model: CostModel | None,
     sensitivity: Callable[[], Values],
     steps: int,
     batch: int,
@@ -89,20 +94,21 @@ def train(
 ) -> Trained:
     """Train supernet and meta-network together for `steps` steps of `batch` windows [n, T]; masks [n, T] 0/1 for padded encoder windows.
 
+    Without a cost model there is no meta-network, and every kernel of the supernet is trained.
     sensitivity: unit → kernel → loss, called only where no checkpoint in `out` has its result. A checkpoint of the same set-up is
     continued: parameters after the last step equal those of an uninterrupted run. The last one stays, for the caller to delete.
     Raises InputError for too few windows or a cost model of other units.
     """
     run = Run(windows, masks, steps, batch, out, seed)
-    if [unit.name for unit in cost_model.units] != [unit.name for unit in supernet.units]:
+    if cost_model and [unit.name for unit in cost_model.units] != [unit.name for unit in supernet.units]:
         raise InputError("expected a cost model of the supernet's own units, got another model's", "type: bittailor profile MODEL")
-    worth = worth_training(cost_model)
+    worth = worth_training(cost_model) if cost_model else supernet.kernels
     candidates = {
         unit.name: tuple(name for name in supernet.kernels[unit.name] if name in worth[unit.name]) for unit in supernet.units
     }
     sampler = PolicySampler.of(supernet.units, candidates)
     loop = _Loop(supernet, run, settings, schedule(sampler, steps, settings), _sampled(sampler, seed), team or Team("cpu"))
-    if not settings.meta_every:
+    if not settings.meta_every or not cost_model:
         return loop.go(None, None, [candidates])
     network = MetaNetwork(candidates, seed=seed)
     loop.watch({f"meta:{name}": parameter for name, parameter in network.named_parameters()}, settings.meta_lr)
@@ -147,7 +153,12 @@ class _Loop:
             Interference(supernet.units, sampled, settings.a, settings.balance) if settings.loss == "interference" else None
         )
         self.optimisers: list[torch.optim.Optimizer] = [_supernet_optimiser(supernet, settings)]
-        self.named = dict(supernet.parameters)
+        self.average = {
+            name: torch.nn.Parameter(parameter.detach().clone(), requires_grad=False)
+            for name, parameter in supernet.parameters.items()
+            if settings.average
+        }
+        self.named = {**supernet.parameters, **{f"average:{name}": parameter for name, parameter in self.average.items()}}
 
     def watch(self, named: Mapping[str, torch.nn.Parameter], lr: float) -> None:
         """A second optimiser and its parameters."""
@@ -180,6 +191,8 @@ class _Loop:
                 self._save(identity, checkpoint.State(index + 1, extra))
                 saved = time.monotonic()
         team.wait()
+        for name, parameter in self.average.items():
+            self.supernet.parameters[name].data.copy_(parameter)
         return Trained(network, tuple({name: float(value) for name, value in row.items()} for row in history), begin)
 
     def _step(self, index: int, batch: Batch, joint: Joint | None) -> dict[str, Any]:
@@ -195,6 +208,10 @@ class _Loop:
         seen = step_gradients(self.supernet, policies, batch, self.weights, self.settings, self.team)
         self.team.join_gradients(self.supernet.parameters.values())
         self.optimisers[0].step()
+        if self.average:
+            horizon = max(1.0, self.settings.average * self.run.steps)
+            share = max(1 / horizon, 9 / (10 + index))  # of the newest; early on more of it, or the start would linger
+            get_ema_multi_avg_fn(1 - share)([*self.average.values()], [*self.supernet.parameters.values()], 0)
         out: dict[str, Any] = {str(place): visit.distance for place, visit in enumerate(seen)}
         if joint and proposed:
             out |= joint.learn(proposed[0], proposed[2], seen[-1], self.team)
@@ -221,13 +238,14 @@ def _sampled(sampler: PolicySampler, seed: int) -> list[Policy]:
 
 
 def _supernet_optimiser(supernet: Supernet, settings: Settings) -> torch.optim.Optimizer:
-    adapters = [parameter for name, parameter in supernet.parameters.items() if name.endswith(("/A", "/B"))]
-    clip = [parameter for name, parameter in supernet.parameters.items() if not name.endswith(("/A", "/B"))]
-    groups = [
-        {"params": adapters, "lr": settings.lr, "base": settings.lr},
-        {"params": clip, "lr": settings.clip_lr, "base": settings.clip_lr},
-    ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)  # R(θ) is the decay
+    groups: dict[float, list[torch.nn.Parameter]] = {}
+    for name, parameter in supernet.parameters.items():
+        lr = settings.bound_lr
+        if name.endswith(("/A", "/B")):
+            lr = settings.lr * (settings.low_lr if CATALOGUE[name.partition("/")[0]].weight_bits <= FEW_BITS else 1)
+        groups.setdefault(lr, []).append(parameter)
+    rates = [{"params": parameters, "lr": lr, "base": lr} for lr, parameters in groups.items()]
+    return torch.optim.AdamW(rates, weight_decay=0.0)  # R(θ) is the decay
 
 
 def _identity(supernet: Supernet, run: Run, settings: Settings, facts: list[Any]) -> str:
