@@ -232,6 +232,23 @@ def test_a_supernet_starts_where_gptq_ends_and_its_folder_keeps_that(tmp_path: P
         assert torch.equal(again(policy, windows), started(policy, windows))
 
 
+def test_shared_adapters_are_as_large_as_decoupled_ones_and_serve_every_kernel(tmp_path: Path) -> None:
+    model, units = tiny_llama()
+    own, shared = (Supernet(model, units, KERNELS, rank=4, decoupled=decoupled) for decoupled in (True, False))
+    sizes = [sum(p.numel() for name, p in net.parameters.items() if name[-2:] in ("/A", "/B")) for net in (own, shared)]
+    assert sizes[0] == sizes[1]
+    ids = torch.arange(12).reshape(2, 6)
+    before = [shared(shared.policy(name), ids) for name in ("w2g32", "w8g32")]
+    moved(shared)
+    after = [shared(shared.policy(name), ids) for name in ("w2g32", "w8g32")]
+    assert all(not torch.allclose(a, b, atol=1e-4) for a, b in zip(before, after, strict=True))
+    assert {name for name in shared.parameters_of(shared.policy("w8g32")) if name.endswith("/A")} == {
+        name for name in shared.parameters if name.endswith("/A")
+    }
+    with pytest.raises(InputError, match="shared"):
+        saving.save(shared, tmp_path, "tiny", {}, {}, ids.numpy())
+
+
 def test_few_bits_have_a_higher_rank() -> None:
     model, units = tiny_llama()
     supernet = Supernet(model, units, KERNELS, rank=4)

@@ -62,6 +62,7 @@ def load_model(folder: Path) -> nn.Module:
     return model.eval()
 
 
+SHARED = "shared"
 FROZEN = ("places", "low", "high")
 
 
@@ -83,11 +84,14 @@ class Supernet:
         seed: int = 0,
         moments: Mapping[str, Tensor] | None = None,
         start: bool = True,
+        decoupled: bool = True,
     ) -> None:
         """moments: module → mean of x xᵀ over its inputs [K, K] (`input_moments`), for GPTQ; without, bounds are searched and weights left
-        as they are. start: False where `load` will overwrite it anyway; it is most of the time this takes."""
+        as they are. start: False where `load` will overwrite it anyway; it is most of the time this takes. decoupled: False for
+        one adapter per layer that all its kernels share, as large as theirs together: to compare with, it cannot be saved."""
         self.model = model.requires_grad_(False)
         self.units = tuple(units)
+        self.decoupled = decoupled
         self.rank, self.alpha = rank, float(rank if alpha is None else alpha)
         # A kernel of two phases has no numbers of its own: its parts are trained.
         available = tuple(name for name in kernels if not CATALOGUE[name].prefill)
@@ -102,6 +106,8 @@ class Supernet:
                 if name in self.kernels[unit.name] and kernel.quantised:
                     for module in unit.modules:
                         self._start(kernel, self._owner[module], generator, moments or {}, start)
+        if not decoupled:
+            self._share(generator)
 
     def _owners(self) -> dict[str, str]:
         """module → the first module with the same weight tensor, whose adapters both use. Checks that layers are what units say."""
@@ -150,6 +156,23 @@ class Supernet:
         for part, tensor in begin.items():  # drawn on the CPU: the same start on every device
             self.parameters[f"{stem}/{part}"] = nn.Parameter(tensor.to(weight.device))
 
+    def _share(self, generator: torch.Generator) -> None:
+        """One adapter a layer in place of its kernels', its rank the sum of theirs."""
+        ranks: dict[str, int] = {}
+        for name in [name for name in self.parameters if name.endswith(("/A", "/B"))]:
+            owner, taken = name.split("/")[1], self.parameters.pop(name)
+            if name.endswith("/A"):
+                ranks[owner] = ranks.get(owner, 0) + taken.shape[0]
+        for owner, rank in ranks.items():
+            weight = self._weight(owner)
+            A = (torch.rand(rank, weight.shape[1], generator=generator) * 2 - 1) * math.sqrt(3 / weight.shape[1])
+            self.parameters[f"{SHARED}/{owner}/A"] = nn.Parameter(A.to(weight.device))
+            self.parameters[f"{SHARED}/{owner}/B"] = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
+
+    def _adapter(self, stem: str) -> str:
+        """Where the adapter of a "kernel/module" is found."""
+        return stem if self.decoupled else f"{SHARED}/{stem.partition('/')[2]}"
+
     @property
     def device(self) -> torch.device:
         """Where the model lives; its adapters live there too."""
@@ -178,7 +201,8 @@ class Supernet:
         merged = []
         for module, stem in zip(modules, stems, strict=True):
             weight = self.frozen[stem].weight(kernel) if stem in self.frozen else self._weight(module)
-            merged.append(torch.addmm(weight, get[f"{stem}/B"], get[f"{stem}/A"], alpha=self.alpha / self.rank))
+            adapter = self._adapter(stem)
+            merged.append(torch.addmm(weight, get[f"{adapter}/B"], get[f"{adapter}/A"], alpha=self.alpha / self.rank))
         if not bounded(kernel):
             return torch.cat(merged), kernel, None, None
         low, high = (torch.cat([get[f"{stem}/{end}"] for stem in stems]).exp() for end in ("low", "high"))
@@ -186,8 +210,9 @@ class Supernet:
 
     def parameters_of(self, policy: Mapping[str, str]) -> dict[str, nn.Parameter]:
         """The trained tensors that this policy's forward pass uses."""
-        stems = {f"{policy[unit.name]}/{self._owner[module]}/" for unit in self.units for module in unit.modules}
-        return {name: tensor for name, tensor in self.parameters.items() if name[: name.rindex("/") + 1] in stems}
+        used = {f"{policy[unit.name]}/{self._owner[module]}" for unit in self.units for module in unit.modules}
+        used |= {self._adapter(stem) for stem in used if CATALOGUE[stem.partition("/")[0]].quantised}
+        return {name: tensor for name, tensor in self.parameters.items() if name.rpartition("/")[0] in used}
 
     def weights(self, policy: Mapping[str, str]) -> dict[str, Tensor]:
         """parameter name of the model → the weight that the policy's kernels make of it (fp32: the plain one).

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from toolchain.errors import InputError
 from toolchain.kernels import CATALOGUE
 from toolchain.spec import Kernel
 from toolchain.supernet import store
@@ -28,6 +29,8 @@ def save(
     The caller writes graph/, model/ and meta_network.safetensors *before* this: supernet.yaml carries the sha256 of the latter.
     calibration: token windows [n, T] int64.
     """
+    if not supernet.decoupled:
+        raise InputError("expected a supernet with an adapter per kernel to save, got one with shared adapters")
     used = dict.fromkeys(name for names in supernet.kernels.values() for name in names)
     modules = [module for unit in supernet.units for module in unit.modules]
     embeddings = frozenset(module for module in modules if isinstance(supernet.model.get_submodule(module), nn.Embedding))

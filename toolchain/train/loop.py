@@ -242,7 +242,8 @@ def _supernet_optimiser(supernet: Supernet, settings: Settings) -> torch.optim.O
     for name, parameter in supernet.parameters.items():
         lr = settings.bound_lr
         if name.endswith(("/A", "/B")):
-            lr = settings.lr * (settings.low_lr if CATALOGUE[name.partition("/")[0]].weight_bits <= FEW_BITS else 1)
+            kernel = CATALOGUE.get(name.partition("/")[0])  # none: an adapter that all kernels share
+            lr = settings.lr * (settings.low_lr if kernel and kernel.weight_bits <= FEW_BITS else 1)
         groups.setdefault(lr, []).append(parameter)
     rates = [{"params": parameters, "lr": lr, "base": lr} for lr, parameters in groups.items()]
     return torch.optim.AdamW(rates, weight_decay=0.0)  # R(θ) is the decay
