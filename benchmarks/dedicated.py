@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--windows", type=int, default=0, help="held-out windows to measure on (0: all)")
     parser.add_argument("--on", default="auto")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--job", help="only this one, in this process (what the workers are called with)")
@@ -172,22 +173,25 @@ def work(arguments: argparse.Namespace, job: str) -> None:
         adapt(supernet, windows, [policies[name]], steps=arguments.steps, **common)
     trained = time.monotonic() - begin
     heldout = torch.from_numpy(np.load(arguments.out / "heldout.npy").astype(np.int64)).to(team.device)
-    seen = {key: quality(supernet, policy, heldout) for key, policy in policies.items()}
+    seen = quality(supernet, policies, heldout[: arguments.windows or None])
     write_atomic(place(arguments.out, job), json.dumps({"seconds": trained, "quality": seen}, indent=1) + "\n")
 
 
 @torch.no_grad()
-def quality(supernet: Supernet, policy: Policy | None, windows: torch.Tensor, batch: int = 32) -> tuple[float, float]:
-    """(perplexity, KL to fp32 in nats per token). The kernels here quantise activations per row, so windows can share a batch."""
-    weights = supernet.weights(policy) if policy else None
-    nll = distance = 0.0
+def quality(
+    supernet: Supernet, policies: Mapping[str, Policy], windows: torch.Tensor, batch: int = 32
+) -> dict[str, tuple[float, float]]:
+    """(perplexity, KL to fp32 in nats per token) of each. The kernels here quantise activations per row, so windows can share a batch."""
+    made = {name: supernet.weights(policy) for name, policy in policies.items()}
+    sums = {name: torch.zeros(2, dtype=torch.float64) for name in policies}
     for ids in windows.split(batch):
         teacher = torch.log_softmax(supernet.teacher(ids)[:, :-1].float(), -1)
-        student = torch.log_softmax(supernet(policy, ids, None, True, weights)[:, :-1].float(), -1) if policy else teacher
-        nll -= float(student.gather(-1, ids[:, 1:, None]).double().sum())
-        distance += float((teacher.exp() * (teacher - student)).sum(-1).double().sum())
+        for name, policy in policies.items():
+            student = torch.log_softmax(supernet(policy, ids, None, True, made[name])[:, :-1].float(), -1)
+            sums[name][0] -= student.gather(-1, ids[:, 1:, None]).double().sum().cpu()
+            sums[name][1] += (teacher.exp() * (teacher - student)).sum(-1).double().sum().cpu()
     tokens = windows[:, 1:].numel()
-    return math.exp(nll / tokens), distance / tokens
+    return {name: (math.exp(float(nll) / tokens), float(distance) / tokens) for name, (nll, distance) in sums.items()}
 
 
 def report(arguments: argparse.Namespace, policies: dict[str, Policy]) -> None:
