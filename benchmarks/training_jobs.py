@@ -1,0 +1,129 @@
+"""What the benchmarks of training share: jobs in processes of their own, whose results are kept; start, windows and quality of a supernet.
+
+DIR/graph, train.npy, heldout.npy      made once          DIR/<job>.json      a job's result: a run that was killed goes on
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from toolchain import text as texts
+from toolchain.files import write_atomic
+from toolchain.graph.build import build, resolve
+from toolchain.graph.model import Graph
+from toolchain.spec import Policy
+from toolchain.supernet.model import Supernet, load_model
+from toolchain.supernet.starts import input_moments
+from toolchain.train.team import Team
+
+WINDOW, CALIBRATION = 256, 64
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """The arguments that all of them take."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--model", default="pocket-llama-6m")
+    made.add_argument("--text", nargs="+", type=Path, required=True)
+    made.add_argument("--heldout", type=Path, required=True)
+    made.add_argument("--out", type=Path, required=True)
+    made.add_argument("--steps", type=int, default=600, help="S, policy-steps of a dedicated run")
+    made.add_argument("--batch", type=int, default=64)
+    made.add_argument("--seeds", type=int, default=3)
+    made.add_argument("--workers", type=int, default=1, help="jobs at a time")
+    made.add_argument("--windows", type=int, default=0, help="held-out windows to measure on (0: all)")
+    made.add_argument("--on", default="auto")
+    made.add_argument("--precision", default="fp32")
+    made.add_argument("--job", help="only this one, in this process (what the workers are called with)")
+    return made
+
+
+def prepare(arguments: argparse.Namespace) -> Graph:
+    """Graph and token windows, in --out."""
+    out = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / "graph" / "graph.json").is_file():
+        (out / "graph").mkdir(exist_ok=True)
+        build(arguments.model, out / "graph")
+    folder = resolve(arguments.model)
+    for name, paths in (("train", arguments.text), ("heldout", [arguments.heldout])):
+        if not (out / f"{name}.npy").is_file():
+            tokenizer, separator = texts.load_tokenizer(folder), texts.separator_id(folder)
+            tokens = texts.windows(tokenizer, texts.documents(paths), WINDOW, separator, framed=False)
+            np.save(out / f"{name}.npy", tokens.astype(np.int32))
+    return Graph.open(out / "graph")
+
+
+def started(
+    arguments: argparse.Namespace, kernels: Sequence[str], seed: int, gptq: bool = True, decoupled: bool = True
+) -> Supernet:
+    """A supernet at its start, on the device that was asked for."""
+    model = load_model(resolve(arguments.model)).to(Team(arguments.on).device)
+    units = Graph.open(arguments.out / "graph").units
+    windows = torch.from_numpy(training_windows(arguments)[:CALIBRATION]).to(Team(arguments.on).device)
+    moments = input_moments(model, units, windows) if gptq else None
+    return Supernet(model, units, kernels, seed=seed, moments=moments, decoupled=decoupled)
+
+
+def training_windows(arguments: argparse.Namespace) -> np.ndarray:
+    return np.load(arguments.out / "train.npy").astype(np.int64)
+
+
+def heldout_windows(arguments: argparse.Namespace) -> np.ndarray:
+    return np.load(arguments.out / "heldout.npy").astype(np.int64)[: arguments.windows or None]
+
+
+@torch.no_grad()
+def quality(
+    supernet: Supernet, policies: Mapping[str, Policy], windows: np.ndarray, batch: int = 32
+) -> dict[str, tuple[float, float]]:
+    """(perplexity, KL to fp32 in nats per token) of each. For kernels that quantise activations per row: windows share a batch."""
+    made = {name: supernet.weights(policy) for name, policy in policies.items()}
+    sums = {name: torch.zeros(2, dtype=torch.float64) for name in policies}
+    for ids in torch.from_numpy(windows).to(supernet.device).split(batch):
+        teacher = torch.log_softmax(supernet.teacher(ids)[:, :-1].float(), -1)
+        for name, policy in policies.items():
+            student = torch.log_softmax(supernet(policy, ids, None, True, made[name])[:, :-1].float(), -1)
+            sums[name][0] -= student.gather(-1, ids[:, 1:, None]).double().sum().cpu()
+            sums[name][1] += (teacher.exp() * (teacher - student)).sum(-1).double().sum().cpu()
+    tokens = windows[:, 1:].size
+    return {name: (math.exp(float(nll) / tokens), float(distance) / tokens) for name, (nll, distance) in sums.items()}
+
+
+def place(out: Path, job: str) -> Path:
+    """Where a job's result is kept."""
+    return out / f"{job.replace(' ', '-')}.json"
+
+
+def keep(out: Path, job: str, result: Any) -> None:
+    write_atomic(place(out, job), json.dumps(result, indent=1) + "\n")
+
+
+def read(out: Path, job: str) -> Any | None:
+    """A job's result, or None."""
+    path = place(out, job)
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def run_all(arguments: argparse.Namespace, jobs: Sequence[str]) -> None:
+    """Every job without a result, --workers at a time, each this script again with --job."""
+
+    def start(job: str) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"} if arguments.workers > 1 else None
+        with place(arguments.out, job).with_suffix(".log").open("w") as log:
+            code = subprocess.run([sys.executable, *sys.argv, "--job", job], stderr=log, env=environment, check=False).returncode
+        print(f"{job}: {'done' if code == 0 else f'failed, see {log.name}'}", file=sys.stderr)
+
+    with ThreadPoolExecutor(arguments.workers) as pool:
+        list(pool.map(start, [job for job in jobs if read(arguments.out, job) is None]))
