@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("model", metavar="MODEL")
     common(sub)
     sub.add_argument(
-        "--text", nargs="+", metavar="FILE", help="training text (default: what the model writes itself, and pydoc's prose)"
+        "--text", nargs="+", metavar="FILE", help="training text (default: pydoc's prose, and what a decoder writes itself)"
     )
     sub.add_argument("--out", required=True, metavar="SUPERNET")
     sub.add_argument("--steps", type=int, default=200, metavar="N", help="training steps (default: 200)")

@@ -17,7 +17,7 @@ from toolchain import text as texts
 from toolchain.commands import workflow
 from toolchain.errors import BittailorError, InputError, require
 from toolchain.files import replace_folder
-from toolchain.graph.build import build, fingerprint, kind_of, read_config, resolve
+from toolchain.graph.build import build, fingerprint, resolve
 from toolchain.graph.model import Graph
 from toolchain.kernels import uniform
 from toolchain.policy import sensitivity
@@ -91,17 +91,6 @@ def train_supernet(
     if out.exists() and not (out / store.DESCRIPTION).is_file() and any(out.iterdir()):
         raise InputError(f"expected {out} to be absent, empty or an earlier supernet, got something else", "choose another --out")
     folder = resolve(source)
-    architecture = read_config(folder)["architectures"][0]
-    if kind_of(architecture) == "encoder-decoder":
-        raise InputError(
-            f"expected a decoder or an encoder to train, got the encoder-decoder {architecture}",
-            "export MODEL --policy without training",
-        )
-    if kind_of(architecture) == "encoder" and not architecture.endswith("Model"):
-        raise InputError(
-            f"expected a decoder, or an encoder without a task head, to train, got {architecture}",
-            "save its base model with save_pretrained, or export MODEL --policy without training",
-        )
     if text:
         texts.documents(text)  # unreadable text is found before the long work
     team = Team(machine.on)
@@ -167,19 +156,18 @@ def _graph(source: str, folder: Path, work: Path) -> Graph:
 
 
 def _text(graph: Graph, model: Any, given: list[Path] | None, work: Path, seed: int) -> Text:
-    """The user's text, or what the model writes itself together with the prose that every CPython carries."""
+    """The user's text, or the prose that every CPython carries, for a decoder together with what the model writes itself."""
     tokenizer = texts.load_tokenizer(graph.directory)
     separator = texts.separator_id(graph.directory)
-    framed = graph.kind == "encoder"
     found = texts.documents(given) if given else texts.pydoc_documents()
-    windows = texts.windows(tokenizer, found, min(WINDOW, graph.context), separator, framed=framed)
+    windows = texts.windows(tokenizer, found, min(WINDOW, graph.context), separator, framed=graph.kind == "encoder")
     if len(windows) < 2:
         raise InputError(f"expected two windows of {WINDOW} tokens or more, got {len(windows)}", "give more text: --text FILE")
     train, heldout = texts.split(windows, HELDOUT, seed)
     heldout = heldout[:_HELDOUT_MOST]
     name = ", ".join(path.name for path in given) if given else texts.pydoc_description()
     description = f"{name} ({train.size} tokens)"
-    if not given and not framed:
+    if not given and graph.kind == "decoder":
         own = _self_written(model, graph.fingerprint, separator or 0, work, seed, train.shape[1])
         train = np.concatenate([own, train])
         description = f"{own.size} tokens the model wrote itself, and {description}"

@@ -23,11 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from toolchain.errors import InputError, UnsafeModelError
+from toolchain.errors import InputError, UnknownArchitectureError, UnsafeModelError
+from toolchain.graph.build import kind_of, read_config
 from toolchain.kernels import CATALOGUE, candidates
 from toolchain.quantize.affine import Quantized, groups
 from toolchain.quantize.fake import codes, fake_quantise, fake_quantise_activation
 from toolchain.spec import Kernel, Policy, Unit
+from toolchain.supernet.passes import Output, Pass
 from toolchain.supernet.starts import Frozen, bounded, frozen_start, search
 
 RANK = 32
@@ -38,27 +40,32 @@ RANKS = {2: 4, 3: 2}
 def load_model(folder: Path) -> nn.Module:
     """The Hugging Face model of a local folder in float32, in evaluation mode. Never runs or unpickles what the folder ships.
 
-    A config whose architecture ends in ForCausalLM is loaded with its head, anything else as an encoder (hidden states).
-    Raises UnsafeModelError where there are no safetensors, InputError for anything else that does not load.
+    Its class is the first architecture that its config names, one of transformers' own: a task's model comes with its head.
+    Raises UnsafeModelError where there are no safetensors, UnknownArchitectureError, InputError for anything else that does not load.
     """
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    import transformers
 
     if not any(folder.glob("*.safetensors")):
         raise UnsafeModelError(f"expected *.safetensors in {folder}, got none", "convert the checkpoint to safetensors first")
+    architecture = read_config(folder)["architectures"][0]
+    kind, loader = kind_of(architecture), getattr(transformers, architecture, None)
+    if loader is None or not issubclass(loader, transformers.PreTrainedModel):
+        raise UnknownArchitectureError(f"expected a model class of transformers in {folder / 'config.json'}, got {architecture}")
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        decoder = any(name.endswith("ForCausalLM") for name in config.architectures or ())
-        loader = AutoModelForCausalLM if decoder else AutoModel
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if not isinstance(config, loader.config_class):
+            raise ValueError(f"architecture {architecture} with model_type {config.model_type!r}")
         model = loader.from_pretrained(
             folder,
+            config=config,
             dtype=torch.float32,
-            trust_remote_code=False,
             use_safetensors=True,
-            attn_implementation="sdpa",
+            attn_implementation="eager" if kind == "encoder-decoder" else "sdpa",  # T5 has no other: its position biases are added
             local_files_only=True,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise InputError(f"expected a model that transformers loads in {folder}, got: {error}") from error
+    Pass.of(model)  # what it would refuse, it refuses here, before any work
     return model.eval()
 
 
@@ -90,6 +97,7 @@ class Supernet:
         as they are. start: False where `load` will overwrite it anyway; it is most of the time this takes. decoupled: False for
         one adapter per layer that all its kernels share, as large as theirs together: to compare with, it cannot be saved."""
         self.model = model.requires_grad_(False)
+        self.passes = Pass.of(model)
         self.units = tuple(units)
         self.decoupled = decoupled
         self.rank, self.alpha = rank, float(rank if alpha is None else alpha)
@@ -180,8 +188,8 @@ class Supernet:
 
     @property
     def kind(self) -> str:
-        """ "decoder" where the model puts logits out, else "encoder" (hidden states)."""
-        return "encoder" if self.model.get_output_embeddings() is None else "decoder"
+        """ "decoder", "encoder" or "encoder-decoder"."""
+        return self.passes.kind
 
     def owner(self, module: str) -> str:
         """The module whose adapters this one uses: itself, or the first with the same weight tensor."""
@@ -240,28 +248,25 @@ class Supernet:
         activations: bool = True,
         weights: Mapping[str, Tensor] | None = None,
         cache: Any = None,
-    ) -> Tensor:
-        """Logits [B, T, V] (decoder) or last hidden state [B, T, H] (encoder) of this policy's subnet.
+    ) -> Output:
+        """What this policy's subnet says of windows input_ids [B, T]; attention_mask 0/1 [B, T]. By kind: see `passes.py`.
 
         activations: also quantise layers' inputs as the kernels do at run time. weights: the result of `weights(policy)` where the
-        caller has it already. cache: a transformers cache, continued in place: with it the subnet decodes token by token, as a package
+        caller has it already. cache: a transformers cache, continued in place: with it a decoder goes token by token, as a package
         does (kernels that quantise activations per tensor then see one token at a time).
         """
         from torch.func import functional_call
 
         hooks = self._activation_hooks(policy) if activations else []
         try:
-            arguments = {"input_ids": input_ids, "attention_mask": attention_mask, **self._quiet()}
+            arguments = self.passes.arguments(input_ids, attention_mask)
             if cache is not None:
                 arguments |= {"past_key_values": cache, "use_cache": True}
             effective = dict(self.weights(policy) if weights is None else weights)
-            return _output(functional_call(self.model, effective, (), arguments, tie_weights=False))
+            return self.passes.output(functional_call(self.model, effective, (), arguments, tie_weights=False))
         finally:
             for hook in hooks:
                 hook.remove()
-
-    def _quiet(self) -> dict[str, Any]:
-        return {"use_cache": False} if getattr(self.model.config, "use_cache", False) else {}
 
     def _activation_hooks(self, policy: Mapping[str, str]) -> list[Any]:
         """One forward-pre-hook per linear whose kernel quantises its input. Layers fed the same tensor (q, k, v) share the work."""
@@ -287,9 +292,9 @@ class Supernet:
         ]
 
     @torch.no_grad()
-    def teacher(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def teacher(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Output:
         """The full-precision model's output."""
-        return _output(self.model(input_ids=input_ids, attention_mask=attention_mask, **self._quiet()))
+        return self.passes.output(self.model(**self.passes.arguments(input_ids, attention_mask)))
 
     @torch.no_grad()
     def quantized(self, unit: Unit, kernel: Kernel) -> Quantized:
@@ -326,8 +331,3 @@ class Supernet:
         tensors: dict[str, Tensor] = dict(self.parameters)
         tensors |= {f"{stem}/frozen_{part}": getattr(held, part) for stem, held in self.frozen.items() for part in FROZEN}
         return {name: tensor.detach().cpu().numpy().copy() for name, tensor in tensors.items()}
-
-
-def _output(result: Any) -> Tensor:
-    logits = getattr(result, "logits", None)
-    return result.last_hidden_state if logits is None else logits

@@ -15,6 +15,9 @@ from toolchain.spec import Kernel
 from toolchain.supernet import store
 from toolchain.supernet.model import Supernet
 
+# Not SEQ_CLS and its like for an encoder's head: PEFT would then look for a whole copy of the classifier, which has an adapter instead.
+_TASK_TYPES = {"decoder": "CAUSAL_LM", "encoder": "FEATURE_EXTRACTION", "encoder-decoder": "SEQ_2_SEQ_LM"}
+
 
 def save(
     supernet: Supernet,
@@ -39,7 +42,9 @@ def save(
         kernel = CATALOGUE[name]
         if not kernel.quantised:
             continue
-        holders = {supernet.tensor_key(unit): unit for unit in reversed(supernet.units) if name in supernet.kernels[unit.name]}
+        offered = [unit for unit in supernet.units if name in supernet.kernels[unit.name]]
+        # Stored once where the graph calls them tied, and a reader therefore looks for the other one.
+        holders = {supernet.tensor_key(unit) if unit.tied_to else unit.name: unit for unit in reversed(offered)}
         store.write_quantised(folder, kernel, {unit.name: supernet.quantized(unit, kernel) for unit in reversed(holders.values())})
         layers = {}
         for unit in supernet.units:
@@ -66,11 +71,13 @@ def save(
 
 
 def peft_config(supernet: Supernet, kernel: Kernel, source: str) -> dict[str, Any]:
-    """adapter_config.json of a kernel without its target_modules: what PEFT needs to add (alpha/r)·B·A to each layer."""
-    decoder = supernet.kind == "decoder"
+    """adapter_config.json of a kernel without its target_modules: what PEFT needs to add (alpha/r)·B·A to each layer.
+
+    Of T5 it adapts the linears only: its stacks hold the embedding under names of their own and never call the one that PEFT replaces.
+    """
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if decoder else "FEATURE_EXTRACTION",
+        "task_type": _TASK_TYPES[supernet.kind],
         "base_model_name_or_path": source,
         "r": supernet.rank_of(kernel),
         "lora_alpha": supernet.alpha * supernet.rank_of(kernel) / supernet.rank,

@@ -21,6 +21,7 @@ from toolchain.quantize.affine import groups
 from toolchain.quantize.fake import fake_quantise, steps
 from toolchain.quantize.gptq import compensated
 from toolchain.spec import Kernel, Unit
+from toolchain.supernet.passes import Pass
 
 BOUNDED_BITS = 4
 """Kernels above this many bits keep min and max: there the best range is the whole one to within half a step."""
@@ -143,13 +144,13 @@ def input_moments(model: nn.Module, units: Iterable[Unit], windows: Tensor, batc
 
         return add
 
-    units = tuple(units)
+    units, passes = tuple(units), Pass.of(model)
     linears = [module for unit in units if unit.op == "MatMul" for module in unit.modules]
     handles = [model.get_submodule(module).register_forward_pre_hook(hook(module)) for module in linears]
     pieces = windows.split(batch)
     try:
         for piece in pieces:
-            model(input_ids=piece)
+            model(**passes.arguments(piece))
     finally:
         for handle in handles:
             handle.remove()

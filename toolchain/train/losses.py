@@ -1,7 +1,9 @@
 """The numbers that training makes small.
 
 supernet      α(π) · D(teacher, student) + β(π) · R(θ_π)          interference-aware loss (MetaQuantLLM)
-D             decoder: KL(teacher ‖ student) per token, nats;  encoder: 1 − cosine + relative squared error of the hidden states
+D             decoder, encoder-decoder: KL(teacher ‖ student) per token, nats
+              encoder: 1 − cosine + relative squared error of the hidden states, and to it what its task head's logits lose:
+              KL of labels, vocabulary or positions, nats;  of a regression (t − s)² / (1 + t²)
 α(π), β(π)    (b_max / b̄(π))^a normalised to mean 1 over the sampler;  0.1 · b̄(π)/b_max
 R             mean square of the subnet's adapter entries (not of the clip logits: their zero means nothing)
 meta-network  Σ_r max(0, expected cost_r / budget_r − 1)          the cost table's pull under the budget
@@ -17,38 +19,72 @@ from torch import Tensor
 
 from toolchain.costs.model import CostModel
 from toolchain.spec import Budget, Unit
+from toolchain.supernet.passes import Headed, Output
 from toolchain.train.sampler import mean_bits_of
 
 BALANCE = 0.1
 
 
-def divergence_of(kind: str, teacher: Tensor, student: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+def divergence_of(kind: str, teacher: Output, student: Output, attention_mask: Tensor | None = None) -> Tensor:
     """Scalar distance of a student's output to the teacher's, averaged over the tokens that the mask keeps.
 
-    kind "decoder": outputs are logits [B, T, V]; "encoder": hidden states [B, T, H].
+    kind "decoder", "encoder-decoder": outputs are logits [B, T, V]; "encoder": hidden states [B, T, H], or `Headed`. What a head says of
+    a whole window counts for each of its tokens.
     """
-    if kind == "decoder":
-        log_teacher = torch.log_softmax(teacher, -1)
-        per_token = (log_teacher.exp() * (log_teacher - torch.log_softmax(student, -1))).sum(-1)
+    if isinstance(teacher, Headed):
+        per_token = _of_hidden(teacher.hidden, student.hidden) + _per_token(_of_head(teacher, student, attention_mask))
     else:
-        cosine = F.cosine_similarity(teacher, student, dim=-1)
-        squared = (teacher - student).square().sum(-1) / teacher.square().sum(-1).clamp_min(1e-12)
-        per_token = 1 - cosine + squared
+        per_token = _of_hidden(teacher, student) if kind == "encoder" else _kl(teacher, student)
     return _masked_mean(per_token, attention_mask)
+
+
+def _kl(teacher: Tensor, student: Tensor) -> Tensor:
+    """KL of the distributions over the last axis, nats."""
+    log_teacher = torch.log_softmax(teacher, -1)
+    return (log_teacher.exp() * (log_teacher - torch.log_softmax(student, -1))).sum(-1)
+
+
+def _of_hidden(teacher: Tensor, student: Tensor) -> Tensor:
+    squared = (teacher - student).square().sum(-1) / teacher.square().sum(-1).clamp_min(1e-12)
+    return 1 - F.cosine_similarity(teacher, student, dim=-1) + squared
+
+
+def _of_head(teacher: Headed, student: Headed, mask: Tensor | None) -> Tensor:
+    """[B] or [B, T]: how far the heads' answers are apart; several answers to one window are summed."""
+    ours, theirs = student.logits, teacher.logits
+    match teacher.task:
+        case "regression":
+            # Squared where numbers are small, relative where they are large. Their variance would be the natural scale, but that
+            # is a batch's: a window's loss must not depend on those beside it, or micro-batches would not add up to their batch.
+            return ((ours - theirs).square() / (1 + theirs.square())).mean(-1)
+        case "multi-label":  # a sigmoid is a softmax over the logit and 0
+            pairs = [torch.stack([logits, torch.zeros_like(logits)], -1) for logits in (theirs, ours)]
+            return _kl(*pairs).sum(-1)
+        case "span":
+            if mask is not None:  # padding is no position to choose: e^−10000 is 0
+                ours, theirs = (logits.masked_fill(mask[..., None] == 0, -1e4) for logits in (ours, theirs))
+            return _kl(theirs.transpose(-1, -2), ours.transpose(-1, -2)).sum(-1)
+        case _:
+            return _kl(theirs, ours)
+
+
+def _per_token(values: Tensor) -> Tensor:
+    """[B] → [B, 1], to be added to values per token."""
+    return values[:, None] if values.ndim == 1 else values
 
 
 class Target:
     """A teacher's output, prepared once for the several students of a step: `distance(student)` equals `divergence_of`."""
 
-    def __init__(self, kind: str, teacher: Tensor, attention_mask: Tensor | None = None) -> None:
+    def __init__(self, kind: str, teacher: Output, attention_mask: Tensor | None = None) -> None:
         self.kind, self.teacher, self.mask = kind, teacher, attention_mask
-        if kind == "decoder":
+        if kind != "encoder":
             log_probabilities = torch.log_softmax(teacher, -1)
             self.probabilities = log_probabilities.exp()
             self.entropy = -_masked_mean((self.probabilities * log_probabilities).sum(-1), attention_mask)
 
-    def distance(self, student: Tensor) -> Tensor:
-        if self.kind != "decoder":
+    def distance(self, student: Output) -> Tensor:
+        if self.kind == "encoder" or isinstance(student, Headed):
             return divergence_of(self.kind, self.teacher, student, self.mask)
         if self.mask is None:
             crossed = F.cross_entropy(student.flatten(0, -2), self.probabilities.flatten(0, -2))
@@ -56,9 +92,12 @@ class Target:
             crossed = _masked_mean(-(self.probabilities * torch.log_softmax(student, -1)).sum(-1), self.mask)
         return crossed - self.entropy
 
-    def squared(self, student: Tensor) -> Tensor:
-        """Mean squared error of the outputs, averaged over the tokens that the mask keeps."""
-        return _masked_mean((self.teacher - student).square().mean(-1), self.mask)
+    def squared(self, student: Output) -> Tensor:
+        """Mean squared error of the outputs, averaged over the tokens that the mask keeps; a head's is added to its hidden states'."""
+        if not isinstance(self.teacher, Headed):
+            return _masked_mean((self.teacher - student).square().mean(-1), self.mask)
+        hidden = (self.teacher.hidden - student.hidden).square().mean(-1)
+        return _masked_mean(hidden + _per_token((self.teacher.logits - student.logits).square().mean(-1)), self.mask)
 
 
 def _masked_mean(per_token: Tensor, mask: Tensor | None) -> Tensor:
