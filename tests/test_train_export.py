@@ -110,3 +110,31 @@ def test_a_trained_supernet_is_cut_to_budgets(speaking: Path, supernet: Path, pr
     done = cli("export", supernet, *tight, "--method", "solver", "--profiles", profiles, "--out", tmp_path / "tight", "--json")
     assert done.code == 0, done.err
     assert any(CATALOGUE[kernel].prefill for kernel in open_package(tmp_path / "tight").policy.values())
+
+
+def test_a_package_can_be_polished_and_says_so(supernet: Path, profiles: Path, words: Path, tmp_path: Path, cli: Any) -> None:
+    """Polished on the text it is then judged by, the tiny model's 2-bit package comes nearer to the model; the supernet stays as it was."""
+    policy = ("--policy", "w2g32", "--profiles", profiles)
+    before = {path: path.read_bytes() for path in supernet.rglob("*.safetensors")}
+    plain = cli("export", supernet, *policy, "--out", tmp_path / "plain", "--json")
+    done = cli("export", supernet, *policy, "--polish", "12", "--text", words, "--out", tmp_path / "polished", "--json")
+    assert (plain.code, done.code) == (0, 0), done.err
+    polish = done.json["training"]["polish"]
+    assert polish["taken"]
+    assert (polish["steps"], polish["text"]) == (12, "words.txt")
+    assert polish["distance_after"] < 0.95 * polish["distance_before"]
+    assert "polish" not in plain.json["training"]
+    seen = {
+        name: cli("evaluate", tmp_path / name, "--text", words, "--window", "32", "--json").json["perplexity"]
+        for name in ("plain", "polished")
+    }
+    fp32 = cli("evaluate", supernet / "model", "--text", words, "--window", "32", "--json").json["perplexity"]
+    assert abs(seen["polished"] - fp32) < abs(seen["plain"] - fp32)
+    assert {path: path.read_bytes() for path in supernet.rglob("*.safetensors")} == before
+
+
+def test_only_a_supernet_is_polished(speaking: Path, supernet: Path, profiles: Path, tmp_path: Path, cli: Any) -> None:
+    rest = ("--policy", "w2g32", "--profiles", profiles, "--out", tmp_path / "out")
+    assert "got a model" in cli("export", speaking, *rest, "--polish", "3").error
+    assert "one step or more" in cli("export", supernet, *rest, "--polish", "0").error
+    assert not (tmp_path / "out").exists()

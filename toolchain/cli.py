@@ -118,6 +118,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--budget", metavar="low|medium|high|FILE")
     limits(sub)
     sub.add_argument("--policy", metavar="FILE|KERNEL", help="export this policy (of a MODEL: post-training quantisation)")
+    sub.add_argument("--polish", type=int, metavar="N", help="train this package's own policy for N more steps")
+    sub.add_argument("--text", nargs="+", metavar="FILE", help="text to polish on (default: pydoc's prose)")
     sub.add_argument(
         "--method",
         metavar="meta-network|solver|prices|search",

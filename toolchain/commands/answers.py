@@ -141,7 +141,7 @@ def train(arguments: Namespace) -> Answer:
     from toolchain.commands import training, workflow
 
     device = hardware.load(arguments.device)
-    text = [Path(name) for name in arguments.text] if arguments.text else None
+    text = _paths(arguments.text)
     data = training.train_supernet(
         arguments.model,
         device,
@@ -154,6 +154,10 @@ def train(arguments: Namespace) -> Answer:
         training.Machine(arguments.on, arguments.precision, arguments.batch, arguments.micro_batch),
     )
     return Answer(data, f"{data['supernet']}: {data['steps']} steps on {data['text']}")
+
+
+def _paths(names: list[str] | None) -> list[Path] | None:
+    return [Path(name) for name in names] if names else None
 
 
 def export(arguments: Namespace) -> Answer:
@@ -187,7 +191,12 @@ def export(arguments: Namespace) -> Answer:
             assert costs is not None
             assert budget is not None
             choice = choosing.choose(source, costs, budget, arguments.method or choosing.DEFAULT)
-        package = workflow.cut(source, choice, Path(arguments.out), device, budget, costs, workload)
+        polish = None
+        if arguments.polish is not None:
+            from toolchain.commands.polishing import polished
+
+            source, polish = polished(source, choice.policy, arguments.polish, _paths(arguments.text))
+        package = workflow.cut(source, choice, Path(arguments.out), device, budget, costs, workload, polish)
     if unpredicted:
         note(f"bittailor: exported without a prediction: {unpredicted}")
     data = {

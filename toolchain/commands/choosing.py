@@ -90,15 +90,10 @@ def _found(method: str, folder: SupernetFolder, model: CostModel, offered: CostM
 def scorer(folder: SupernetFolder, windows: np.ndarray) -> Callable[[Policy], float]:
     """policy → the supernet's distance to its teacher on token windows [n, T]. Kernels of two phases have no numbers of their own."""
     require("torch")
-    from toolchain.graph.model import Graph
-    from toolchain.supernet.model import Supernet, load_model
+    from toolchain.supernet import saving
     from toolchain.train import quality
 
-    graph = Graph.open(folder.graph_directory)
-    rank, alpha = folder.description["rank"], folder.description["alpha"]
-    supernet = Supernet(load_model(folder.model_directory), graph.units, folder.kernels, rank=rank, alpha=alpha, start=False)
-    supernet.load(folder.trained())
-    return quality.scorer(supernet, windows)
+    return quality.scorer(saving.restore(folder), windows)
 
 
 def _with_two_phases(model: CostModel, measured: CostModel) -> CostModel:

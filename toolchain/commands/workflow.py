@@ -207,9 +207,19 @@ def _references(graph: Graph, policy: Policy, workload: Workload, header: Header
 
 
 def cut(
-    source: Source, choice: Choice, out: Path, device: Device, budget: Budget | None, costs: Costs | None, workload: Workload
+    source: Source,
+    choice: Choice,
+    out: Path,
+    device: Device,
+    budget: Budget | None,
+    costs: Costs | None,
+    workload: Workload,
+    polish: Mapping[str, Any] | None = None,
 ) -> Package:
-    """Export a policy as a package. Without a budget the package promises its own prediction, if there is one."""
+    """Export a policy as a package. Without a budget the package promises its own prediction, if there is one.
+
+    polish: what the manifest says of steps that were added for this package alone.
+    """
     cost = predicted(source.graph, costs, choice.policy) if costs else None
     if budget is None and costs is not None:
         budget = budgets.promise(costs.model.totals(choice.policy), costs.model)
@@ -220,6 +230,8 @@ def cut(
         skipped = sorted({kernel for unit, kernel in used if kernel != "fp32" and kernel not in offered[unit]})
         if skipped:  # no budget would choose them, so no step saw them
             training["not_trained"] = f"{', '.join(skipped)}: GPTQ alone"
+    if training is not None and polish:
+        training["polish"] = dict(polish)
     evidence: dict[str, Any] = {
         "chosen_by": choice.chosen_by,
         "training": training or "none: round-to-nearest of the model's weights",

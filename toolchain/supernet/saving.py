@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from toolchain.errors import InputError
+from toolchain.graph.model import Graph
 from toolchain.kernels import CATALOGUE
 from toolchain.spec import Kernel
 from toolchain.supernet import store
-from toolchain.supernet.model import Supernet
+from toolchain.supernet.model import Supernet, load_model
 
 # Not SEQ_CLS and its like for an encoder's head: PEFT would then look for a whole copy of the classifier, which has an adapter instead.
 _TASK_TYPES = {"decoder": "CAUSAL_LM", "encoder": "FEATURE_EXTRACTION", "encoder-decoder": "SEQ_2_SEQ_LM"}
@@ -68,6 +70,15 @@ def save(
             "sensitivity": {unit: {kernel: float(loss) for kernel, loss in row.items()} for unit, row in sensitivity.items()},
         },
     )
+
+
+def restore(folder: store.SupernetFolder, device: torch.device | str = "cpu") -> Supernet:
+    """The supernet of a folder, on a device, with everything that was trained. Raises what opening its parts does."""
+    units = Graph.open(folder.graph_directory).units
+    rank, alpha = folder.description["rank"], folder.description["alpha"]
+    supernet = Supernet(load_model(folder.model_directory).to(device), units, folder.kernels, rank=rank, alpha=alpha, start=False)
+    supernet.load(folder.trained())
+    return supernet
 
 
 def peft_config(supernet: Supernet, kernel: Kernel, source: str) -> dict[str, Any]:

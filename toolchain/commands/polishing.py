@@ -1,0 +1,69 @@
+"""`export --polish N`: a few more training steps for the one policy that was chosen, from where the supernet left it.
+
+A supernet's adapters serve every neighbourhood; those of a package need to serve one. Each step is a step of a dedicated run (`adapt`), so
+thirty of them cost what thirty such steps do, and the supernet stays as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from toolchain.commands.training import BATCH, CALIBRATION, WINDOW
+from toolchain.commands.workflow import Source
+from toolchain.errors import InputError, require
+from toolchain.files import scratch
+from toolchain.kernels import CATALOGUE, parts
+from toolchain.progress import note
+from toolchain.spec import Policy
+
+SHARE = 0.5
+"""Of the learning rates that the supernet began with."""
+
+
+def polished(
+    source: Source, policy: Policy, steps: int, text: Sequence[Path] | None, seed: int = 0
+) -> tuple[Source, dict[str, Any]]:
+    """The source with the policy's units polished, and what the manifest says of it. Where it did not help, the source as it was.
+
+    text: files to train on, None for the prose every CPython carries. Raises InputError for a model, or steps below 1.
+    """
+    require("torch")
+    from toolchain import text as texts
+    from toolchain.supernet import saving
+    from toolchain.train.loop import adapt
+    from toolchain.train.quality import scorer
+    from toolchain.train.settings import Settings
+    from toolchain.train.team import Team
+
+    if source.supernet is None or steps < 1:
+        raise InputError(f"expected a supernet to polish and one step or more, got {'a model' if steps > 0 else steps}")
+    graph, team = source.graph, Team()
+    supernet = saving.restore(source.supernet, team.device)
+    found = texts.documents(text) if text else texts.pydoc_documents()
+    separator = texts.separator_id(graph.directory)
+    framed = graph.kind == "encoder"
+    windows = texts.windows(texts.load_tokenizer(graph.directory), found, min(WINDOW, graph.context), separator, framed=framed)
+    # A kernel of two phases is polished in what it decodes with.
+    trained = Policy.of({unit: parts(CATALOGUE[kernel])[0].name for unit, kernel in policy.items()})
+    score = scorer(supernet, windows[:CALIBRATION])
+    before = score(trained)
+    base = Settings()
+    precision = "bf16" if team.device.type == "cuda" else "fp32"
+    settings = replace(
+        base, lr=base.lr * SHARE, bound_lr=base.bound_lr * SHARE, warm_up=max(1, steps // 5), meta_every=0, precision=precision
+    )
+    batch = min(BATCH, len(windows) - CALIBRATION)
+    with scratch() as folder:
+        adapt(supernet, windows[CALIBRATION:], [trained], steps, batch, folder, seed, settings=settings, team=team)
+    after = score(trained)
+    name = ", ".join(path.name for path in text) if text else texts.pydoc_description()
+    facts = {"steps": steps, "text": name, "distance_before": round(before, 5), "distance_after": round(after, 5)}
+    if after >= before:
+        note(
+            f"bittailor: polishing did not bring the package nearer to the model ({before:.4f} before, {after:.4f} after): left as it was"
+        )
+        return source, {**facts, "taken": False}
+    return replace(source, weights=supernet.quantized), {**facts, "taken": True}
