@@ -24,6 +24,7 @@ from toolchain.commands.workflow import opened
 from toolchain.graph.build import resolve
 from toolchain.spec import Policy
 from toolchain.supernet.model import Supernet, load_model
+from toolchain.supernet.starts import input_moments
 from toolchain.train.losses import Interference
 from toolchain.train.sampler import PolicySampler
 from toolchain.train.settings import Settings
@@ -46,11 +47,11 @@ def main() -> None:
     with opened(arguments.model) as source:
         units = source.graph.units
     model = load_model(resolve(arguments.model)).to(team.device)
-    plain = copy.deepcopy(model).requires_grad_(True)
-    supernet = Supernet(model, units, KERNELS)
-    sampler = PolicySampler.of(units, supernet.kernels)
     rng = np.random.default_rng(0)
+    plain = copy.deepcopy(model).requires_grad_(True)
     ids = torch.from_numpy(rng.integers(0, model.config.vocab_size, (arguments.batch, arguments.window))).to(team.device)
+    supernet = Supernet(model, units, KERNELS, moments=input_moments(model, units, ids))
+    sampler = PolicySampler.of(units, supernet.kernels)
     weights = Interference(units, [sampler.mixed(4.0, rng) for _ in range(8)])
     ours = torch.optim.AdamW(supernet.parameters.values(), lr=1e-5, weight_decay=0.0)
     theirs = torch.optim.AdamW(plain.parameters(), lr=1e-7)
@@ -98,9 +99,11 @@ def main() -> None:
         print(f"| {name} | {median(times) * 1e3:.0f} | {low:.0f} to {high:.0f} | {median(policies * base / times):.2f} |")
     held = sum(parameter.numel() * 4 for parameter in model.parameters())
     adapters = sum(parameter.numel() * 4 for parameter in supernet.parameters.values())
-    what = f"adapters and clip logits of {len(KERNELS) - 1} kernels, rank {supernet.rank}"
-    print(f"\nmodel {held / 1e6:.1f} MB; {what}: {adapters / 1e6:.1f} MB,")
-    print(f"with both moments {3 * adapters / 1e6:.1f} MB; plain training's weights, gradients and moments {4 * held / 1e6:.1f} MB")
+    frozen = sum(part.nbytes for row in supernet.frozen.values() for part in (row.places, row.low, row.high))
+    what = f"adapters and bounds of {len(KERNELS) - 1} kernels, rank {supernet.rank}"
+    print(f"\nmodel {held / 1e6:.1f} MB; frozen weights of the kernels up to 4 bits {frozen / 1e6:.1f} MB;")
+    print(f"{what}: {adapters / 1e6:.1f} MB, with both moments and their average {4 * adapters / 1e6:.1f} MB;")
+    print(f"plain training's weights, gradients and moments {4 * held / 1e6:.1f} MB")
     print(f"peak of this process, which holds both: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6:.0f} MB")
 
 

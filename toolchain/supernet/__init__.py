@@ -1,4 +1,4 @@
-"""The supernet: one frozen model, per kernel a LoRA adapter and clip factors, and the folder they are kept in.
+"""The supernet: one frozen model, per kernel frozen weights, a LoRA adapter and bounds, and the folder they are kept in.
 
 Knows kernels' numerics (`quantize/`); refuses to know ONNX, devices, and who chose a policy. `store.py` needs no torch.
 """

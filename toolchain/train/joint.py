@@ -49,6 +49,10 @@ class Joint:
         tau = settings.tau_start * (settings.tau_end / settings.tau_start) ** (index / self.steps)
         return scenario, *self.network.sample(torch.from_numpy(self.drawn.encodings[scenario]), tau, generator)
 
+    def likely(self, rng: np.random.Generator) -> Policy:
+        """What the exact solver answers to a drawn budget: of all mixed policies such ones will be asked for."""
+        return self.drawn.answers[self.drawn.draw(rng)]
+
     def learn(self, scenario: int, soft: Tensor, visit: Visit, team: Team) -> dict[str, float]:
         """Accumulate the meta-network's gradient; returns the parts of its loss."""
         settings = self.settings

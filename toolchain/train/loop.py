@@ -205,6 +205,8 @@ class _Loop:
         proposed = joint.propose(index, rng) if joint and index % every == every - 1 else None
         if proposed:
             policies[-1] = proposed[1]
+        elif joint and rng.random() < self.settings.likely:
+            policies[-1] = joint.likely(rng)
         seen = step_gradients(self.supernet, policies, batch, self.weights, self.settings, self.team)
         self.team.join_gradients(self.supernet.parameters.values())
         self.optimisers[0].step()

@@ -5,7 +5,7 @@ D             decoder, encoder-decoder: KL(teacher ‖ student) per token, nats
               encoder: 1 − cosine + relative squared error of the hidden states, and to it what its task head's logits lose:
               KL of labels, vocabulary or positions, nats;  of a regression (t − s)² / (1 + t²)
 α(π), β(π)    (b_max / b̄(π))^a normalised to mean 1 over the sampler;  0.1 · b̄(π)/b_max
-R             mean square of the subnet's adapter entries (not of the clip logits: their zero means nothing)
+R             mean square of the subnet's adapter entries (not of the bounds: their zero means nothing)
 meta-network  Σ_r max(0, expected cost_r / budget_r − 1)          the cost table's pull under the budget
 """
 
