@@ -64,7 +64,9 @@ def prepared_policies(arguments: argparse.Namespace, graph: Graph) -> dict[str, 
         rng = np.random.default_rng(7)
         sampler = PolicySampler.of(graph.units, supernet.kernels)
         policies = {f"uniform {CATALOGUE[name].weight_bits}": supernet.policy(name) for name in reversed(KERNELS)}
-        policies |= {f"random {bits}": sampler.mixed(bits, rng) for bits in MEANS}
+        for bits in MEANS:  # a single draw's mean strays
+            drawn = [sampler.mixed(bits, rng) for _ in range(100)]
+            policies[f"random {bits}"] = min(drawn, key=lambda policy, bits=bits: abs(mean_bits(policy, graph.units) - bits))
         policies |= {f"solver {bits}": chosen(graph.units, supernet.kernels, losses, bits) for bits in MEANS}
         write_atomic(kept, json.dumps({name: dict(policy) for name, policy in policies.items()}, indent=1) + "\n")
     return {name: Policy.of(policy) for name, policy in json.loads(kept.read_text()).items()}

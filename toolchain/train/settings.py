@@ -25,8 +25,8 @@ class Settings:
                    goes to and fro, and its mean says on which side it belongs: 57.0 instead of 59.2 perplexity at 2 bits after 250 steps
     waves          triangle waves in a run
     a, balance     interference-aware loss
-    likely         share of the other mixed visits that go to the solver's answers to random budgets. Half: chosen policies 5 to 35% nearer to
-                   the teacher, but perplexity 0.4 to 2% higher, since trained subnets read better than their teacher (pocket model)
+    likely         share of the other mixed visits that go to the solver's answers to random budgets. Half: chosen policies come 5 to 35%
+                   nearer to the teacher, but their perplexity is 0.4 to 2% higher: trained subnets read better than their teacher
     meta_every     steps between two meta-network steps, 0: there is none; tau anneals from tau_start to tau_end
     cost_weight    pull of the expected cost under the budget; imitation_weight: of the exact solver's answers
     micro_batch    windows that go through the model at once, 0: all of the batch; gradients are accumulated
