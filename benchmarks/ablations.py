@@ -131,7 +131,7 @@ def work(arguments: argparse.Namespace, job: str) -> None:
         policies |= {f"chosen {place}": project(likely(budget), costs, budget) for place, budget in enumerate(limits)}
         kept = mean(keeps(costs, proposed(budget), budget) for budget in random_budgets(costs, 200, 0))
     seen = jobs.quality(supernet, policies, jobs.heldout_windows(arguments))
-    jobs.keep(arguments.out, job, {"seconds": seconds, "quality": seen, "kept": kept})
+    jobs.keep(arguments, job, {"seconds": seconds, "quality": seen, "kept": kept})
 
 
 def report(arguments: argparse.Namespace) -> None:
@@ -142,7 +142,7 @@ def report(arguments: argparse.Namespace) -> None:
     heads = ["uniform 2", "uniform 4", "uniform 8", "random", "fixed", "chosen"]
     print(f"| without | {' | '.join(heads)} | budgets kept unprojected |\n|---{'|---' * (len(heads) + 1)}|")
     for name in arguments.only:
-        found = [row for seed in range(arguments.seeds) if (row := jobs.read(arguments.out, f"{name} {seed}"))]
+        found = [row for seed in range(arguments.seeds) if (row := jobs.read(arguments, f"{name} {seed}"))]
         cells = []
         for head in heads:
             each = [[value[0] for key, value in row["quality"].items() if key.startswith(head)] for row in found]

@@ -104,7 +104,7 @@ def against_the_optimum(losses: Values, costs: CostModel, count: int, proposers:
 
 def imagined(rng: np.random.Generator, units: int = 200) -> tuple[CostModel, dict[str, dict[str, float]]]:
     """(costs, losses) of a model of many units with ten kernels each: more bits take more bytes and time, and lose less."""
-    kernels = list(CATALOGUE)[:10]
+    kernels = sorted(list(CATALOGUE)[:10], key=lambda name: CATALOGUE[name].weight_bits)
     size = np.sort(rng.random((units, len(kernels))), axis=1)
     time_ = size * (0.5 + rng.random(size.shape))
     loss = np.sort(rng.random(size.shape) ** 3, axis=1)[:, ::-1]

@@ -108,7 +108,7 @@ def work(arguments: argparse.Namespace, job: str) -> None:
         adapt(supernet, windows, [policies[name]], steps=arguments.steps, **common)
     seconds = time.monotonic() - begin
     seen = jobs.quality(supernet, policies, jobs.heldout_windows(arguments))
-    jobs.keep(arguments.out, job, {"seconds": seconds, "quality": seen})
+    jobs.keep(arguments, job, {"seconds": seconds, "quality": seen})
 
 
 def report(arguments: argparse.Namespace, graph: Graph, policies: dict[str, Policy]) -> None:
@@ -122,7 +122,7 @@ def report(arguments: argparse.Namespace, graph: Graph, policies: dict[str, Poli
     for name, policy in policies.items():
         pairs = []
         for seed in range(arguments.seeds):
-            ours, theirs = (jobs.read(arguments.out, f"{who} {seed}") for who in ("supernet", name))
+            ours, theirs = (jobs.read(arguments, f"{who} {seed}") for who in ("supernet", name))
             if ours and theirs:
                 pairs.append((ours["quality"][name], theirs["quality"][name]))
                 seconds["supernet"].append(ours["seconds"])

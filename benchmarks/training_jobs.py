@@ -6,6 +6,7 @@ DIR/graph, train.npy, heldout.npy      made once          DIR/<job>.json      a 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import os
@@ -61,7 +62,9 @@ def prepare(arguments: argparse.Namespace) -> Graph:
         if not (out / f"{name}.npy").is_file():
             tokenizer, separator = texts.load_tokenizer(folder), texts.separator_id(folder)
             tokens = texts.windows(tokenizer, texts.documents(paths), WINDOW, separator, framed=False)
-            np.save(out / f"{name}.npy", tokens.astype(np.int32))
+            buffer = io.BytesIO()
+            np.save(buffer, tokens.astype(np.int32))
+            write_atomic(out / f"{name}.npy", buffer.getvalue())
     return Graph.open(out / "graph")
 
 
@@ -106,14 +109,21 @@ def place(out: Path, job: str) -> Path:
     return out / f"{job.replace(' ', '-')}.json"
 
 
-def keep(out: Path, job: str, result: Any) -> None:
-    write_atomic(place(out, job), json.dumps(result, indent=1) + "\n")
+def setup(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a result depends on besides its job."""
+    named = ("model", "text", "heldout", "steps", "batch", "windows", "precision")
+    return {name: str(vars(arguments)[name]) for name in named}
 
 
-def read(out: Path, job: str) -> Any | None:
-    """A job's result, or None."""
-    path = place(out, job)
-    return json.loads(path.read_text()) if path.exists() else None
+def keep(arguments: argparse.Namespace, job: str, result: dict[str, Any]) -> None:
+    write_atomic(place(arguments.out, job), json.dumps({"setup": setup(arguments), **result}, indent=1) + "\n")
+
+
+def read(arguments: argparse.Namespace, job: str) -> Any | None:
+    """A job's result, or None where there is none of this set-up."""
+    path = place(arguments.out, job)
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return found if found.get("setup") == setup(arguments) else None
 
 
 def run_all(arguments: argparse.Namespace, jobs: Sequence[str]) -> None:
@@ -126,4 +136,4 @@ def run_all(arguments: argparse.Namespace, jobs: Sequence[str]) -> None:
         print(f"{job}: {'done' if code == 0 else f'failed, see {log.name}'}", file=sys.stderr)
 
     with ThreadPoolExecutor(arguments.workers) as pool:
-        list(pool.map(start, [job for job in jobs if read(arguments.out, job) is None]))
+        list(pool.map(start, [job for job in jobs if read(arguments, job) is None]))

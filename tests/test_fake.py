@@ -108,6 +108,13 @@ def test_without_bounds_the_gradient_is_the_identity() -> None:
     assert torch.equal(x.grad, torch.ones_like(x))
 
 
+@pytest.mark.parametrize("name", ["w8a8", "w4g32"])
+def test_activations_of_a_bf16_pass_are_quantised_as_the_kernel_does_it(name: str) -> None:
+    x = torch.randn(4, 96, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    exact = fake_quantise_activation(x.float(), CATALOGUE[name])
+    assert torch.equal(fake_quantise_activation(x, CATALOGUE[name]), exact.to(torch.bfloat16))
+
+
 def test_fp32_passes_through_and_codes_refuses_it_and_nan() -> None:
     weight = torch.randn(4, 32)
     assert fake_quantise(weight, CATALOGUE["fp32"]) is weight

@@ -232,6 +232,29 @@ def test_a_supernet_starts_where_gptq_ends_and_its_folder_keeps_that(tmp_path: P
         assert torch.equal(again(policy, windows), started(policy, windows))
 
 
+def test_a_tied_heads_start_is_kept_where_the_embedding_cannot_have_the_kernel(tmp_path: Path) -> None:
+    """A group of 32 divides no width of 48: the embedding has no such kernel, the head (padded) has."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=48, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        tie_word_embeddings=True, max_position_embeddings=64,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    embedding = Unit("embed_tokens", "Gather", 48, 64, "embedding", ("model.embed_tokens",), tied_to="lm_head")
+    head = Unit("lm_head", "MatMul", 48, 64, "head", ("lm_head",), tied_to="embed_tokens")
+    windows = torch.from_numpy(np.random.default_rng(0).integers(0, 64, (8, 16)))
+    supernet = moved(Supernet(model, (embedding, head), KERNELS, rank=4, moments=input_moments(model, (head,), windows)))
+    assert "w2g32" not in supernet.kernels["embed_tokens"]
+    MetaNetwork(supernet.kernels).save(tmp_path / "meta_network.safetensors")
+    losses = {unit: dict.fromkeys(names, 0.25) for unit, names in supernet.kernels.items()}
+    saving.save(supernet, tmp_path, "tiny", losses, {"text": "none"}, windows.numpy())
+    again = Supernet(model, (embedding, head), KERNELS, rank=4, start=False)
+    again.load(SupernetFolder.open(tmp_path).trained())
+    assert np.array_equal(again.quantized(head, CATALOGUE["w2g32"]).codes, supernet.quantized(head, CATALOGUE["w2g32"]).codes)
+
+
 def test_shared_adapters_are_as_large_as_decoupled_ones_and_serve_every_kernel(tmp_path: Path) -> None:
     model, units = tiny_llama()
     own, shared = (Supernet(model, units, KERNELS, rank=4, decoupled=decoupled) for decoupled in (True, False))
@@ -259,7 +282,7 @@ def test_few_bits_have_a_higher_rank() -> None:
 def test_input_moments_are_those_of_what_the_layer_sees() -> None:
     model, units = tiny_llama()
     windows = torch.arange(24).reshape(4, 6)
-    found = input_moments(model, units, windows, batch=4)
+    found = input_moments(model, units, windows, batch=3)  # pieces of 3 and 1: each token counts alike
     seen = {}
     hook = model.get_submodule("lm_head").register_forward_pre_hook(lambda _, inputs: seen.update(x=inputs[0]))
     with torch.no_grad():

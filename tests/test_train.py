@@ -22,6 +22,7 @@ from toolchain.kernels import CATALOGUE, uniform
 from toolchain.policy.sensitivity import measure
 from toolchain.spec import Budget, Policy, Unit
 from toolchain.supernet.model import Supernet, load_model
+from toolchain.supernet.starts import input_moments
 from toolchain.train import checkpoint
 from toolchain.train.loop import Trained, adapt, train
 from toolchain.train.losses import ExpectedCost, Interference, Target, divergence_of, penalty
@@ -268,8 +269,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(make, masked: bool) 
             parameter.grad = None
         visits = step_gradients(supernet, policies, batch, Interference(units, policies), Settings(micro_batch=size), Team("cpu"))
         gradients.append({name: tensor.grad for name, tensor in supernet.parameters.items() if tensor.grad is not None})
-        scored = scorer(supernet, ids.numpy(), mask.numpy() if masked else None)(policies[0])
-        if not masked:
+        if not masked:  # of windows with padding the scorer takes the mean over windows, training that over tokens
+            scored = scorer(supernet, ids.numpy())(policies[0])
             assert float(visits[0].distance) == pytest.approx(scored, rel=1e-4)
     assert {name.split("/")[0] for name in gradients[0]} == {"w2g32", "w4g32"}
     for name, gradient in gradients[0].items():
@@ -288,6 +289,29 @@ def test_a_dedicated_run_trains_its_policy_and_nothing_else(tmp_path: Path) -> N
         name.split("/")[0] for name, value in supernet.parameters.items() if not torch.equal(value, untouched.parameters[name])
     }
     assert changed == {"w2g32"}
+
+
+def test_the_average_of_one_step_is_nine_parts_of_it_and_one_of_the_start(tmp_path: Path) -> None:
+    model, units = tiny_llama()
+    nets = [Supernet(model, units, KERNELS, rank=4) for _ in range(3)]
+    windows = np.random.default_rng(0).integers(0, 48, (16, 10))
+    for net, average in zip(nets[:2], (0, 9), strict=True):
+        adapt(net, windows, [net.policy("w2g32")], 1, 8, tmp_path / str(average), settings=replace(QUICK, average=average))
+    last, averaged, start = (net.parameters["w2g32/model.embed_tokens/low"] for net in nets)
+    assert not torch.equal(last, start)
+    torch.testing.assert_close(averaged, 0.1 * start + 0.9 * last)
+
+
+def test_a_checkpoint_of_another_start_is_not_continued(tmp_path: Path) -> None:
+    model, units = tiny_llama()
+    windows = np.random.default_rng(0).integers(0, 48, (16, 10))
+    moments = input_moments(model, units, torch.from_numpy(windows))
+    policy = [Supernet(model, units, KERNELS, rank=4).policy("w2g32")]
+    for start in (None, moments, moments):
+        found = adapt(Supernet(model, units, KERNELS, rank=4, moments=start), windows, policy, 2, 8, tmp_path, settings=QUICK)
+    assert found.resumed_from == 2  # the third finds the second's
+    again = adapt(Supernet(model, units, KERNELS, rank=4), windows, policy, 2, 8, tmp_path, settings=QUICK)
+    assert again.resumed_from == 0
 
 
 TEAM_SCRIPT = """
@@ -329,7 +353,7 @@ def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
 
 
 def bert_layers() -> tuple[torch.nn.Module, tuple[Unit, ...]]:
-    """Without the embedding: its rows are rounded best one by one, which the clip search has done before any training."""
+    """Without the embedding: its rows are rounded best one by one, which the search for bounds has done before any training."""
     model, units = tiny_bert()
     return model, units[1:]
 

@@ -121,6 +121,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--polish", type=int, metavar="N", help="train this package's own policy for N more steps")
     sub.add_argument("--text", nargs="+", metavar="FILE", help="text to polish on (default: pydoc's prose)")
     sub.add_argument(
+        "--on", choices=("auto", "cpu", "cuda"), default="auto", help="where to polish (default: a GPU if torch has one)"
+    )
+    sub.add_argument(
         "--method",
         metavar="meta-network|solver|prices|search",
         help="how a budget's policy is found (default: meta-network)",
@@ -167,7 +170,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _parser().parse_args(arguments)
     try:
         answer = parsed.run(parsed)
-        print(json.dumps(answer.data) if parsed.json else answer.text)
+        if os.environ.get("RANK", "0") == "0":  # of several processes that train as one, the first one answers
+            print(json.dumps(answer.data) if parsed.json else answer.text)
         return answer.exit_code
     except BittailorError as error:
         return _fail(str(error))
@@ -178,6 +182,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(
             f"this command needs the Python package {package!r}, which is not installed; type: pip install 'bittailor[train]'"
         )
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        return _fail(f"expected room in the GPU's memory, got none ({error}); type: --micro-batch 1, or --on cpu")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -112,7 +112,7 @@ def predict(arguments: Namespace) -> Answer:
     from toolchain.commands import workflow
 
     with workflow.opened(arguments.model) as source:
-        policy = workflow.read_policy(arguments.policy, source.graph)
+        policy = workflow.read_policy(arguments.policy, source)
         device = hardware.load(arguments.device)
         folders, workload = workflow.profile_folders(arguments.profiles), _workload(arguments)
         costs = workflow.find_costs(source.graph, device, folders, workload, arguments.allow_predicted)
@@ -172,11 +172,13 @@ def export(arguments: Namespace) -> Answer:
     given = _limits(arguments)
     if not (arguments.budget or given or arguments.policy):
         raise InputError("expected --budget, a limit or --policy, got none", "type for example: --budget medium")
+    if arguments.text and arguments.polish is None:
+        raise InputError("expected --text beside --polish, got --text alone", "type for example: --polish 40")
     if arguments.policy and arguments.method:
         raise InputError(f"expected --policy or a --method that finds one, got both ({arguments.method})", "leave one of them out")
     with workflow.opened(arguments.model) as source:
         workload = _workload(arguments) or workflow.trained_workload(source) or default_workload(source.graph)
-        policy = workflow.read_policy(arguments.policy, source.graph) if arguments.policy else None
+        policy = workflow.read_policy(arguments.policy, source) if arguments.policy else None
         unpredicted = ""
         try:
             costs = workflow.find_costs(source.graph, device, folders, workload, arguments.allow_predicted)
@@ -195,7 +197,7 @@ def export(arguments: Namespace) -> Answer:
         if arguments.polish is not None:
             from toolchain.commands.polishing import polished
 
-            source, polish = polished(source, choice.policy, arguments.polish, _paths(arguments.text))
+            source, polish = polished(source, choice.policy, arguments.polish, _paths(arguments.text), arguments.on)
         package = workflow.cut(source, choice, Path(arguments.out), device, budget, costs, workload, polish)
     if unpredicted:
         note(f"bittailor: exported without a prediction: {unpredicted}")

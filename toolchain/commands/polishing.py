@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from toolchain.commands.training import BATCH, CALIBRATION, WINDOW
 from toolchain.commands.workflow import Source
 from toolchain.errors import InputError, require
@@ -24,11 +26,12 @@ SHARE = 0.5
 
 
 def polished(
-    source: Source, policy: Policy, steps: int, text: Sequence[Path] | None, seed: int = 0
+    source: Source, policy: Policy, steps: int, text: Sequence[Path] | None, on: str = "auto", seed: int = 0
 ) -> tuple[Source, dict[str, Any]]:
     """The source with the policy's units polished, and what the manifest says of it. Where it did not help, the source as it was.
 
-    text: files to train on, None for the prose every CPython carries. Raises InputError for a model, or steps below 1.
+    text: files to train on, None for the prose every CPython carries; the supernet's held-out windows are left out of either. on: "cpu",
+    "cuda" or "auto". Raises InputError for a model, steps below 1 or too little text.
     """
     require("torch")
     from toolchain import text as texts
@@ -40,12 +43,20 @@ def polished(
 
     if source.supernet is None or steps < 1:
         raise InputError(f"expected a supernet to polish and one step or more, got {'a model' if steps > 0 else steps}")
-    graph, team = source.graph, Team()
+    graph, team = source.graph, Team(on)
     supernet = saving.restore(source.supernet, team.device)
     found = texts.documents(text) if text else texts.pydoc_documents()
     separator = texts.separator_id(graph.directory)
     framed = graph.kind == "encoder"
     windows = texts.windows(texts.load_tokenizer(graph.directory), found, min(WINDOW, graph.context), separator, framed=framed)
+    if (source.supernet.directory / "heldout.safetensors").is_file():  # they stay unseen
+        unseen = {row.tobytes() for row in source.supernet.heldout()}
+        windows = np.array([row for row in windows if row.tobytes() not in unseen]).reshape(-1, windows.shape[1])
+    if len(windows) <= CALIBRATION:
+        raise InputError(
+            f"expected more than {CALIBRATION} windows of {windows.shape[1]} tokens to polish on, got {len(windows)}",
+            "give more text: --text FILE",
+        )
     # A kernel of two phases is polished in what it decodes with.
     trained = Policy.of({unit: parts(CATALOGUE[kernel])[0].name for unit, kernel in policy.items()})
     score = scorer(supernet, windows[:CALIBRATION])
@@ -60,8 +71,9 @@ def polished(
         adapt(supernet, windows[CALIBRATION:], [trained], steps, batch, folder, seed, settings=settings, team=team)
     after = score(trained)
     name = ", ".join(path.name for path in text) if text else texts.pydoc_description()
-    facts = {"steps": steps, "text": name, "distance_before": round(before, 5), "distance_after": round(after, 5)}
-    if after >= before:
+    distances = {"distance_before": round(before, 5), "distance_after": round(after, 5)}
+    facts = {"steps": steps, "text": name, "windows": len(windows) - CALIBRATION, **distances}
+    if not after < before:  # also where it is not a number
         note(
             f"bittailor: polishing did not bring the package nearer to the model ({before:.4f} before, {after:.4f} after): left as it was"
         )

@@ -117,6 +117,10 @@ def train_supernet(
         return team.agree(lambda: sensitivity.measure(scorer(supernet, calibration), graph.units, supernet.kernels, reference))
 
     batch = min(machine.batch, len(text_used.train))
+    if batch < team.size:
+        raise InputError(
+            f"expected a window for each of {team.size} processes, got a batch of {batch}", f"type: --batch {team.size}"
+        )
     trained = train(supernet, text_used.train, costs.model, losses, steps, batch, work, seed, settings=settings, team=team)
     assert trained.meta_network is not None
     after = losses()

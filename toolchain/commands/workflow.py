@@ -172,11 +172,18 @@ def _stored_budget(path: Path, name: str) -> Budget:
         ) from error
 
 
-def read_policy(text: str, graph: Graph) -> Policy:
-    """--policy: a kernel name, or a JSON/YAML file {"units": {name: kernel}}. Raises PolicyError or InputError."""
+def read_policy(text: str, source: Source) -> Policy:
+    """--policy: a kernel name, or a JSON/YAML file {"units": {name: kernel}}. Raises PolicyError or InputError.
+
+    Of a supernet only kernels that it was trained with: those that worked where its table was made.
+    """
+    graph, available = source.graph, working_kernels()
+    if source.supernet:
+        own = {*source.supernet.kernels, "fp32"}
+        available = tuple(name for name in available if all(part.name in own for part in parts(CATALOGUE[name])))
     path = Path(text)
     if not path.is_file():
-        return uniform(text, graph.units, working_kernels())
+        return uniform(text, graph.units, available)
     import yaml
 
     try:
@@ -187,7 +194,7 @@ def read_policy(text: str, graph: Graph) -> Policy:
         raise InputError(
             f'expected a policy file {{"units": {{name: kernel}}}} in {path}, got {type(error).__name__}: {what}'
         ) from error
-    return validate(units, graph.units, working_kernels())
+    return validate(units, graph.units, available)
 
 
 @dataclass(frozen=True)
@@ -229,7 +236,7 @@ def cut(
         used = {(unit, part.name) for unit, kernel in choice.policy.items() for part in parts(CATALOGUE[kernel])}
         skipped = sorted({kernel for unit, kernel in used if kernel != "fp32" and kernel not in offered[unit]})
         if skipped:  # no budget would choose them, so no step saw them
-            training["not_trained"] = f"{', '.join(skipped)}: GPTQ alone"
+            training["not_trained"] = f"{', '.join(skipped)}: their start alone"
     if training is not None and polish:
         training["polish"] = dict(polish)
     evidence: dict[str, Any] = {

@@ -132,7 +132,12 @@ def codes(weight: Tensor, kernel: Kernel, low: Tensor | None = None, high: Tenso
 
 class _FakeQuantiseActivation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kernel: Kernel) -> Tensor:
+    def forward(ctx: Any, given: Tensor, kernel: Kernel) -> Tensor:
+        x = given.float()  # as the kernels do it, also where the model's pass is in bf16
+        return _FakeQuantiseActivation.quantised(x, kernel).to(given.dtype)
+
+    @staticmethod
+    def quantised(x: Tensor, kernel: Kernel) -> Tensor:
         if kernel.activation == "int8_group":
             grouped = _grouped(x, kernel)
             least, most = torch.aminmax(grouped, dim=-1, keepdim=True)

@@ -2,7 +2,7 @@
 
 With H = mean of x xᵀ over a layer's inputs, the output's error is (w − ŵ) H (w − ŵ)ᵀ; once column k is rounded, the rest of a row moves by
 −(w_k − ŵ_k)/U_kk · U_k,>k, U the upper Cholesky factor of H⁻¹. Columns in order of falling H_kk ("act-order"); every group's range is
-fixed before (the clip search has found it), so the order is free. By hand: the libraries that have it do not round as our kernels do.
+fixed before (the search for bounds has found it), so the order is free. By hand: the libraries that have it do not round as our kernels do.
 """
 
 from __future__ import annotations

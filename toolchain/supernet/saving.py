@@ -48,15 +48,15 @@ def save(
         # Stored once where the graph calls them tied, and a reader therefore looks for the other one.
         holders = {supernet.tensor_key(unit) if unit.tied_to else unit.name: unit for unit in reversed(offered)}
         store.write_quantised(folder, kernel, {unit.name: supernet.quantized(unit, kernel) for unit in reversed(holders.values())})
-        layers = {}
-        for unit in supernet.units:
-            for module in unit.modules:
-                if name in supernet.kernels[unit.name]:
-                    stem = f"{name}/{supernet.owner(module)}/"
-                    parts = {key.removeprefix(stem): array for key, array in arrays.items() if key.startswith(stem)}
-                    if supernet.owner(module) != module:  # held once
-                        parts = {part: array for part, array in parts.items() if not part.startswith("frozen_")}
-                    layers[module] = parts
+        layers: dict[str, dict[str, np.ndarray]] = {}
+        for module in (module for unit in offered for module in unit.modules):
+            owner = supernet.owner(module)
+            parts = {
+                key.removeprefix(f"{name}/{owner}/"): array for key, array in arrays.items() if key.startswith(f"{name}/{owner}/")
+            }
+            if any(supernet.owner(other) == owner for other in layers):  # what tied layers start from is kept once
+                parts = {part: array for part, array in parts.items() if not part.startswith("frozen_")}
+            layers[module] = parts
         store.write_adapter(folder, name, layers, peft_config(supernet, kernel, source), embeddings)
     store.write_arrays(folder / "calibration.safetensors", {"tokens": np.asarray(calibration, np.int64)})
     store.write_description(

@@ -128,6 +128,7 @@ def input_moments(model: nn.Module, units: Iterable[Unit], windows: Tensor, batc
     head's count for it.
     """
     sums: dict[str, Tensor] = {}
+    rows: dict[str, int] = {}
     same: dict[str, str] = {}
     last: tuple[str, Any] = ("", None)
 
@@ -139,22 +140,22 @@ def input_moments(model: nn.Module, units: Iterable[Unit], windows: Tensor, batc
                 return
             last = (name, inputs[0])
             x = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float()
-            square = x.T @ x / x.shape[0]
+            square = x.T @ x
             sums[name] = sums.get(name, torch.zeros_like(square)) + square
+            rows[name] = rows.get(name, 0) + x.shape[0]
 
         return add
 
     units, passes = tuple(units), Pass.of(model)
     linears = [module for unit in units if unit.op == "MatMul" for module in unit.modules]
     handles = [model.get_submodule(module).register_forward_pre_hook(hook(module)) for module in linears]
-    pieces = windows.split(batch)
     try:
-        for piece in pieces:
+        for piece in windows.split(batch):
             model(**passes.arguments(piece))
     finally:
         for handle in handles:
             handle.remove()
-    means = {name: total / len(pieces) for name, total in sums.items()}
+    means = {name: total / rows[name] for name, total in sums.items()}
     means |= {name: means[first] for name, first in same.items()}
     by_tensor = {id(model.get_submodule(module).weight): module for module in linears}
     shared = {

@@ -1,6 +1,6 @@
 """Training state at rest: one safetensors file, so that it is whole or absent after a kill at any moment.
 
-Holds the trained tensors, AdamW's moments, the meta-network with its own, the step, and what the meta-network imitates.
+Holds the trained tensors and their averages, AdamW's moments, the meta-network with its own, the step, and what the meta-network imitates.
 Knows nothing of how they are used. A checkpoint belongs to one set-up (`identity`); another set-up's is ignored.
 """
 

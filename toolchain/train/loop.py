@@ -174,6 +174,7 @@ class _Loop:
         run, settings, team = self.run, self.settings, self.team
         identity = _identity(self.supernet, run, settings, facts)
         state = checkpoint.load(run.out, identity, self.named, self.optimisers)
+        team.wait()  # before anyone writes a first one
         joint, extra = make_joint(state) if make_joint else (None, {})
         begin = state.step if state else 0
         if state is None:
@@ -211,8 +212,9 @@ class _Loop:
         self.team.join_gradients(self.supernet.parameters.values())
         self.optimisers[0].step()
         if self.average:
-            horizon = max(1.0, self.settings.average * self.run.steps)
-            share = max(1 / horizon, 9 / (10 + index))  # of the newest; early on more of it, or the start would linger
+            share = self.settings.average / (
+                self.settings.average + 1 + index
+            )  # of the newest: a mean with weights t^(average − 1)
             get_ema_multi_avg_fn(1 - share)([*self.average.values()], [*self.supernet.parameters.values()], 0)
         out: dict[str, Any] = {str(place): visit.distance for place, visit in enumerate(seen)}
         if joint and proposed:
@@ -260,6 +262,8 @@ def _identity(supernet: Supernet, run: Run, settings: Settings, facts: list[Any]
         digest.update(name.encode() + parameter.detach().cpu().numpy().tobytes())
     for name, parameter in supernet.parameters.items():
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
+    for name, frozen in supernet.frozen.items():
+        digest.update(name.encode() + frozen.places.cpu().numpy().tobytes())
     more = [run.steps, run.batch, run.seed, supernet.rank, supernet.alpha, asdict(settings), MOST_BITS, facts]
     digest.update(json.dumps(more, sort_keys=True, default=dict).encode())
     return digest.hexdigest()
