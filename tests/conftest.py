@@ -7,7 +7,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,3 +188,14 @@ def profiled(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Profi
         patch.setattr(model_rows, "MIXED", FEWER_MIXED)
         code = main(["profile", str(tiny_bert), "--profiles", str(folder), "--json"])
     return Profiled(tiny_bert, folder, Result(code, out.getvalue(), err.getvalue()))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tests of tiny tensors: a second thread only waits."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -7,156 +7,35 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from small_costs import bytes_and_time, cost_model
+from small_costs import bytes_and_time
 from test_supernet import moved, tiny_bert, tiny_llama
 
 from toolchain.errors import InputError
-from toolchain.kernels import CATALOGUE, uniform
+from toolchain.kernels import CATALOGUE
 from toolchain.policy.sensitivity import measure
-from toolchain.spec import Budget, Policy, Unit
+from toolchain.spec import Policy, Unit
 from toolchain.supernet.model import Supernet, load_model
 from toolchain.supernet.starts import input_moments
 from toolchain.train import checkpoint
 from toolchain.train.loop import Trained, adapt, train
-from toolchain.train.losses import ExpectedCost, Interference, Target, divergence_of, penalty
+from toolchain.train.losses import Interference
 from toolchain.train.quality import scorer
-from toolchain.train.sampler import PolicySampler, mean_bits_of, scenarios, triangle, worth_training
 from toolchain.train.settings import Settings
 from toolchain.train.step import Batch, step_gradients
 from toolchain.train.team import Team
 from toolchain.train.text_source import self_written
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KERNELS = ("fp32", "w8g32", "w4g32", "w3g32", "w2g32")
 POCKET = Path(__file__).parents[1] / "toolchain" / "models" / "pocket-llama-6m"
 QUICK = Settings(scenarios=12, imitation_steps=20, meta_every=3, checkpoint_seconds=0.0)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny tensors: a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def some_units(count: int = 12) -> tuple[Unit, ...]:
-    return tuple(Unit(f"u{index}", "MatMul", 64, 32 * (1 + index % 3)) for index in range(count))
-
-
-def test_mixed_policies_meet_their_target_mean() -> None:
-    units = some_units(30)
-    sampler = PolicySampler.of(units, {unit.name: KERNELS for unit in units})
-    assert sampler.levels == (2, 3, 4, 8)
-    assert sampler.range() == pytest.approx((2, 8))
-    rng = np.random.default_rng(0)
-    for target in (2.2, 3.0, 5.0, 7.5):
-        means = [mean_bits_of(sampler.mixed(target, rng), units) for _ in range(200)]
-        assert np.mean(means) == pytest.approx(target, abs=0.12)
-    assert set(sampler.mixed(2.0, rng).values()) == {"w2g32"}
-    assert set(sampler.mixed(8.0, rng).values()) == {"w8g32"}
-
-
-def test_two_group_sizes_do_not_make_a_width_likelier_and_a_level_is_one_kernel() -> None:
-    units = some_units(4)
-    sampler = PolicySampler.of(units, {unit.name: ("w2g32", "w2g128", "w4g32") for unit in units})
-    rng = np.random.default_rng(0)
-    drawn = [kernel for _ in range(500) for kernel in sampler.mixed(3.0, rng).values()]
-    assert drawn.count("w4g32") / len(drawn) == pytest.approx(0.5, abs=0.04)
-    assert drawn.count("w2g128") / len(drawn) == pytest.approx(0.25, abs=0.04)
-    levels = {frozenset(sampler.level(2, rng).values()) for _ in range(30)}
-    assert levels == {frozenset({"w2g32"}), frozenset({"w2g128"})}
-
-
-def test_triangle_wave_spends_equal_time_everywhere() -> None:
-    wave = [triangle(step, 100, 2.0, 8.0) for step in range(200)]
-    assert (wave[0], wave[50], wave[100]) == (2.0, 8.0, 2.0)
-    counts, _ = np.histogram(wave, bins=6)
-    assert counts.max() <= counts.min() + 4
-
-
-def test_a_kernel_that_costs_no_less_than_one_of_more_bits_is_not_trained() -> None:
-    costs = cost_model(
-        {
-            "latency_ms": {"a": {"w4g32": 2.0, "w3g32": 2.0, "w2g32": 1.0}, "b": {"w4g32": 2.0, "w3g32": 1.9, "w2g32": 3.0}},
-            "peak_memory_bytes": {"a": {"w4g32": 4.0, "w3g32": 4.0, "w2g32": 2.0}, "b": {"w4g32": 4.0, "w3g32": 4.0, "w2g32": 2.0}},
-        }
-    )
-    assert worth_training(costs) == {"a": ("w4g32", "w2g32"), "b": ("w4g32", "w3g32", "w2g32")}
-
-
-def test_scenarios_are_feasible_and_rare_encodings_are_drawn_more() -> None:
-    units = some_units(4)
-    costs = bytes_and_time(units, KERNELS)
-    losses = {unit.name: {"fp32": 0.0, "w8g32": 0.01, "w4g32": 0.1, "w3g32": 0.3, "w2g32": 2.0} for unit in units}
-    found = scenarios(costs, losses, 60, seed=1)
-    assert len(found.budgets) == len(found.answers) == len(found.encodings) == 60
-    for budget, answer in zip(found.budgets, found.answers, strict=True):
-        assert all(costs.totals(answer)[name] <= limit * (1 + 1e-8) for name, limit in budget.limits.items())
-    keys = [tuple(row) for row in np.minimum((found.encodings * 5).astype(int), 4).tolist()]
-    share = {key: sum(w for w, other in zip(found.weights, keys, strict=True) if other == key) for key in keys}
-    assert max(share.values()) == pytest.approx(min(share.values()))  # every occupied bin is as likely as any other
-    assert len(share) > 5
-    assert np.array_equal(scenarios(costs, losses, 60, seed=1).encodings, found.encodings)
-
-
-def test_decoder_distance_is_kl_per_kept_token() -> None:
-    generator = torch.Generator().manual_seed(0)
-    teacher, student = (torch.randn(2, 3, 5, generator=generator) for _ in range(2))
-    p, q = teacher.softmax(-1), student.softmax(-1)
-    per_token = (p * (p / q).log()).sum(-1)
-    assert float(divergence_of("decoder", teacher, student)) == pytest.approx(float(per_token.mean()), rel=1e-5)
-    assert float(Target("decoder", teacher).distance(student)) == pytest.approx(float(per_token.mean()), rel=1e-4)
-    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
-    kept = float((per_token * mask).sum() / 3)
-    assert float(divergence_of("decoder", teacher, student, mask)) == pytest.approx(kept, rel=1e-5)
-    assert float(Target("decoder", teacher, mask).distance(student)) == pytest.approx(kept, rel=1e-4)
-    assert float(Target("decoder", teacher).distance(teacher)) == pytest.approx(0, abs=1e-6)
-
-
-def test_encoder_distance_sees_direction_and_size() -> None:
-    teacher = torch.tensor([[[3.0, 4.0]]])
-    assert float(divergence_of("encoder", teacher, teacher)) == pytest.approx(0, abs=1e-6)
-    assert float(divergence_of("encoder", teacher, 2 * teacher)) == pytest.approx(
-        1.0
-    )  # same direction, error as long as the vector
-    assert float(divergence_of("encoder", teacher, -teacher)) == pytest.approx(2 + 4)
-
-
-def test_interference_weights_rise_and_fall_with_bits_and_average_to_one() -> None:
-    units = some_units(4)
-    policies = [uniform(name, units) for name in ("w2g32", "w4g32", "w8g32")]
-    weights = Interference(units, policies, a=1.0)
-    alphas = [weights.alpha(policy) for policy in policies]
-    assert alphas == pytest.approx([12 / 7, 6 / 7, 3 / 7])
-    assert np.mean(alphas) == pytest.approx(1)
-    assert [weights.beta(policy) for policy in policies] == pytest.approx([0.025, 0.05, 0.1])
-    clip = {"k/m/low": torch.full((3,), 9.0)}
-    assert float(penalty({"k/m/A": torch.full((2, 2), 2.0), "k/m/B": torch.zeros(2, 2), **clip})) == pytest.approx(2.0)
-
-
-def test_expected_cost_of_a_certain_choice_is_the_policys_cost_and_pulls_under_the_budget() -> None:
-    _, units = tiny_llama()
-    costs = bytes_and_time(units, KERNELS)
-    penalties = ExpectedCost(costs, costs.kernels)
-    policy = uniform("w4g32", units, KERNELS)
-    chosen = torch.tensor([[float(kernel == policy[unit]) for kernel in kernels] for unit, kernels in costs.kernels.items()])
-    total = costs.totals(policy)["peak_memory_bytes"]
-    assert float(penalties.expected("peak_memory_bytes", chosen)) == pytest.approx(total)
-    assert float(penalties.excess(Budget(peak_memory_bytes=total / 1.5), chosen)) == pytest.approx(0.5)
-    assert float(penalties.excess(Budget(peak_memory_bytes=total * 1.01, energy_mj=1.0), chosen)) == 0
-    logits = torch.zeros(len(units), 5, requires_grad=True)
-    penalties.excess(Budget(latency_ms=0.1), logits.softmax(-1)).backward()
-    assert logits.grad is not None
-    names = costs.kernels["qkv"]
-    assert logits.grad[1, names.index("fp32")] > 0 > logits.grad[1, names.index("w2g32")]
 
 
 def run(
