@@ -34,7 +34,7 @@ from toolchain.supernet.starts import Frozen, bounded, frozen_start, search
 
 RANK = 32
 RANKS = {2: 4, 3: 2}
-"""Weight bits → times the rank of the others. At 2 bits and 250 steps, the pocket model's perplexity is 59.2 at rank 32, 53.6 at 128."""
+"""Weight bits → times the rank of the others."""
 
 
 def load_model(folder: Path) -> nn.Module:

@@ -4,8 +4,8 @@ Bounds. Round-to-nearest over the full range wastes codes at 2 to 4 bits: one ex
 starts training where PTQ with MSE clipping ends.
 
 Weights. GPTQ's codes themselves are a bad start: every weight then sits in the middle of its step, and an adapter has to move it by half
-a step before anything changes (pocket model, 2 bits, 120 steps of 16×256 tokens: perplexity 91.3 from the codes, 74.3 from what follows).
-So training starts from each weight as it stood when GPTQ rounded it (`gptq.compensated`): it rounds to the same codes.
+a step before anything changes. So training starts from each weight as it stood when GPTQ rounded it (`gptq.compensated`): it rounds to
+the same codes.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Frozen:
     """Weights [N, K] under bounds low <= 0 <= high [N, G], one byte each: the code they round to, and where within its step they stand.
 
     places uint8 [N, K]: code · F + part, F = 256 / 2^b parts of a step. A part's middle is taken, which never lies on a rounding edge: GPTQ
-    counts on every single code, and a weight in a thousand on the wrong side of its edge was seen to cost 15% of what it gains.
+    counts on every single code, and plain 8-bit codes, which put a few weights on the other side of theirs, lose much of what it gains.
     """
 
     places: Tensor

@@ -14,20 +14,19 @@ PRECISIONS = ("fp32", "bf16")
 
 @dataclass(frozen=True)
 class Settings:
-    """What the pocket model was tuned with (400 policies of 4×256 tokens): see each field's reason.
+    """What the pocket model was tuned with: see each field's reason. `benchmarks/ablations.py` measures the parts that can be taken out.
 
     sampling       which policies are trained: `schedule.py`
     loss           "interference": α·distance + β·penalty;  "mse": mean squared error of the outputs, every policy alike
-    lr             adapters of 3 bits and more: 5e-3 loses 3 to 5% perplexity
-    low_lr         times lr for kernels of 2 bits: 60.4 instead of 61.8 perplexity after 250 steps of 64×256 tokens
+    lr             adapters of 3 bits and more: larger steps lose quality there
+    low_lr         times lr for kernels of 2 bits, which have further to go
     bound_lr       logarithms of the bounds: they live on a scale of 1, the adapters on one of 0.05
     average        parameters are averaged in the end, step t weighing t^(average − 1): about the last tenth of a run at 9; 0: the last ones
-                   are taken. Near a rounding edge a weight goes to and fro, and its mean says on which side it belongs: 57.0 instead of
-                   59.2 perplexity at 2 bits after 250 steps of 64×256 tokens
+                   are taken. Near a rounding edge a weight goes to and fro, and its mean says on which side it belongs
     waves          triangle waves in a run
     a, balance     interference-aware loss
-    likely         share of the other mixed visits that go to the solver's answers to random budgets. Half: chosen policies come 5 to 35%
-                   nearer to the teacher, but their perplexity is 0.4 to 2% higher: trained subnets read better than their teacher
+    likely         share of the other mixed visits that go to the solver's answers to random budgets: brings those nearer to the teacher,
+                   at the expense of other policies
     meta_every     steps between two meta-network steps, 0: there is none; tau anneals from tau_start to tau_end
     cost_weight    pull of the expected cost under the budget; imitation_weight: of the exact solver's answers
     micro_batch    windows that go through the model at once, 0: all of the batch; gradients are accumulated
