@@ -7,8 +7,9 @@ are made and measured in groups, in rotation, as the workload says (a real prefi
 phases), in random order. In every group's rotation stand three models that the table holds (uniform at 8, 4 and 2 bits, as deep as they
 were profiled): how much slower they run now than they did then, in the median of the three, is the machine's doing, and is taken out of
 the group's figures. (To each policy the drift of its own bits was tried: single known models are short and noisier than what is gained.)
-Printed too: the ratios corrected by the references alone, as `check` does it, and the raw ones. A quarter of the policies is measured a
-second time in other groups: how well a measurement predicts itself is the noise floor.
+A process has moods of its own (`benchmarks/sessions.py`), so a measurement is the mean over two processes, in different groups. A quarter
+of the policies is measured a second time, in two others: how well a measurement predicts itself is the noise floor. Printed too: the
+ratios corrected by the references alone, as `check` does it, and the raw ones.
 
 Goal: latency within 5% for 90 of 100 policies and within 10% for 99, Spearman >= 0.98, peak memory within 5% for 95, bytes exact.
 """
@@ -20,10 +21,11 @@ import json
 import random
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import numpy as np
 
@@ -44,7 +46,7 @@ from toolchain.profiler.measure import latencies, levelled, subject
 from toolchain.profiler.model_rows import Anchor, anchors
 from toolchain.spec import Policy, Workload
 
-WINDOWS = 11
+WINDOWS, PROCESSES = 6, 2
 KNOWN = ("w8g128", "w4g32", "w2g32")
 """Models that the table holds, and that tell the machine's drift since: bound by memory, in between, by arithmetic."""
 
@@ -163,18 +165,22 @@ def main() -> None:
         policies = {f"policy {number}": random_policy(graph, costs.model, value, rng) for number, value in enumerate(bits)}
         order = rng.sample(list(policies), len(policies))
         again = rng.sample(order, max(arguments.group, len(order) // 4))
-        done = (arguments.work or Path(temporary)) / f"measured-3-{graph.fingerprint[:12]}-{arguments.workload}-{len(order)}.json"
-        first, second = json.loads(done.read_text()) if done.exists() else ({}, {})
-        for names, into, memory in ((order, first, True), (again, second, False)):
+        done = (arguments.work or Path(temporary)) / f"measured-4-{graph.fingerprint[:12]}-{arguments.workload}-{len(order)}.json"
+        rounds: list[dict[str, dict]] = json.loads(done.read_text()) if done.exists() else [{} for _ in range(2 * PROCESSES)]
+        for number, into in enumerate(rounds):
+            drawn_order = order if number < PROCESSES else again
+            names = random.Random(number).sample(drawn_order, len(drawn_order))
             for start in range(0, len(names), arguments.group):
                 if set(names[start : start + arguments.group]) <= set(into):
                     continue
                 group = {name: policies[name] for name in names[start : start + arguments.group]}
-                rows = measured(graph, group, known, arguments.workload, host, memory)
+                rows = measured(graph, group, known, arguments.workload, host, memory=number == 0)
                 seen_known = {anchor.name: rows.pop(anchor.name) for anchor in known}
                 into |= {name: {**row, "known": seen_known} for name, row in rows.items()}
-                write_atomic(done, json.dumps([first, second]))
-                print(f"measured {len(first)} + {len(second)} of {len(order)} + {len(again)}", file=sys.stderr)
+                write_atomic(done, json.dumps(rounds))
+                print(f"round {number + 1} of {len(rounds)}: measured {len(into)} of {len(names)}", file=sys.stderr)
+        once, twice = rounds[:PROCESSES], rounds[PROCESSES:]
+        first = rounds[0]
         kinds = {name: working_set_of(graph.units, policies[name], costs.table.header.cache_bytes) for name in order}
         then_ms = {anchor.name: known_latencies(costs.table, graph, anchor, arguments.workload) for anchor in known}
         predicted = {name: costs.model.totals(policy) for name, policy in policies.items()}
@@ -186,26 +192,35 @@ def main() -> None:
             def slower(row: dict, name: str, resource: str = resource) -> float:
                 return row["known"][name][resource] / then_ms[name][resource]
 
-            now, later = (
-                {name: row[resource] / median(slower(row, other) for other in KNOWN) for name, row in seen.items()}
-                for seen in (first, second)
-            )
+            def machine(row: dict, name: str, slower: Callable = slower) -> float:
+                """How much slower the machine is than in the table, by the known models."""
+                return median(slower(row, other) for other in KNOWN)
+
+            def by_reference(row: dict, name: str, resource: str = resource) -> float:
+                bound = work(resource == "latency_ms" and arguments.workload.kind == "generate", kinds[name])
+                return row[bound] / costs.table.header.reference_ns[bound]
+
+            def raw(row: dict, name: str) -> float:
+                return 1.0
+
+            def average(rounds: list[dict], slowness: Callable, resource: str = resource) -> dict[str, float]:
+                return {name: mean(seen[name][resource] / slowness(seen[name], name) for seen in rounds) for name in rounds[0]}
+
             for other in KNOWN:
-                moves = [slower(first[name], other) for name in order]
+                moves = [slower(seen[name], other) for seen in once for name in order]
                 print(
                     f"{resource}: known {other} ran {min(moves):.2f} to {max(moves):.2f} times as long as in the table",
                     file=sys.stderr,
                 )
-            then = costs.table.header.reference_ns
-            corrected = []
-            for name in order:
-                bound = work(resource == "latency_ms" and arguments.workload.kind == "generate", kinds[name])
-                corrected.append(predicted[name][resource] / first[name][resource] * first[name][bound] / then[bound])
-            raw = [predicted[name][resource] / first[name][resource] for name in order]
-            lines.append(summary(f"{resource}: predicted / measured", [predicted[name][resource] / now[name] for name in order]))
+            now, later = average(once, machine), average(twice, machine)
+            for how, seen in (
+                ("", now),
+                (", by the references instead", average(once, by_reference)),
+                (", raw", average(once, raw)),
+            ):
+                ratios = [predicted[name][resource] / seen[name] for name in order]
+                lines.append(summary(f"{resource}: predicted / measured{how}", ratios))
             lines.append(summary(f"{resource}: measured again / measured", [later[name] / now[name] for name in again]))
-            lines.append(summary(f"{resource}: predicted / measured, by the references instead", corrected))
-            lines.append(summary(f"{resource}: predicted / measured, raw", raw))
             noise = float(np.percentile([abs(later[name] / now[name] - 1) for name in again], 90))
             pair = [predicted[name][resource] for name in order], [now[name] for name in order]
             ranks.append((resource, spearman(*pair), noise, *spearman_beyond_noise(*pair, noise)))
@@ -223,9 +238,8 @@ def main() -> None:
         print(
             f"Spearman {resource}: {rank:.3f} of all; {beyond:.3f} of {count} that differ by more than noise ({noise:.1%}) from the next"
         )
-    print(
-        f"package bytes exact: {exact} of {len(order)}; measured while disturbed: {sum(not row['valid'] for row in first.values())}"
-    )
+    disturbed = sum(not row["valid"] for seen in rounds for row in seen.values())
+    print(f"package bytes exact: {exact} of {len(order)}; measured while disturbed: {disturbed}")
     spread = {name: f"{value:.1%}" for name, value in costs.model.relative_spread.items()}
     print(f"spread that the table promised: {spread}")
     if arguments.json:
@@ -233,8 +247,8 @@ def main() -> None:
             name: {
                 "bits": mean_bits(policies[name], graph.units),
                 "predicted": predicted[name],
-                "measured": first[name],
-                "again": second.get(name),
+                "measured": [seen[name] for seen in once],
+                "again": [seen.get(name) for seen in twice],
             }
             for name in order
         }

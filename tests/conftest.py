@@ -185,6 +185,7 @@ def profiled(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Profi
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(unit_rows, "WINDOWS", FEWER_WINDOWS)
         patch.setattr(model_rows, "WINDOWS", FEWER_WINDOWS)
+        patch.setattr(model_rows, "SESSIONS", 1)
         patch.setattr(model_rows, "MIXED", FEWER_MIXED)
         code = main(["profile", str(tiny_bert), "--profiles", str(folder), "--json"])
     return Profiled(tiny_bert, folder, Result(code, out.getvalue(), err.getvalue()))

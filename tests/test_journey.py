@@ -24,6 +24,7 @@ def few_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     real = acceptance.measure_package
     monkeypatch.setattr(unit_rows, "WINDOWS", FEWER_WINDOWS)
     monkeypatch.setattr(model_rows, "WINDOWS", FEWER_WINDOWS)
+    monkeypatch.setattr(model_rows, "SESSIONS", 1)
     monkeypatch.setattr(model_rows, "MIXED", FEWER_MIXED)
     monkeypatch.setattr(acceptance, "measure_package", lambda *words: real(*words, windows=FEWER_WINDOWS))
 

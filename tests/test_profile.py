@@ -239,13 +239,44 @@ def test_a_summary_is_the_median_and_half_the_distance_of_the_deciles() -> None:
 # ---- whole models
 
 
-def test_a_prompt_as_long_as_the_context_is_weighed_inside_it(graphs: Any) -> None:
+def test_a_prompt_as_long_as_the_context_is_weighed_inside_it(graphs: Any, tmp_path: Path) -> None:
     graph = graphs("llama")
     anchor = model_rows.anchors(graph, ("w4g32",), cache_bytes=2**25)[0]
     wanted = model_rows.Wanted(anchor, times=(), memory=(graph.context,))
-    (row,) = model_rows.weigh(Host(load("local"), 1), graph, Workload.parse("generate:64+32"), wanted)
+    packages = model_rows.Packages(graph, tmp_path)
+    (row,) = model_rows.weigh(Host(load("local"), 1), graph, Workload.parse("generate:64+32"), wanted, packages)
     assert isinstance(row, ModelMemoryRow)
     assert row.peak_bytes > 0
+
+
+def test_whole_models_are_timed_in_sessions_that_are_brought_to_one_speed(graphs: Any, tmp_path: Path) -> None:
+    """The second session's machine is half as fast, and its references say so; in the third the models alone took longer."""
+    graph, workload = graphs("bert"), Workload.parse("encode:1x16")
+    table = CostTable(replace(current_header(load("local"), 1), kernels=tuple(CATALOGUE), cache_bytes=2**30), {})
+    orders: list[list[str]] = []
+
+    class Scripted(Host):
+        def time(self, subjects: Any, windows: int) -> dict[str, Any]:
+            took, reference = [(6e6, 100.0), (12e6, 200.0), (9e6, 100.0)][len(orders)]
+            orders.append([item["name"] for item in subjects])
+            trials = {item["name"]: [{phase["label"]: took for phase in item["phases"]}] * windows for item in subjects}
+            return {"trials": trials, "reference_ns": {name: [reference] for name in WORKS}, "dropped": 0, "valid": True}
+
+    sessions = model_rows.Sessions(
+        Scripted(load("local"), 1),
+        graph,
+        table.header.cache_bytes,
+        model_rows.missing(graph, workload, table),
+        model_rows.Packages(graph, tmp_path),
+    )
+    assert [sessions.time() for _ in range(model_rows.SESSIONS - 1)] == [([], {})] * 2
+    rows, references = sessions.time()
+    assert {row.latency_ms for row in rows} == {(6 + 6 + 9) / 3}
+    assert {row.n for row in rows} == {model_rows.SESSIONS * model_rows.WINDOWS}
+    assert set(references) == set(WORKS)
+    assert all(seen == [100.0] for seen in references.values())
+    assert sorted(orders[0]) == sorted(orders[1]) == sorted(orders[2])
+    assert orders[0] != orders[1], "each session has its own order"
 
 
 def test_a_model_that_is_cut_is_also_weighed_whole(graphs: Any) -> None:

@@ -33,7 +33,7 @@ from toolchain.profiler.contention import Watch
 from toolchain.profiler.subjects import GRAPHS, SUBJECTS, References, Subject, Unit
 from toolchain.spec import WORKS
 
-PROTOCOL = "interleaved windows, drift-corrected, 3"
+PROTOCOL = "interleaved windows, drift-corrected, 4"
 WINDOW_SECONDS = 0.2
 BUSY = 0.15
 ROUNDS, LONGEST_SECONDS = 5, 1.0

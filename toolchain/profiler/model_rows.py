@@ -8,18 +8,17 @@ Weights are drawn: their values do not change a kernel's time.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
 
 from toolchain.costs.operations import working_set_of
-from toolchain.costs.rows import ModelMemoryRow, ModelRow, Row
+from toolchain.costs.rows import ModelMemoryRow, ModelRow, Row, work
 from toolchain.costs.table import CostTable
-from toolchain.files import scratch
 from toolchain.graph.assemble import assemble
 from toolchain.graph.layers import layer_of, units_within
 from toolchain.graph.model import Graph
@@ -34,7 +33,7 @@ from toolchain.spec import Phase, Policy, Workload
 MIXED = 16
 WEIGHED_WHOLE = ("mixed-0", "mixed-1")
 FEWEST_LAYERS = 4
-WINDOWS = 11
+SESSIONS, WINDOWS = 3, 5
 EVERYWHERE = ("w8g32", "w4g32", "fp32")
 """The first of these that the device has is measured at all points, the other policies at the workload's own."""
 _PASTS = (16, 128, 512, 2048)
@@ -144,63 +143,101 @@ def _memory_key(graph: Graph, anchor: Anchor, workload: Workload, tokens: int) -
     return ("model memory", graph.fingerprint, workload.batch, tokens, capacity, anchor.layers, anchor.name)
 
 
-def time(host: Host, graph: Graph, cache_bytes: int, wanted: Sequence[Wanted]) -> tuple[list[Row], References]:
-    """(rows not yet corrected for drift, the references' times meanwhile): all anchors in rotation in one process."""
-    rows: list[Row] = []
-    with _packages(graph, wanted) as folders:
-        subjects = [subject(graph, item.anchor.name, folders[item.anchor.name], item.times) for item in wanted]
-        answer = host.time(subjects, WINDOWS)
-    trials = levelled(answer["trials"])
-    for item in wanted:
-        kind = working_set_of(units_within(graph.units, item.anchor.layers), item.anchor.policy, cache_bytes)
-        for phase in item.times:
-            seen = summarise((trial[label(phase)] / 1e6 for trial in trials[item.anchor.name]), answer["valid"])
-            assert seen.value is not None
-            assert seen.spread is not None
-            rows.append(
-                ModelRow(
-                    model=graph.fingerprint,
-                    phase=phase.name,
-                    batch=phase.batch,
-                    tokens=phase.tokens,
-                    past=phase.past,
-                    layers=item.anchor.layers,
-                    policy=item.anchor.name,
-                    units=dict(item.anchor.policy),
-                    working_set=kind,
-                    latency_ms=seen.value,
-                    spread_ms=seen.spread,
-                    n=seen.n,
-                    valid=seen.valid,
+class Packages:
+    """The anchors' packages below a folder, each made when it is first asked for."""
+
+    def __init__(self, graph: Graph, folder: Path) -> None:
+        self.graph, self.folder = graph, folder
+
+    def of(self, anchor: Anchor) -> Path:
+        place = self.folder / f"{anchor.name}-{anchor.layers}"
+        if not place.exists():
+            place.mkdir(parents=True)
+            assemble(self.graph, anchor.policy, drawn, place, anchor.layers, sync=False)
+        return place
+
+
+class Sessions:
+    """The time of whole models, from SESSIONS processes that lie apart: windows of one process agree with each other, two processes do not.
+
+    Where a model's memory comes to lie, who runs before it, what the neighbours of this machine are up to: that stays as it is while a
+    process lives. (Between windows of one process the pocket of time spread by 2%, between processes by 13%: `benchmarks/sessions.py`.)
+    """
+
+    def __init__(self, host: Host, graph: Graph, cache_bytes: int, wanted: Sequence[Wanted], packages: Packages) -> None:
+        self.host, self.graph, self.cache_bytes, self.packages = host, graph, cache_bytes, packages
+        self.wanted = list(wanted)
+        self.answers: list[dict[str, Any]] = []
+
+    def time(self) -> tuple[list[Row], References]:
+        """One more session: all models in rotation, in another order. (rows at the speed of the first session, its references) after the
+        last one, nothing before."""
+        order = list(self.wanted)
+        random.Random(len(self.answers)).shuffle(order)
+        subjects = [subject(self.graph, item.anchor.name, self.packages.of(item.anchor), item.times) for item in order]
+        answer = self.host.time(subjects, WINDOWS)
+        self.answers.append({**answer, "trials": levelled(answer["trials"])})
+        if len(self.answers) < SESSIONS:
+            return [], {}
+        return self._rows(), self.answers[0]["reference_ns"]
+
+    def _rows(self) -> list[Row]:
+        rows: list[Row] = []
+        first = self.answers[0]["reference_ns"]
+        valid = all(answer["valid"] for answer in self.answers)
+        for item in self.wanted:
+            kind = working_set_of(units_within(self.graph.units, item.anchor.layers), item.anchor.policy, self.cache_bytes)
+            for phase in item.times:
+                bound = work(phase.name == "decode", kind)
+                sessions = []
+                for answer in self.answers:
+                    speed = median(first[bound]) / median(answer["reference_ns"][bound]) / 1e6
+                    sessions.append([trial[label(phase)] * speed for trial in answer["trials"][item.anchor.name]])
+                seen = summarise((trial for trials in sessions for trial in trials), valid)
+                assert seen.spread is not None
+                rows.append(
+                    ModelRow(
+                        model=self.graph.fingerprint,
+                        phase=phase.name,
+                        batch=phase.batch,
+                        tokens=phase.tokens,
+                        past=phase.past,
+                        layers=item.anchor.layers,
+                        policy=item.anchor.name,
+                        units=dict(item.anchor.policy),
+                        working_set=kind,
+                        latency_ms=mean(median(trials) for trials in sessions),
+                        spread_ms=seen.spread,
+                        n=seen.n,
+                        valid=seen.valid,
+                    )
                 )
-            )
-    return rows, answer["reference_ns"]
+        return rows
 
 
-def weigh(host: Host, graph: Graph, workload: Workload, wanted: Wanted) -> list[Row]:
+def weigh(host: Host, graph: Graph, workload: Workload, wanted: Wanted, packages: Packages) -> list[Row]:
     """Memory rows of one anchor, each from a fresh process."""
     rows: list[Row] = []
     anchor = wanted.anchor
-    with _packages(graph, [wanted]) as folders:
-        for tokens in wanted.memory:
-            capacity = tokens + workload.new_tokens
-            phases = [Phase("encode" if graph.kind == "encoder" else "prefill", workload.batch, tokens)]
-            if graph.kind == "decoder":  # decoding has buffers of its own: 3% of the pocket model's peak
-                past = max(1, min(tokens + workload.new_tokens // 2, graph.context - _LAST_STEPS))
-                phases.append(Phase("decode", 1, 1, past, min(tokens, past)))
-            seen = host.peak({**subject(graph, anchor.name, folders[anchor.name], phases), "capacity": capacity})
-            row = ModelMemoryRow(
-                model=graph.fingerprint,
-                batch=workload.batch,
-                tokens=tokens,
-                capacity=capacity,
-                layers=anchor.layers,
-                policy=anchor.name,
-                units=dict(anchor.policy),
-                peak_bytes=float(seen["peak_bytes"]),
-                running_bytes=float(seen["running_bytes"]),
-            )
-            rows.append(row)
+    for tokens in wanted.memory:
+        capacity = tokens + workload.new_tokens
+        phases = [Phase("encode" if graph.kind == "encoder" else "prefill", workload.batch, tokens)]
+        if graph.kind == "decoder":  # decoding has buffers of its own: 3% of the pocket model's peak
+            past = max(1, min(tokens + workload.new_tokens // 2, graph.context - _LAST_STEPS))
+            phases.append(Phase("decode", 1, 1, past, min(tokens, past)))
+        seen = host.peak({**subject(graph, anchor.name, packages.of(anchor), phases), "capacity": capacity})
+        row = ModelMemoryRow(
+            model=graph.fingerprint,
+            batch=workload.batch,
+            tokens=tokens,
+            capacity=capacity,
+            layers=anchor.layers,
+            policy=anchor.name,
+            units=dict(anchor.policy),
+            peak_bytes=float(seen["peak_bytes"]),
+            running_bytes=float(seen["running_bytes"]),
+        )
+        rows.append(row)
     return rows
 
 
@@ -215,14 +252,3 @@ def subject(graph: Graph, name: str, folder: Path, phases: Iterable[Phase]) -> d
         for phase in phases
     ]
     return {"name": name, "kind": f"{graph.kind} phases", "folder": str(folder), "phases": described, "rows": graph.vocabulary}
-
-
-@contextmanager
-def _packages(graph: Graph, wanted: Iterable[Wanted]) -> Iterator[dict[str, Path]]:
-    with scratch() as folder:
-        folders = {}
-        for item in wanted:
-            place = folders[item.anchor.name] = folder / item.anchor.name
-            place.mkdir()
-            assemble(graph, item.anchor.policy, drawn, place, item.anchor.layers, sync=False)
-        yield folders

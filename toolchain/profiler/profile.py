@@ -19,6 +19,7 @@ from toolchain.costs.operations import working_set
 from toolchain.costs.rows import Header, Row, at_speed
 from toolchain.costs.table import CostTable, open_table, refuse_if_stale
 from toolchain.errors import InputError
+from toolchain.files import scratch
 from toolchain.graph.model import Graph
 from toolchain.kernels import candidates, runs_as
 from toolchain.profiler import model_rows, unit_rows
@@ -77,13 +78,15 @@ def profile(graph: Graph, header: Header, device: Device, workload: Workload, pa
     if path.exists() and not renew:
         table = open_table(path)
         refuse_if_stale(table, header)
-    jobs = list(_jobs(graph, Host(device, header.threads), workload, table))
-    for job in track(jobs, len(jobs), f"profile {Path(graph.source).name}"):
-        rows, references = job.measure()
-        table = _adding(table, rows, references)
-        if job.unit:
-            table = unit_rows.with_errors(table, job.unit)
-        table.save(path)
+    with scratch() as folder:
+        packages = model_rows.Packages(graph, folder)
+        jobs = list(_jobs(graph, Host(device, header.threads), workload, table, packages))
+        for job in track(jobs, len(jobs), f"profile {Path(graph.source).name}"):
+            rows, references = job.measure()
+            table = _adding(table, rows, references)
+            if job.unit:
+                table = unit_rows.with_errors(table, job.unit)
+            table.save(path)
     return table
 
 
@@ -95,8 +98,9 @@ class _Job:
     unit: Unit | None = None
 
 
-def _jobs(graph: Graph, host: Host, workload: Workload, table: CostTable) -> Iterator[_Job]:
-    """One job per unit shape that lacks a row, one for the time of whole models, one for the memory of each, one to describe the model."""
+def _jobs(graph: Graph, host: Host, workload: Workload, table: CostTable, packages: model_rows.Packages) -> Iterator[_Job]:
+    """One job per unit shape that lacks a row, a few for the time of whole models, between them one for the memory of each, one to
+    describe the model."""
     for unit in {unit.shape: unit for unit in graph.units}.values():
         names = dict.fromkeys(runs_as(name) for name in candidates(unit, table.header.kernels))
         sets = {name: working_set(graph.units, name, table.header.cache_bytes) for name in names}
@@ -105,17 +109,21 @@ def _jobs(graph: Graph, host: Host, workload: Workload, table: CostTable) -> Ite
         if times or memory:
             yield _Job(partial(unit_rows.measure, host, unit, times, memory), unit)
     lacking = model_rows.missing(graph, workload, table)
-    if timed := [item for item in lacking if item.times]:
-        yield _Job(partial(model_rows.time, host, graph, table.header.cache_bytes, timed))
-    for item in lacking:
-        if item.memory:
-            yield _Job(partial(_weigh, host, graph, workload, item))
+    timed, weighed = ([item for item in lacking if getattr(item, what)] for what in ("times", "memory"))
+    sessions = model_rows.Sessions(host, graph, table.header.cache_bytes, timed, packages)
+    for turn in range(model_rows.SESSIONS):
+        if timed:
+            yield _Job(sessions.time)
+        for item in weighed[turn :: model_rows.SESSIONS]:
+            yield _Job(partial(_weigh, host, graph, workload, item, packages))
     if (shape := describe(graph)).key not in table.rows:
         yield _Job(lambda: ([shape], {}))
 
 
-def _weigh(host: Host, graph: Graph, workload: Workload, wanted: model_rows.Wanted) -> tuple[list[Row], References]:
-    return model_rows.weigh(host, graph, workload, wanted), {}
+def _weigh(
+    host: Host, graph: Graph, workload: Workload, wanted: model_rows.Wanted, packages: model_rows.Packages
+) -> tuple[list[Row], References]:
+    return model_rows.weigh(host, graph, workload, wanted, packages), {}
 
 
 def _adding(table: CostTable, rows: list[Row], references: References) -> CostTable:
