@@ -5,8 +5,9 @@
 Profiles the model first, if the table in --work lacks rows; what was measured is kept there too, so a killed run goes on. Then packages
 are made and measured in groups, in rotation, as the workload says (a real prefill and real decode steps, not the profiler's single
 phases), in random order. In every group's rotation stand three models that the table holds (uniform at 8, 4 and 2 bits, as deep as they
-were profiled): how much slower they run now than they did then, in the median of the three, is the machine's doing, and is taken out of
-the group's figures. (To each policy the drift of its own bits was tried: single known models are short and noisier than what is gained.)
+were profiled): how much slower they run now than they did then is the machine's doing, and is taken out of the group's figures. Where
+many tokens are in flight arithmetic is the limit at any bit-width: the median of the three. Decoding waits for memory or for arithmetic,
+which drift apart: there a policy's drift is read at its mean bits, on the lines between the three.
 A process has moods of its own (`benchmarks/sessions.py`), so a measurement is the mean over two processes, in different groups. A quarter
 of the policies is measured a second time, in two others: how well a measurement predicts itself is the noise floor. Printed too: the
 ratios corrected by the references alone, as `check` does it, and the raw ones.
@@ -47,8 +48,8 @@ from toolchain.profiler.model_rows import Anchor, anchors
 from toolchain.spec import Policy, Workload
 
 WINDOWS, PROCESSES = 6, 2
-KNOWN = ("w8g128", "w4g32", "w2g32")
-"""Models that the table holds, and that tell the machine's drift since: bound by memory, in between, by arithmetic."""
+KNOWN = ("w2g32", "w4g32", "w8g128")
+"""Models that the table holds, and that tell the machine's drift since: bound by arithmetic, in between, by memory; bits rising."""
 
 
 def random_policy(graph: Graph, costs: CostModel, bits: float, rng: random.Random) -> Policy:
@@ -192,9 +193,14 @@ def main() -> None:
             def slower(row: dict, name: str, resource: str = resource) -> float:
                 return row["known"][name][resource] / then_ms[name][resource]
 
-            def machine(row: dict, name: str, slower: Callable = slower) -> float:
+            def machine(row: dict, name: str, resource: str = resource, slower: Callable = slower) -> float:
                 """How much slower the machine is than in the table, by the known models."""
-                return median(slower(row, other) for other in KNOWN)
+                moves = [slower(row, other) for other in KNOWN]
+                if resource != "latency_ms" or arguments.workload.kind != "generate":
+                    return median(moves)
+                return float(
+                    np.interp(mean_bits(policies[name], graph.units), [CATALOGUE[other].weight_bits for other in KNOWN], moves)
+                )
 
             def by_reference(row: dict, name: str, resource: str = resource) -> float:
                 bound = work(resource == "latency_ms" and arguments.workload.kind == "generate", kinds[name])

@@ -31,7 +31,7 @@ from toolchain.quantize.packing import packed_bytes
 from toolchain.spec import Phase, Policy, Workload
 
 MIXED = 16
-WEIGHED_WHOLE = ("mixed-0", "mixed-1")
+WHOLE = ("mixed-0", "mixed-1")
 FEWEST_LAYERS = 4
 SESSIONS, WINDOWS = 3, 5
 EVERYWHERE = ("w8g32", "w4g32", "fp32")
@@ -43,19 +43,21 @@ _LAST_STEPS = 8
 
 @dataclass(frozen=True)
 class Anchor:
-    """A policy of the first `layers` layers, embedding and head. timed: False where only its memory is wanted."""
+    """A policy of the first `layers` layers, embedding and head."""
 
     name: str
     policy: Policy
     layers: int
-    timed: bool = True
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} of {self.layers} layers"
 
 
 def anchors(graph: Graph, available: Iterable[str], cache_bytes: int) -> list[Anchor]:
     """Every kernel on all units, and mixed policies drawn with a fixed seed, each as deep as it must be.
 
-    Where that is not the whole depth, two mixed ones also whole, for their memory: an error in what few layers add is multiplied on the
-    way to many, and a fresh process takes a moment where timing would take minutes.
+    Where that is not the whole depth, two mixed ones also whole: an error in what a layer adds is multiplied on the way from few to many.
     """
     available = tuple(available)
     names = [name for name in CATALOGUE if name in available and runs_as(name) == name]
@@ -69,8 +71,8 @@ def anchors(graph: Graph, available: Iterable[str], cache_bytes: int) -> list[An
         layers = _depth(graph, policy, cache_bytes, stretch=1 + place % 2 / 2)
         kept = {unit.name for unit in units_within(graph.units, layers)}
         made.append(Anchor(name, Policy.of({unit: kernel for unit, kernel in policy.items() if unit in kept}), layers))
-        if name in WEIGHED_WHOLE and layers < graph.layers:
-            made.append(Anchor(name, policy, graph.layers, timed=False))
+        if name in WHOLE and layers < graph.layers:
+            made.append(Anchor(name, policy, graph.layers))
     return made
 
 
@@ -125,8 +127,7 @@ def missing(graph: Graph, workload: Workload, table: CostTable) -> list[Wanted]:
     wanted = []
     for anchor in anchors(graph, available, table.header.cache_bytes):
         phases = points(graph, workload, anchor.name == everywhere)
-        timed = phases if anchor.timed else []
-        times = [phase for phase in timed if not getattr(table.rows.get(_key(graph, anchor, phase)), "valid", False)]
+        times = [phase for phase in phases if not getattr(table.rows.get(_key(graph, anchor, phase)), "valid", False)]
         counts = sorted({phase.tokens for phase in phases if phase.name != "decode"})
         memory = [count for count in counts if _memory_key(graph, anchor, workload, count) not in table.rows]
         if times or memory:
@@ -150,7 +151,7 @@ class Packages:
         self.graph, self.folder = graph, folder
 
     def of(self, anchor: Anchor) -> Path:
-        place = self.folder / f"{anchor.name}-{anchor.layers}"
+        place = self.folder / anchor.label
         if not place.exists():
             place.mkdir(parents=True)
             assemble(self.graph, anchor.policy, drawn, place, anchor.layers, sync=False)
@@ -174,7 +175,7 @@ class Sessions:
         last one, nothing before."""
         order = list(self.wanted)
         random.Random(len(self.answers)).shuffle(order)
-        subjects = [subject(self.graph, item.anchor.name, self.packages.of(item.anchor), item.times) for item in order]
+        subjects = [subject(self.graph, item.anchor.label, self.packages.of(item.anchor), item.times) for item in order]
         answer = self.host.time(subjects, WINDOWS)
         self.answers.append({**answer, "trials": levelled(answer["trials"])})
         if len(self.answers) < SESSIONS:
@@ -192,7 +193,7 @@ class Sessions:
                 sessions = []
                 for answer in self.answers:
                     speed = median(first[bound]) / median(answer["reference_ns"][bound]) / 1e6
-                    sessions.append([trial[label(phase)] * speed for trial in answer["trials"][item.anchor.name]])
+                    sessions.append([trial[label(phase)] * speed for trial in answer["trials"][item.anchor.label]])
                 seen = summarise((trial for trials in sessions for trial in trials), valid)
                 assert seen.spread is not None
                 rows.append(
@@ -225,7 +226,7 @@ def weigh(host: Host, graph: Graph, workload: Workload, wanted: Wanted, packages
         if graph.kind == "decoder":  # decoding has buffers of its own: 3% of the pocket model's peak
             past = max(1, min(tokens + workload.new_tokens // 2, graph.context - _LAST_STEPS))
             phases.append(Phase("decode", 1, 1, past, min(tokens, past)))
-        seen = host.peak({**subject(graph, anchor.name, packages.of(anchor), phases), "capacity": capacity})
+        seen = host.peak({**subject(graph, anchor.label, packages.of(anchor), phases), "capacity": capacity})
         row = ModelMemoryRow(
             model=graph.fingerprint,
             batch=workload.batch,
