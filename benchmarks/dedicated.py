@@ -1,11 +1,12 @@
 """One supernet against dedicated runs: is a subnet as good as a model that was trained for its policy alone?
 
-    python benchmarks/dedicated.py --text TRAIN... --heldout TEXT --out DIR [--steps 600] [--batch 64] [--seeds 3] [--workers 6]
+    python benchmarks/dedicated.py --text TRAIN... --heldout TEXT --out DIR [--steps 600] [--polish 46] [--batch 64] [--seeds 3]
 
-Per seed: one supernet of 3·S policy-steps, and a dedicated run of S steps for each of thirteen policies (uniform 2, 3 and 4 bits, five
-random mixed ones of mean 2.5 to 3.5, five of the same means that the exact solver chose by the untrained kernels' losses), all from the
-same start (GPTQ) with the same settings: `adapt` and `train` of this package, so a dedicated run has every trick the supernet has. A
-policy-step is one policy's forward and backward pass over a batch.
+Per seed: a supernet, and a dedicated run of S steps for each of thirteen policies (uniform 2, 3 and 4 bits, five random mixed ones of
+mean 2.5 to 3.5, five of the same means that the exact solver chose by the untrained kernels' losses), all from the same start (GPTQ)
+with the same settings: `train` and `adapt` of this package, so a dedicated run has every trick the supernet has. A policy-step is one
+policy's forward and backward pass over a batch. The supernet has 3·S of them in all, and what its subnets are polished with
+(`export --polish`, here --polish steps for each of the thirteen; 0: none) is counted in: less is left to train with.
 
 Perplexity and KL to fp32 (nats per token) on held-out text, windows of 256 tokens, int8 activations as the kernels have them.
 Goals: uniform 2 bits at most 0.98 of the dedicated run's perplexity, 3 and 4 bits 1.00, every mixed policy 1.02.
@@ -32,7 +33,7 @@ from toolchain.spec import Budget, Policy, Unit, Workload
 from toolchain.train.loop import adapt, train
 from toolchain.train.quality import scorer
 from toolchain.train.sampler import PolicySampler
-from toolchain.train.settings import Settings
+from toolchain.train.settings import Settings, polishing
 from toolchain.train.team import Team
 
 KERNELS = ("w4g32", "w3g32", "w2g32")
@@ -42,7 +43,11 @@ MIXED_GOAL = 1.02
 
 
 def main() -> None:
-    arguments = jobs.parser(__doc__).parse_args()
+    parser = jobs.parser(__doc__)
+    parser.add_argument("--polish", type=int, help="policy-steps that each of the supernet's subnets is polished with (S / 13)")
+    arguments = parser.parse_args()
+    if arguments.polish is None:
+        arguments.polish = arguments.steps // 13
     if arguments.job:
         work(arguments, arguments.job)
         return
@@ -100,41 +105,60 @@ def work(arguments: argparse.Namespace, job: str) -> None:
     supernet, windows = jobs.started(arguments, KERNELS, int(seed)), jobs.training_windows(arguments)
     settings = Settings(precision=arguments.precision, meta_every=0)
     folder = jobs.place(arguments.out, job).with_suffix(".training")
-    common = {"batch": arguments.batch, "out": folder, "seed": int(seed), "settings": settings, "team": Team(arguments.on)}
-    if name == "supernet":
-        train(supernet, windows, None, dict, steps=3 * arguments.steps // 2, **common)
-    else:
+    common = {"batch": arguments.batch, "seed": int(seed), "team": Team(arguments.on)}
+    heldout = jobs.heldout_windows(arguments)
+    if name != "supernet":
         policies = {name: policies[name]}
-        adapt(supernet, windows, [policies[name]], steps=arguments.steps, **common)
-    seconds = time.monotonic() - begin
-    seen = jobs.quality(supernet, policies, jobs.heldout_windows(arguments))
-    jobs.keep(arguments, job, {"seconds": seconds, "quality": seen})
+        adapt(supernet, windows, [policies[name]], steps=arguments.steps, out=folder, settings=settings, **common)
+        jobs.keep(
+            arguments,
+            job,
+            {"seconds": time.monotonic() - begin, "quality": jobs.quality(supernet, policies, heldout), "polished": {}},
+        )
+        return
+    left = 3 * arguments.steps - len(policies) * arguments.polish
+    train(supernet, windows, None, dict, steps=left // 2, out=folder, settings=settings, **common)
+    trained = {name: parameter.detach().clone() for name, parameter in supernet.parameters.items()}
+    seconds, seen, polished = time.monotonic() - begin, jobs.quality(supernet, policies, heldout), {}
+    for name, policy in policies.items() if arguments.polish else ():
+        begin = time.monotonic()
+        chosen = polishing(settings, arguments.polish)
+        adapt(supernet, windows, [policy], steps=arguments.polish, out=folder / name.replace(" ", "-"), settings=chosen, **common)
+        seconds += time.monotonic() - begin
+        polished |= jobs.quality(supernet, {name: policy}, heldout)
+        for key, parameter in supernet.parameters.items():
+            parameter.data.copy_(trained[key])
+    jobs.keep(arguments, job, {"seconds": seconds, "quality": seen, "polished": polished})
 
 
 def report(arguments: argparse.Namespace, graph: Graph, policies: dict[str, Policy]) -> None:
-    """One row a policy: the supernet's subnet, the dedicated run, their ratio; mean over the seeds and each seed's ratio."""
+    """One row a policy: the supernet's subnet as it is and polished, the dedicated run, their ratios; means over the seeds, and each seed's
+    ratio of the last of them."""
     print(
-        f"{arguments.model}, S = {arguments.steps} policy-steps of {arguments.batch} x {jobs.WINDOW} tokens, {arguments.precision}\n"
+        f"{arguments.model}, S = {arguments.steps} policy-steps of {arguments.batch} x {jobs.WINDOW} tokens, {arguments.precision}, "
+        f"{arguments.polish} of them for polishing a subnet\n"
     )
-    print("| policy | mean bits | supernet: perplexity | KL | dedicated: perplexity | KL | ratio | each seed | goal |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print(
+        "| policy | mean bits | subnet: perplexity | KL | polished | KL | dedicated | KL | ratio as it is | polished | seeds | goal |"
+    )
+    print(f"|---{'|---' * 11}|")
     seconds: dict[str, list[float]] = {"supernet": [], "dedicated run": []}
     for name, policy in policies.items():
-        pairs = []
+        rows = []
         for seed in range(arguments.seeds):
             ours, theirs = (jobs.read(arguments, f"{who} {seed}") for who in ("supernet", name))
             if ours and theirs:
-                pairs.append((ours["quality"][name], theirs["quality"][name]))
+                rows.append([ours["quality"][name], ours["polished"].get(name, ours["quality"][name]), theirs["quality"][name]])
                 seconds["supernet"].append(ours["seconds"])
                 seconds["dedicated run"].append(theirs["seconds"])
-        if not pairs:
+        if not rows:
             continue
-        ratios = [ours[0] / theirs[0] for ours, theirs in pairs]
-        goal = GOALS.get(name, MIXED_GOAL)
-        ours, theirs = ([mean(pair[side][figure] for pair in pairs) for figure in (0, 1)] for side in (0, 1))
-        cells = [name, f"{mean_bits(policy, graph.units):.2f}", f"{ours[0]:.2f}", f"{ours[1]:.4f}", f"{theirs[0]:.2f}"]
-        cells += [f"{theirs[1]:.4f}", f"{mean(ratios):.3f}", ", ".join(f"{ratio:.3f}" for ratio in ratios), f"{goal:.2f}"]
-        print(f"| {' | '.join(cells)} |")
+        means = [mean(row[who][figure] for row in rows) for who in range(3) for figure in (0, 1)]
+        ratios = [[row[who][0] / row[2][0] for row in rows] for who in (0, 1)]
+        cells = [name, f"{mean_bits(policy, graph.units):.2f}"]
+        cells += [f"{value:.4f}" if place % 2 else f"{value:.2f}" for place, value in enumerate(means)]
+        cells += [f"{mean(values):.3f}" for values in ratios] + [", ".join(f"{ratio:.3f}" for ratio in ratios[1])]
+        print(f"| {' | '.join([*cells, f'{GOALS.get(name, MIXED_GOAL):.2f}'])} |")
     times = ", ".join(f"{who} {mean(each):.0f}" for who, each in seconds.items() if each)
     print(f"\nseconds, {arguments.workers} at a time: {times}")
 

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import numpy as np
@@ -111,8 +112,8 @@ def place(out: Path, job: str) -> Path:
 
 def setup(arguments: argparse.Namespace) -> dict[str, Any]:
     """What a result depends on besides its job."""
-    named = ("model", "text", "heldout", "steps", "batch", "windows", "precision")
-    return {name: str(vars(arguments)[name]) for name in named}
+    named = ("model", "text", "heldout", "steps", "batch", "windows", "precision", "polish")
+    return {name: str(vars(arguments).get(name)) for name in named}
 
 
 def keep(arguments: argparse.Namespace, job: str, result: dict[str, Any]) -> None:
@@ -127,12 +128,22 @@ def read(arguments: argparse.Namespace, job: str) -> Any | None:
 
 
 def run_all(arguments: argparse.Namespace, jobs: Sequence[str]) -> None:
-    """Every job without a result, --workers at a time, each this script again with --job."""
+    """Every job without a result, --workers at a time, each this script again with --job; several GPUs take turns."""
+    gpus = torch.cuda.device_count() if arguments.on != "cpu" else 0
+    places: Queue[int] = Queue()
+    for number in range(arguments.workers):
+        places.put(number)
 
     def start(job: str) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"} if arguments.workers > 1 else None
+        environment = dict(os.environ)
+        if arguments.workers > 1:
+            environment["OMP_NUM_THREADS"] = "1"
+        mine = places.get()
+        if gpus > 1:
+            environment["CUDA_VISIBLE_DEVICES"] = str(mine % gpus)
         with place(arguments.out, job).with_suffix(".log").open("w") as log:
             code = subprocess.run([sys.executable, *sys.argv, "--job", job], stderr=log, env=environment, check=False).returncode
+        places.put(mine)
         print(f"{job}: {'done' if code == 0 else f'failed, see {log.name}'}", file=sys.stderr)
 
     with ThreadPoolExecutor(arguments.workers) as pool:

@@ -73,7 +73,7 @@ def test_an_unknown_method_is_refused(supernet: Path, profiles: Path, tmp_path: 
         "export", supernet, "--budget", "low", "--method", "folklore", "--profiles", profiles, "--out", tmp_path / "out"
     ).error
     assert "'folklore'" in line
-    assert "meta-network, solver, prices, search" in line
+    assert "solver, meta-network, prices, search" in line
     both = ("--policy", "w4g32", "--method", "solver")
     assert "got both" in cli("export", supernet, *both, "--profiles", profiles, "--out", tmp_path / "out").error
     assert not (tmp_path / "out").exists()

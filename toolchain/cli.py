@@ -125,8 +125,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument(
         "--method",
-        metavar="meta-network|solver|prices|search",
-        help="how a budget's policy is found (default: meta-network)",
+        metavar="solver|meta-network|prices|search",
+        help="how a budget's policy is found (default: solver)",
     )
     sub.add_argument("--out", required=True, metavar="PACKAGE")
 

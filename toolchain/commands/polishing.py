@@ -21,9 +21,6 @@ from toolchain.kernels import CATALOGUE, parts
 from toolchain.progress import note
 from toolchain.spec import Policy
 
-SHARE = 0.5
-"""Of the learning rates that the supernet began with."""
-
 
 def polished(
     source: Source, policy: Policy, steps: int, text: Sequence[Path] | None, on: str = "auto", seed: int = 0
@@ -38,7 +35,7 @@ def polished(
     from toolchain.supernet import saving
     from toolchain.train.loop import adapt
     from toolchain.train.quality import scorer
-    from toolchain.train.settings import Settings
+    from toolchain.train.settings import Settings, polishing
     from toolchain.train.team import Team
 
     if source.supernet is None or steps < 1:
@@ -61,11 +58,7 @@ def polished(
     trained = Policy.of({unit: parts(CATALOGUE[kernel])[0].name for unit, kernel in policy.items()})
     score = scorer(supernet, windows[:CALIBRATION])
     before = score(trained)
-    base = Settings()
-    precision = "bf16" if team.device.type == "cuda" else "fp32"
-    settings = replace(
-        base, lr=base.lr * SHARE, bound_lr=base.bound_lr * SHARE, warm_up=max(1, steps // 5), meta_every=0, precision=precision
-    )
+    settings = polishing(Settings(precision="bf16" if team.device.type == "cuda" else "fp32"), steps)
     batch = min(BATCH, len(windows) - CALIBRATION)
     with scratch() as folder:
         adapt(supernet, windows[CALIBRATION:], [trained], steps, batch, folder, seed, settings=settings, team=team)

@@ -89,16 +89,18 @@ class Situation:
 
 def situation(cost_model: CostModel, losses: Values, budget: Budget) -> Situation:
     """What the network sees of a budget on a device whose kernels lose `losses` (unit → kernel → loss)."""
-    units = [unit.name for unit in cost_model.units]
-    most = max(len(cost_model.kernels[unit]) for unit in units)
-    loss, mask = np.zeros((2, len(units), most), np.float32)
-    cost = np.zeros((_R, len(units), most), np.float32)
-    limit, present = np.zeros((2, _R), np.float32)
-    for row, unit in enumerate(units):
-        names = cost_model.kernels[unit]
-        mask[row, : len(names)] = 1
-        loss[row, : len(names)] = [losses[unit][name] for name in names]
+    names = [(unit.name, cost_model.kernels[unit.name]) for unit in cost_model.units]
+    most = max(len(kernels) for _, kernels in names)
+
+    def table(values: Values, missing: float) -> np.ndarray:
+        """[U, C], `missing` where the unit has no such kernel."""
+        return np.array([[values[unit][name] for name in kernels] + [missing] * (most - len(kernels)) for unit, kernels in names])
+
+    mask = np.array([[1.0] * len(kernels) + [0.0] * (most - len(kernels)) for _, kernels in names], np.float32)
+    loss = table(losses, 0.0).astype(np.float32)
     loss /= max(float(loss.max(-1).sum()), 1e-12)
+    cost = np.zeros((_R, len(names), most), np.float32)
+    limit, present = np.zeros((2, _R), np.float32)
     for index, resource in enumerate(LIMITS):
         if resource not in budget.limits or resource not in cost_model.per_unit:
             continue
@@ -107,9 +109,8 @@ def situation(cost_model: CostModel, losses: Values, budget: Budget) -> Situatio
             continue
         present[index] = 1
         limit[index] = (budget.limits[resource] - low) / (high - low)
-        for row, unit in enumerate(units):
-            amounts = np.array([cost_model.per_unit[resource][unit][name] for name in cost_model.kernels[unit]])
-            cost[index, row, : len(amounts)] = (amounts - amounts.min()) / (high - low)
+        amounts = table(cost_model.per_unit[resource], np.inf)
+        cost[index] = np.where(mask > 0, amounts - amounts.min(-1, keepdims=True), 0.0) / (high - low)
     return Situation(loss, cost, mask, limit, present)
 
 

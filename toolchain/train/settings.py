@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from toolchain.errors import InputError
 from toolchain.train.losses import BALANCE
@@ -66,3 +66,11 @@ class Settings:
 
 
 TUNED = Settings()
+POLISH = 0.5
+"""Share of the learning rates with which a trained supernet's policy is polished."""
+
+
+def polishing(settings: Settings, steps: int) -> Settings:
+    """What a few more steps for one policy are set to (`adapt`): the same method at smaller rates."""
+    rates = {name: getattr(settings, name) * POLISH for name in ("lr", "bound_lr")}
+    return replace(settings, **rates, warm_up=max(1, steps // 5), meta_every=0)

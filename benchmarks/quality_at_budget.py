@@ -1,0 +1,183 @@
+"""Quality at budget: the package that our supernet gives against everything else that fits the same limit.
+
+    python benchmarks/quality_at_budget.py --table FILE --text TRAIN... --heldout TEXT --out DIR [--steps 600] [--polish 60] [--seeds 3]
+
+--table: a device's table.jsonl that holds the model at --workload. Five memory limits and five latency limits between the cheapest and
+the dearest quantised policy; perplexity on held-out text, windows of 256 tokens, int8 activations as the kernels have them.
+
+    ours        one supernet; the exact solver on its sensitivities; as it is, and polished. 3·S policy-steps in all, polishing included
+    QAT         a dedicated run of S policy-steps for each limit, on the policy that the exact solver finds for it untrained
+    LLM-QFA     one supernet of 3·S policy-steps with its sampler, and its own search for each limit
+    untrained   GPTQ: best uniform policy that fits, and sensitivity + exact solver; and the best uniform policy rounded to nearest
+                (clipped where the squared error is least)
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+
+import training_jobs as jobs
+from choosing import keeps
+
+from toolchain.costs.from_table import cost_model
+from toolchain.costs.model import CostModel
+from toolchain.costs.table import open_table
+from toolchain.errors import InfeasibleBudgetError
+from toolchain.graph.model import Graph
+from toolchain.kernels import CATALOGUE, mean_bits, uniform
+from toolchain.policy import sensitivity
+from toolchain.policy.search import search
+from toolchain.policy.solver import solve
+from toolchain.spec import Budget, Policy, Workload
+from toolchain.supernet.model import Supernet
+from toolchain.train.loop import adapt, train
+from toolchain.train.quality import scorer
+from toolchain.train.sampler import PolicySampler, worth_training
+from toolchain.train.settings import Settings, polishing
+from toolchain.train.team import Team
+
+FRACTIONS = (0.05, 0.2, 0.35, 0.5, 0.65)
+SCORED = 16
+"""Training windows on which sensitivities are measured and subnets are searched."""
+
+
+def main() -> None:
+    parser = jobs.parser(__doc__)
+    parser.add_argument("--table", type=Path, required=True)
+    parser.add_argument("--workload", type=Workload.parse, default=Workload.parse("generate:64+32"))
+    parser.add_argument(
+        "--polish", type=int, help="policy-steps that each of the supernet's ten packages is polished with (S / 10)"
+    )
+    arguments = parser.parse_args()
+    if arguments.polish is None:
+        arguments.polish = arguments.steps // 10
+    if arguments.job:
+        work(arguments, arguments.job)
+        return
+    jobs.prepare(arguments)
+    names = ["ours", "LLM-QFA", "untrained", *(f"QAT {place}" for place in range(len(budgets(costs_of(arguments)))))]
+    jobs.run_all(arguments, [f"{name} {seed}" for seed in range(arguments.seeds) for name in names])
+    report(arguments)
+
+
+def costs_of(arguments: argparse.Namespace) -> CostModel:
+    """The table's cost model over the quantised kernels that some budget could choose."""
+    whole = cost_model(Graph.open(arguments.out / "graph"), open_table(arguments.table), arguments.workload)
+    worth = {unit: tuple(name for name in names if CATALOGUE[name].quantised) for unit, names in worth_training(whole).items()}
+    return replace(whole, kernels={unit: names or whole.kernels[unit] for unit, names in worth.items()})
+
+
+def budgets(costs: CostModel) -> list[Budget]:
+    """Limits spread over the range of the policies."""
+    made = []
+    for resource in ("peak_memory_bytes", "latency_ms"):
+        low, high = costs.bounds(resource)
+        made += [Budget.from_json({resource: low + fraction * (high - low)}, "spread") for fraction in FRACTIONS]
+    return made
+
+
+def trained_kernels(costs: CostModel) -> tuple[str, ...]:
+    return tuple(name for name in CATALOGUE if any(name in names for names in costs.kernels.values()))
+
+
+def losses_of(supernet: Supernet, arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+    score = scorer(supernet, jobs.training_windows(arguments)[:SCORED])
+    return sensitivity.measure(score, supernet.units, supernet.kernels, Policy.of({unit.name: "fp32" for unit in supernet.units}))
+
+
+def chosen(costs: CostModel, losses: Mapping[str, Mapping[str, float]]) -> dict[str, Policy]:
+    return {str(place): solve(costs, losses, budget).policy for place, budget in enumerate(budgets(costs))}
+
+
+def best_uniform(costs: CostModel, budget: Budget, quality: Mapping[str, tuple[float, float]]) -> tuple[float, float] | None:
+    """The best of the uniform policies that keep the budget."""
+    names = trained_kernels(costs)
+    fitting = [name for name in quality if keeps(costs, uniform(name, costs.units, names), budget)]
+    return min((quality[name] for name in fitting), default=None)
+
+
+def work(arguments: argparse.Namespace, job: str) -> None:
+    """Train what the job names, choose for every limit, measure. Kept: per limit (perplexity, KL), and the policies' mean bits."""
+    name, _, seed = job.rpartition(" ")
+    begin = time.monotonic()
+    costs, windows, heldout = costs_of(arguments), jobs.training_windows(arguments), jobs.heldout_windows(arguments)
+    kernels = trained_kernels(costs)
+    folder = jobs.place(arguments.out, job).with_suffix(".training")
+    settings = Settings(precision=arguments.precision, meta_every=0)
+    common = {"batch": arguments.batch, "seed": int(seed), "team": Team(arguments.on)}
+    supernet = jobs.started(arguments, kernels, int(seed))
+    kept: dict[str, dict] = {}
+    if name == "ours":
+        left = 3 * arguments.steps - len(budgets(costs)) * arguments.polish
+        train(supernet, windows, None, dict, steps=left // 2, out=folder, settings=settings, **common)
+        policies = chosen(costs, losses_of(supernet, arguments))
+        kept["ours"] = jobs.quality(supernet, policies, heldout)
+        trained = {key: parameter.detach().clone() for key, parameter in supernet.parameters.items()}
+        kept["ours, polished"] = {}
+        for place, policy in policies.items() if arguments.polish else ():
+            set_to = polishing(settings, arguments.polish)
+            adapt(supernet, windows, [policy], steps=arguments.polish, out=folder / place, settings=set_to, **common)
+            kept["ours, polished"] |= jobs.quality(supernet, {place: policy}, heldout)
+            for key, parameter in supernet.parameters.items():
+                parameter.data.copy_(trained[key])
+    elif name == "LLM-QFA":
+        published = replace(settings, sampling="balanced")
+        train(supernet, windows, None, dict, steps=3 * arguments.steps // 2, out=folder, settings=published, **common)
+        score = scorer(supernet, windows[:SCORED])
+        policies = {}
+        for place, budget in enumerate(budgets(costs)):
+            try:
+                policies[str(place)] = search(
+                    score, costs, budget, lambda offered, bits, rng: PolicySampler(costs.units, offered).mixed(bits, rng)
+                ).policy
+            except InfeasibleBudgetError:
+                continue
+        kept[name] = jobs.quality(supernet, policies, heldout)
+    elif name == "untrained":
+        policies = chosen(costs, losses_of(supernet, arguments))
+        uniforms = {kernel: supernet.policy(kernel) for kernel in kernels}
+        kept["GPTQ, solver"] = jobs.quality(supernet, policies, heldout)
+        plain = jobs.started(arguments, kernels, int(seed), gptq=False)
+        for head, one in (("GPTQ, uniform", supernet), ("rounded, uniform", plain)):
+            each = jobs.quality(one, uniforms, heldout)
+            found = {str(place): best_uniform(costs, budget, each) for place, budget in enumerate(budgets(costs))}
+            kept[head] = {place: value for place, value in found.items() if value}
+    else:
+        place = name.rpartition(" ")[2]
+        policies = {place: chosen(costs, losses_of(supernet, arguments))[place]}
+        adapt(supernet, windows, [*policies.values()], steps=arguments.steps, out=folder, settings=settings, **common)
+        kept["QAT"] = jobs.quality(supernet, policies, heldout)
+    bits = {place: mean_bits(policy, costs.units) for place, policy in policies.items()}
+    jobs.keep(arguments, job, {"seconds": time.monotonic() - begin, "quality": kept, "bits": bits})
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """One row a limit: perplexities, means over the seeds; the spread is half the range of the seeds."""
+    costs = costs_of(arguments)
+    names = ["ours", "LLM-QFA", "untrained", *(f"QAT {place}" for place in range(len(budgets(costs))))]
+    print(
+        f"{arguments.model}, {costs.workload}, {costs.device}, {arguments.precision}; kernels {', '.join(trained_kernels(costs))}"
+    )
+    print(
+        f"S = {arguments.steps} policy-steps of {arguments.batch} x {jobs.WINDOW} tokens, {arguments.polish} to polish a package\n"
+    )
+    heads = ["ours, polished", "ours", "QAT", "LLM-QFA", "GPTQ, solver", "GPTQ, uniform", "rounded, uniform"]
+    print(f"| limit | mean bits | {' | '.join(heads)} |\n|---{'|---' * (len(heads) + 1)}|")
+    rows = [row for name in names for seed in range(arguments.seeds) if (row := jobs.read(arguments, f"{name} {seed}"))]
+    for place, budget in enumerate(budgets(costs)):
+        memory = budget.peak_memory_bytes
+        cells = [f"{memory / 1e6:.2f} MB" if memory else f"{budget.latency_ms:.4f} ms"]
+        cells.append(f"{mean([row['bits'][str(place)] for row in rows if 'ours' in row['quality']] or [0.0]):.2f}")
+        for head in heads:
+            seen = [row["quality"][head][str(place)][0] for row in rows if str(place) in row["quality"].get(head, {})]
+            cells.append(f"{mean(seen):.2f} ± {(max(seen) - min(seen)) / 2:.2f}" if seen else "–")
+        print(f"| {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
