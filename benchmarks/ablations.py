@@ -31,7 +31,7 @@ from toolchain.policy import sensitivity
 from toolchain.policy.projection import project
 from toolchain.policy.solver import Values
 from toolchain.spec import Budget, Policy, Workload
-from toolchain.train.loop import train
+from toolchain.train.loop import Run, train
 from toolchain.train.quality import scorer
 from toolchain.train.sampler import PolicySampler
 from toolchain.train.settings import Settings
@@ -100,18 +100,16 @@ def work(arguments: argparse.Namespace, job: str) -> None:
     def losses() -> Values:
         return sensitivity.measure(scorer(supernet, windows[:4]), supernet.units, supernet.kernels, reference)
 
-    trained = train(
-        supernet,
+    run = Run(
         windows,
-        costs,
-        losses,
-        steps=3 * arguments.steps // 2,
-        batch=arguments.batch,
-        out=jobs.place(arguments.out, job).with_suffix(".training"),
-        seed=int(seed),
+        3 * arguments.steps // 2,
+        arguments.batch,
+        jobs.place(arguments.out, job).with_suffix(".training"),
+        int(seed),
         settings=Settings(precision=arguments.precision, **changes),
         team=Team(arguments.on),
     )
+    trained = train(supernet, run, costs, losses)
     seconds = time.monotonic() - begin
     rng = np.random.default_rng(7)
     sampler = PolicySampler.of(supernet.units, supernet.kernels)

@@ -18,6 +18,7 @@ import argparse
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from statistics import mean
 
 import numpy as np
@@ -30,7 +31,7 @@ from toolchain.kernels import CATALOGUE, mean_bits
 from toolchain.policy import sensitivity
 from toolchain.policy.solver import solve
 from toolchain.spec import Budget, Policy, Unit, Workload
-from toolchain.train.loop import adapt, train
+from toolchain.train.loop import Run, adapt, train
 from toolchain.train.quality import scorer
 from toolchain.train.sampler import PolicySampler
 from toolchain.train.settings import Settings, polishing
@@ -105,11 +106,11 @@ def work(arguments: argparse.Namespace, job: str) -> None:
     supernet, windows = jobs.started(arguments, KERNELS, int(seed)), jobs.training_windows(arguments)
     settings = Settings(precision=arguments.precision, meta_every=0)
     folder = jobs.place(arguments.out, job).with_suffix(".training")
-    common = {"batch": arguments.batch, "seed": int(seed), "team": Team(arguments.on)}
+    run = Run(windows, arguments.steps, arguments.batch, folder, int(seed), settings=settings, team=Team(arguments.on))
     heldout = jobs.heldout_windows(arguments)
     if name != "supernet":
         policies = {name: policies[name]}
-        adapt(supernet, windows, [policies[name]], steps=arguments.steps, out=folder, settings=settings, **common)
+        adapt(supernet, run, [policies[name]])
         jobs.keep(
             arguments,
             job,
@@ -117,13 +118,13 @@ def work(arguments: argparse.Namespace, job: str) -> None:
         )
         return
     left = 3 * arguments.steps - len(policies) * arguments.polish
-    train(supernet, windows, None, dict, steps=left // 2, out=folder, settings=settings, **common)
+    train(supernet, replace(run, steps=left // 2), None, dict)
     trained = {name: parameter.detach().clone() for name, parameter in supernet.parameters.items()}
     seconds, seen, polished = time.monotonic() - begin, jobs.quality(supernet, policies, heldout), {}
     for name, policy in policies.items() if arguments.polish else ():
         begin = time.monotonic()
-        chosen = polishing(settings, arguments.polish)
-        adapt(supernet, windows, [policy], steps=arguments.polish, out=folder / name.replace(" ", "-"), settings=chosen, **common)
+        short = {"steps": arguments.polish, "settings": polishing(settings, arguments.polish)}
+        adapt(supernet, replace(run, out=folder / name.replace(" ", "-"), **short), [policy])
         seconds += time.monotonic() - begin
         polished |= jobs.quality(supernet, {name: policy}, heldout)
         for key, parameter in supernet.parameters.items():

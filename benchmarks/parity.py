@@ -32,7 +32,8 @@ from toolchain.graph.external import load_array
 from toolchain.graph.model import Graph
 from toolchain.package.manifest import open_package
 from toolchain.spec import Policy
-from toolchain.supernet.model import Supernet, load_model
+from toolchain.supernet.loading import load_model
+from toolchain.supernet.model import Supernet
 from toolchain.supernet.store import SupernetFolder
 from toolchain.text import load_tokenizer
 

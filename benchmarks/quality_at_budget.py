@@ -35,7 +35,7 @@ from toolchain.policy.search import search
 from toolchain.policy.solver import solve
 from toolchain.spec import Budget, Policy, Workload
 from toolchain.supernet.model import Supernet
-from toolchain.train.loop import adapt, train
+from toolchain.train.loop import Run, adapt, train
 from toolchain.train.quality import scorer
 from toolchain.train.sampler import PolicySampler, worth_training
 from toolchain.train.settings import Settings, polishing
@@ -109,25 +109,25 @@ def work(arguments: argparse.Namespace, job: str) -> None:
     kernels = trained_kernels(costs)
     folder = jobs.place(arguments.out, job).with_suffix(".training")
     settings = Settings(precision=arguments.precision, meta_every=0)
-    common = {"batch": arguments.batch, "seed": int(seed), "team": Team(arguments.on)}
+    run = Run(windows, arguments.steps, arguments.batch, folder, int(seed), settings=settings, team=Team(arguments.on))
     supernet = jobs.started(arguments, kernels, int(seed))
     kept: dict[str, dict] = {}
     if name == "ours":
         left = 3 * arguments.steps - len(budgets(costs)) * arguments.polish
-        train(supernet, windows, None, dict, steps=left // 2, out=folder, settings=settings, **common)
+        train(supernet, replace(run, steps=left // 2), None, dict)
         policies = chosen(costs, losses_of(supernet, arguments))
         kept["ours"] = jobs.quality(supernet, policies, heldout)
         trained = {key: parameter.detach().clone() for key, parameter in supernet.parameters.items()}
         kept["ours, polished"] = {}
         for place, policy in policies.items() if arguments.polish else ():
-            set_to = polishing(settings, arguments.polish)
-            adapt(supernet, windows, [policy], steps=arguments.polish, out=folder / place, settings=set_to, **common)
+            short = {"steps": arguments.polish, "settings": polishing(settings, arguments.polish)}
+            adapt(supernet, replace(run, out=folder / place, **short), [policy])
             kept["ours, polished"] |= jobs.quality(supernet, {place: policy}, heldout)
             for key, parameter in supernet.parameters.items():
                 parameter.data.copy_(trained[key])
     elif name == "LLM-QFA":
         published = replace(settings, sampling="balanced")
-        train(supernet, windows, None, dict, steps=3 * arguments.steps // 2, out=folder, settings=published, **common)
+        train(supernet, replace(run, steps=3 * arguments.steps // 2, settings=published), None, dict)
         score = scorer(supernet, windows[:SCORED])
         policies = {}
         for place, budget in enumerate(budgets(costs)):
@@ -150,7 +150,7 @@ def work(arguments: argparse.Namespace, job: str) -> None:
     else:
         place = name.rpartition(" ")[2]
         policies = {place: chosen(costs, losses_of(supernet, arguments))[place]}
-        adapt(supernet, windows, [*policies.values()], steps=arguments.steps, out=folder, settings=settings, **common)
+        adapt(supernet, run, [*policies.values()])
         kept["QAT"] = jobs.quality(supernet, policies, heldout)
     bits = {place: mean_bits(policy, costs.units) for place, policy in policies.items()}
     jobs.keep(arguments, job, {"seconds": time.monotonic() - begin, "quality": kept, "bits": bits})

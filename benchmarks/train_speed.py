@@ -23,7 +23,8 @@ import torch
 from toolchain.commands.workflow import opened
 from toolchain.graph.build import resolve
 from toolchain.spec import Policy
-from toolchain.supernet.model import Supernet, load_model
+from toolchain.supernet.loading import load_model
+from toolchain.supernet.model import Supernet
 from toolchain.supernet.starts import input_moments
 from toolchain.train.losses import Interference
 from toolchain.train.sampler import PolicySampler

@@ -26,7 +26,8 @@ from toolchain.files import write_atomic
 from toolchain.graph.build import build, resolve
 from toolchain.graph.model import Graph
 from toolchain.spec import Policy
-from toolchain.supernet.model import Supernet, load_model
+from toolchain.supernet.loading import load_model
+from toolchain.supernet.model import Supernet
 from toolchain.supernet.starts import input_moments
 from toolchain.train.team import Team
 

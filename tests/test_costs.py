@@ -122,6 +122,20 @@ def test_calibration_finds_the_factors_and_the_remainder(factors: list[float], p
     assert found.spread < 0.02
 
 
+def test_whole_models_set_the_level_where_the_others_are_cut() -> None:
+    """A whole model takes 6% longer than its layers did in a cut one."""
+    rng = random.Random(0)
+    samples = []
+    for number in range(16):
+        layers = 24 if number < 4 else 4 + 2 * (number % 2)
+        sums = {kernel: layers * rng.uniform(0.5, 1.5) for kernel in ("w2g32", "w4g32", "w8g32")}
+        samples.append(Sample((sum(sums.values()) + 2) * (1.06 if layers == 24 else 1.0), sums, layers))
+    sums = dict.fromkeys(("w2g32", "w4g32", "w8g32"), 24.0)
+    found = calibrate(samples, depth=24)
+    assert found.predict(sums, 24) == pytest.approx(74 * 1.06, rel=0.01)
+    assert found.spread < 0.04
+
+
 def test_calibration_never_finds_a_negative_remainder() -> None:
     samples = [Sample(8.0 + number, {"w4g32": 10.0 + number}, 4) for number in range(6)]
     found = calibrate(samples)

@@ -18,7 +18,8 @@ from random_models import VOCABULARY, random_model
 
 from toolchain.errors import InputError, UnknownArchitectureError
 from toolchain.graph.model import Graph
-from toolchain.supernet.model import Supernet, load_model
+from toolchain.supernet.loading import load_model
+from toolchain.supernet.model import Supernet
 from toolchain.supernet.passes import Headed, Pass
 from toolchain.train.losses import Target, divergence_of
 

@@ -16,7 +16,8 @@ from toolchain.policy.meta_network import MetaNetwork
 from toolchain.quantize import affine
 from toolchain.spec import Policy, Unit
 from toolchain.supernet import saving
-from toolchain.supernet.model import Supernet, load_model
+from toolchain.supernet.loading import load_model
+from toolchain.supernet.model import Supernet
 from toolchain.supernet.starts import input_moments
 from toolchain.supernet.store import SupernetFolder
 

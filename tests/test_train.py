@@ -20,10 +20,11 @@ from toolchain.errors import InputError
 from toolchain.kernels import CATALOGUE
 from toolchain.policy.sensitivity import measure
 from toolchain.spec import Policy, Unit
-from toolchain.supernet.model import Supernet, load_model
+from toolchain.supernet.loading import load_model
+from toolchain.supernet.model import Supernet
 from toolchain.supernet.starts import input_moments
 from toolchain.train import checkpoint
-from toolchain.train.loop import Trained, adapt, train
+from toolchain.train.loop import Run, Trained, adapt, train
 from toolchain.train.losses import Interference
 from toolchain.train.quality import scorer
 from toolchain.train.settings import Settings
@@ -57,7 +58,7 @@ def run(
         return {unit: {name: table[name] for name in names} for unit, names in supernet.kernels.items()}
 
     costs = bytes_and_time(units, KERNELS)
-    return supernet, train(supernet, windows, costs, losses, steps, 4, out, seed=seed, masks=masks, settings=QUICK)
+    return supernet, train(supernet, Run(windows, steps, 4, out, seed, masks, QUICK), costs, losses)
 
 
 class Stop(Exception):
@@ -126,9 +127,9 @@ def test_training_refuses_too_little_text_and_a_foreign_cost_model(tmp_path: Pat
     model, units = tiny_llama()
     supernet = Supernet(model, units, KERNELS, rank=2)
     with pytest.raises(InputError, match="at least 4 windows"):
-        train(supernet, np.zeros((3, 8), int), bytes_and_time(units, KERNELS), dict, 5, 4, tmp_path)
+        train(supernet, Run(np.zeros((3, 8), int), 5, 4, tmp_path), bytes_and_time(units, KERNELS), dict)
     with pytest.raises(InputError, match="another model's"):
-        train(supernet, np.zeros((8, 8), int), bytes_and_time(units[1:3], KERNELS), dict, 5, 4, tmp_path)
+        train(supernet, Run(np.zeros((8, 8), int), 5, 4, tmp_path), bytes_and_time(units[1:3], KERNELS), dict)
     assert not any(tmp_path.iterdir())
 
 
@@ -161,7 +162,7 @@ def test_a_dedicated_run_trains_its_policy_and_nothing_else(tmp_path: Path) -> N
     supernet, untouched = (Supernet(model, units, KERNELS, rank=4) for _ in range(2))
     windows = np.random.default_rng(0).integers(0, 48, (16, 10))
     policy = supernet.policy("w2g32")
-    adapt(supernet, windows, [policy], 20, 8, tmp_path, settings=replace(QUICK, lr=1e-2))
+    adapt(supernet, Run(windows, 20, 8, tmp_path, settings=replace(QUICK, lr=1e-2)), [policy])
     score = scorer(supernet, windows), scorer(untouched, windows)
     assert score[0](policy) < 0.9 * score[1](policy)
     changed = {
@@ -175,7 +176,7 @@ def test_the_average_of_one_step_is_nine_parts_of_it_and_one_of_the_start(tmp_pa
     nets = [Supernet(model, units, KERNELS, rank=4) for _ in range(3)]
     windows = np.random.default_rng(0).integers(0, 48, (16, 10))
     for net, average in zip(nets[:2], (0, 9), strict=True):
-        adapt(net, windows, [net.policy("w2g32")], 1, 8, tmp_path / str(average), settings=replace(QUICK, average=average))
+        adapt(net, Run(windows, 1, 8, tmp_path / str(average), settings=replace(QUICK, average=average)), [net.policy("w2g32")])
     last, averaged, start = (net.parameters["w2g32/model.embed_tokens/low"] for net in nets)
     assert not torch.equal(last, start)
     torch.testing.assert_close(averaged, 0.1 * start + 0.9 * last)
@@ -187,9 +188,9 @@ def test_a_checkpoint_of_another_start_is_not_continued(tmp_path: Path) -> None:
     moments = input_moments(model, units, torch.from_numpy(windows))
     policy = [Supernet(model, units, KERNELS, rank=4).policy("w2g32")]
     for start in (None, moments, moments):
-        found = adapt(Supernet(model, units, KERNELS, rank=4, moments=start), windows, policy, 2, 8, tmp_path, settings=QUICK)
+        found = adapt(Supernet(model, units, KERNELS, rank=4, moments=start), Run(windows, 2, 8, tmp_path, settings=QUICK), policy)
     assert found.resumed_from == 2  # the third finds the second's
-    again = adapt(Supernet(model, units, KERNELS, rank=4), windows, policy, 2, 8, tmp_path, settings=QUICK)
+    again = adapt(Supernet(model, units, KERNELS, rank=4), Run(windows, 2, 8, tmp_path, settings=QUICK), policy)
     assert again.resumed_from == 0
 
 
@@ -199,14 +200,14 @@ import torch; torch.set_num_threads(1)
 from pathlib import Path
 import numpy as np, test_train as t
 from toolchain.train.team import Team
-from toolchain.train.loop import train
+from toolchain.train.loop import Run, train
 team = Team("cpu")
 model, units = t.tiny_llama()
 net = t.Supernet(model, units, t.KERNELS, rank=4)
 table = dict(fp32=0.0, w8g32=0.01, w4g32=0.1, w3g32=0.3, w2g32=2.0)
 losses = lambda: team.agree(lambda: {{u.name: {{k: table[k] for k in net.kernels[u.name]}} for u in units}})
 windows = np.random.default_rng(0).integers(0, 48, (16, 10))
-done = train(net, windows, t.bytes_and_time(units, t.KERNELS), losses, 6, 4, Path({out!r}), settings=t.QUICK, team=team)
+done = train(net, Run(windows, 6, 4, Path({out!r}), settings=t.QUICK, team=team), t.bytes_and_time(units, t.KERNELS), losses)
 if team.main:
     network = {{"meta:" + name: value.detach() for name, value in done.meta_network.named_parameters()}}
     np.savez({out!r} + "/result.npz", size=team.size, **net.arrays(), **network)
@@ -288,7 +289,8 @@ def test_the_pocket_model_writes_text_it_finds_likely_and_learns_two_bits_from_i
     before = score(supernet.policy("w2g32"))
     values = {unit.name: {"w8g32": 0.0, "w2g32": 1.0} for unit in units}
     quick = replace(QUICK, checkpoint_seconds=60.0, warm_up=2, lr=5e-3)
-    trained = train(supernet, windows[4:], bytes_and_time(units, kernels), lambda: values, 10, 4, tmp_path, settings=quick)
+    run = Run(windows[4:], 10, 4, tmp_path, settings=quick)
+    trained = train(supernet, run, bytes_and_time(units, kernels), lambda: values)
     assert {"0", "1", "excess", "imitation"} <= set(trained.history[2])
     assert score(supernet.policy("w2g32")) < 0.8 * before
     assert score(supernet.policy("w8g32")) < 0.02

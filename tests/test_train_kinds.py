@@ -28,10 +28,11 @@ from toolchain.package.manifest import open_package
 from toolchain.quantize.affine import dequantize
 from toolchain.spec import Policy
 from toolchain.supernet import saving
-from toolchain.supernet.model import Supernet, load_model
+from toolchain.supernet.loading import load_model
+from toolchain.supernet.model import Supernet
 from toolchain.supernet.passes import Headed, Pass
 from toolchain.supernet.store import SupernetFolder
-from toolchain.train.loop import adapt
+from toolchain.train.loop import Run, adapt
 from toolchain.train.losses import Interference
 from toolchain.train.quality import scorer
 from toolchain.train.settings import Settings
@@ -115,7 +116,7 @@ def test_two_bits_come_nearer_to_the_teacher(
     supernet = supernet_of(models, graphs, name, architecture, changes)
     policy, score = supernet.policy("w2g32"), scorer(supernet, windows(8, seed=1))
     before = score(policy)
-    adapt(supernet, windows(256), [policy], 60, 8, tmp_path, settings=QUIET)
+    adapt(supernet, Run(windows(256), 60, 8, tmp_path, settings=QUIET), [policy])
     assert 0 < score(policy) < 0.87 * before, (score(policy), before)
     assert score(supernet.policy("fp32")) == pytest.approx(0, abs=1e-5)
 
@@ -139,7 +140,7 @@ def test_a_head_alone_is_trained_by_its_logits(
     policy = Policy.of({unit.name: "w2g32" if unit.name in behind else "fp32" for unit in supernet.units})
     score = scorer(supernet, windows(8, seed=1))
     before = score(policy)
-    adapt(supernet, windows(64), [policy], 60, 8, tmp_path, settings=QUIET)
+    adapt(supernet, Run(windows(64), 60, 8, tmp_path, settings=QUIET), [policy])
     assert 0 < score(policy) < 0.75 * before, (score(policy), before)
 
 
@@ -197,7 +198,7 @@ def test_a_package_says_what_the_trained_subnet_says(
     activation lies in the middle between two int8 codes is off by 1e-2 from there on. Untrained codes would be off by 1e-1."""
     graph, supernet = graphs(name, architecture, **changes), supernet_of(models, graphs, name, architecture, changes)
     policy = mixed(supernet) if kernel == "mixed" else supernet.policy(kernel)
-    adapt(supernet, windows(64), [policy], 8, 8, tmp_path / "run", settings=QUIET)
+    adapt(supernet, Run(windows(64), 8, 8, tmp_path / "run", settings=QUIET), [policy])
     folder = stored(supernet, tmp_path / "supernet")
     (tmp_path / "package").mkdir()
     assemble(graph, policy, folder.quantized, tmp_path / "package")

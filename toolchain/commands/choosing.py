@@ -92,8 +92,9 @@ def scorer(folder: SupernetFolder, windows: np.ndarray) -> Callable[[Policy], fl
     require("torch")
     from toolchain.supernet import saving
     from toolchain.train import quality
+    from toolchain.train.team import Team
 
-    return quality.scorer(saving.restore(folder), windows)
+    return quality.scorer(saving.restore(folder, Team().device), windows)
 
 
 def _with_two_phases(model: CostModel, measured: CostModel) -> CostModel:

@@ -33,7 +33,7 @@ def polished(
     require("torch")
     from toolchain import text as texts
     from toolchain.supernet import saving
-    from toolchain.train.loop import adapt
+    from toolchain.train.loop import Run, adapt
     from toolchain.train.quality import scorer
     from toolchain.train.settings import Settings, polishing
     from toolchain.train.team import Team
@@ -61,7 +61,7 @@ def polished(
     settings = polishing(Settings(precision="bf16" if team.device.type == "cuda" else "fp32"), steps)
     batch = min(BATCH, len(windows) - CALIBRATION)
     with scratch() as folder:
-        adapt(supernet, windows[CALIBRATION:], [trained], steps, batch, folder, seed, settings=settings, team=team)
+        adapt(supernet, Run(windows[CALIBRATION:], steps, batch, folder, seed, settings=settings, team=team), [trained])
     after = score(trained)
     name = ", ".join(path.name for path in text) if text else texts.pydoc_description()
     distances = {"distance_before": round(before, 5), "distance_after": round(after, 5)}

@@ -78,10 +78,11 @@ def train_supernet(
     Under `accelerate launch` every process calls this with the same arguments; the first one writes.
     """
     torch = require("torch")
-    from toolchain.supernet.model import Supernet, load_model
+    from toolchain.supernet.loading import load_model
+    from toolchain.supernet.model import Supernet
     from toolchain.supernet.saving import save
     from toolchain.supernet.starts import input_moments
-    from toolchain.train.loop import train
+    from toolchain.train.loop import Run, train
     from toolchain.train.quality import scorer
     from toolchain.train.settings import Settings
     from toolchain.train.team import Team
@@ -121,7 +122,8 @@ def train_supernet(
         raise InputError(
             f"expected a window for each of {team.size} processes, got a batch of {batch}", f"type: --batch {team.size}"
         )
-    trained = train(supernet, text_used.train, costs.model, losses, steps, batch, work, seed, settings=settings, team=team)
+    run = Run(text_used.train, steps, batch, work, seed, settings=settings, team=team)
+    trained = train(supernet, run, costs.model, losses)
     assert trained.meta_network is not None
     after = losses()
     description = {

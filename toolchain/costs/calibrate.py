@@ -5,13 +5,14 @@
 S_k(π) is the sum of the isolated costs of π's units under kernel k, L the number of layers. Alone, a unit finds caches, memory pages
 and threads in another state than among its neighbours, and each kernel minds that differently: a_k says how much. Ridge regression
 towards a_k = 1 on relative errors, so that few measured models suffice and a kernel that none of them holds keeps its isolated cost.
+A model that was cut finds more of itself in the caches than a whole one: the typical whole ones set the level of the fit.
 Refuses to know what the numbers are (milliseconds or bytes). By hand: six lines of numpy, and the prior is not scikit-learn's zero.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -52,17 +53,31 @@ class Calibration:
         return sum(self.factors.get(kernel, 1.0) * value for kernel, value in sums.items()) + self.remainder(layers)
 
 
-def calibrate(samples: Sequence[Sample]) -> Calibration:
-    """Fit all samples; the spread by leaving each out in turn. ValueError for fewer than two."""
+def calibrate(samples: Sequence[Sample], depth: int = 0) -> Calibration:
+    """Fit all samples; the spread by leaving each out in turn. ValueError for fewer than two.
+
+    depth: layers of the whole model, whose level the fit is brought to where samples are both whole and cut; 0: it is left where it is.
+    """
     if len(samples) < 2:
         raise ValueError(f"expected two or more measured models, got {len(samples)}")
     errors = []
     for place, sample in enumerate(samples):
         if sample.typical:
-            others = _fit([*samples[:place], *samples[place + 1 :]])
-            errors.append(abs(others.predict(sample.sums, sample.layers) / sample.whole - 1))
-    fitted = _fit(samples)
-    return Calibration(fitted.factors, fitted.per_run, fitted.per_layer, max(errors, default=0.0))
+            others = [*samples[:place], *samples[place + 1 :]]
+            fitted = _fit(others)
+            if sample.layers == depth:
+                fitted = _levelled(fitted, others, depth)
+            errors.append(abs(fitted.predict(sample.sums, sample.layers) / sample.whole - 1))
+    return replace(_levelled(_fit(samples), samples, depth), spread=max(errors, default=0.0))
+
+
+def _levelled(fitted: Calibration, samples: Sequence[Sample], depth: int) -> Calibration:
+    whole = [sample for sample in samples if sample.typical and sample.layers == depth]
+    if not whole or all(sample.layers == depth for sample in samples):
+        return fitted
+    level = float(np.exp(np.mean([np.log(sample.whole / fitted.predict(sample.sums, sample.layers)) for sample in whole])))
+    factors = {kernel: factor * level for kernel, factor in fitted.factors.items()}
+    return Calibration(factors, fitted.per_run * level, fitted.per_layer * level)
 
 
 def _fit(samples: Sequence[Sample]) -> Calibration:

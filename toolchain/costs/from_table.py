@@ -177,7 +177,8 @@ def _whole_latency(graph: Graph, table: CostTable, phase: Phase, here: Costs) ->
             _sample(row, row.latency_ms, at_centre, graph, row.spread_ms / row.latency_ms / row.n**0.5)
             for row in points[centre]
             if row.policy != "fp32"
-        ]
+        ],
+        graph.layers,
     )
     remainder = calibration.remainder(graph.layers)
     if centre != phase:

@@ -31,7 +31,7 @@ from toolchain.quantize.packing import packed_bytes
 from toolchain.spec import Phase, Policy, Workload
 
 MIXED = 16
-WHOLE = ("mixed-0", "mixed-1")
+WHOLE = ("mixed-0", "mixed-1", "mixed-2", "mixed-3")
 FEWEST_LAYERS = 4
 SESSIONS, WINDOWS = 3, 5
 EVERYWHERE = ("w8g32", "w4g32", "fp32")
@@ -57,7 +57,7 @@ class Anchor:
 def anchors(graph: Graph, available: Iterable[str], cache_bytes: int) -> list[Anchor]:
     """Every kernel on all units, and mixed policies drawn with a fixed seed, each as deep as it must be.
 
-    Where that is not the whole depth, two mixed ones also whole: an error in what a layer adds is multiplied on the way from few to many.
+    Where that is not the whole depth, a few mixed ones also whole: an error in what a layer adds is multiplied on the way from few to many.
     """
     available = tuple(available)
     names = [name for name in CATALOGUE if name in available and runs_as(name) == name]

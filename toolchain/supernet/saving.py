@@ -15,7 +15,8 @@ from toolchain.graph.model import Graph
 from toolchain.kernels import CATALOGUE
 from toolchain.spec import Kernel
 from toolchain.supernet import store
-from toolchain.supernet.model import Supernet, load_model
+from toolchain.supernet.loading import load_model
+from toolchain.supernet.model import Supernet
 
 # Not SEQ_CLS and its like for an encoder's head: PEFT would then look for a whole copy of the classifier, which has an adapter instead.
 _TASK_TYPES = {"decoder": "CAUSAL_LM", "encoder": "FEATURE_EXTRACTION", "encoder-decoder": "SEQ_2_SEQ_LM"}

@@ -14,7 +14,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +56,17 @@ class Trained:
 
 @dataclass(frozen=True)
 class Run:
-    """What every kind of run is given: windows int64 [n, T], masks 0/1 [n, T] for padded ones, and where its checkpoint is kept."""
+    """What every kind of run is given: windows int64 [n, T], of which every step takes `batch`; where its checkpoint is kept (`out`); masks
+    0/1 [n, T] for padded windows. Raises InputError for too few windows."""
 
     windows: np.ndarray
-    masks: np.ndarray | None
     steps: int
     batch: int
     out: Path
-    seed: int
+    seed: int = 0
+    masks: np.ndarray | None = None
+    settings: Settings = TUNED
+    team: Team = field(default_factory=lambda: Team("cpu"))
 
     def __post_init__(self) -> None:
         if self.windows.ndim != 2 or len(self.windows) < self.batch or self.steps < 1 or self.batch < 1:
@@ -79,76 +82,49 @@ class Run:
         return order[place * self.batch : (place + 1) * self.batch]
 
 
-def train(
-    supernet: Supernet,
-    windows: np.ndarray,
-    cost_model: CostModel | None,
-    sensitivity: Callable[[], Values],
-    steps: int,
-    batch: int,
-    out: Path,
-    seed: int = 0,
-    masks: np.ndarray | None = None,
-    settings: Settings = TUNED,
-    team: Team | None = None,
-) -> Trained:
-    """Train supernet and meta-network together for `steps` steps of `batch` windows [n, T]; masks [n, T] 0/1 for padded encoder windows.
+def train(supernet: Supernet, run: Run, cost_model: CostModel | None, sensitivity: Callable[[], Values]) -> Trained:
+    """Train supernet and meta-network together. Without a cost model there is no meta-network, and every kernel of the supernet is trained.
 
-    Without a cost model there is no meta-network, and every kernel of the supernet is trained.
-    sensitivity: unit → kernel → loss, called only where no checkpoint in `out` has its result. A checkpoint of the same set-up is
+    sensitivity: unit → kernel → loss, called only where no checkpoint in `run.out` has its result. A checkpoint of the same set-up is
     continued: parameters after the last step equal those of an uninterrupted run. The last one stays, for the caller to delete.
-    Raises InputError for too few windows or a cost model of other units.
+    Raises InputError for a cost model of other units.
     """
-    run = Run(windows, masks, steps, batch, out, seed)
     if cost_model and [unit.name for unit in cost_model.units] != [unit.name for unit in supernet.units]:
         raise InputError("expected a cost model of the supernet's own units, got another model's", "type: bittailor profile MODEL")
     worth = worth_training(cost_model) if cost_model else supernet.kernels
     candidates = {
         unit.name: tuple(name for name in supernet.kernels[unit.name] if name in worth[unit.name]) for unit in supernet.units
     }
-    sampler = PolicySampler.of(supernet.units, candidates)
-    loop = _Loop(supernet, run, settings, schedule(sampler, steps, settings), _sampled(sampler, seed), team or Team("cpu"))
+    sampler, settings = PolicySampler.of(supernet.units, candidates), run.settings
+    loop = _Loop(supernet, run, schedule(sampler, run.steps, settings), _sampled(sampler, run.seed))
     if not settings.meta_every or not cost_model:
         return loop.go(None, None, [candidates])
-    network = MetaNetwork(candidates, seed=seed)
+    network = MetaNetwork(candidates, seed=run.seed)
     loop.watch({f"meta:{name}": parameter for name, parameter in network.named_parameters()}, settings.meta_lr)
 
     def joint(state: checkpoint.State | None) -> tuple[Joint, dict[str, Any]]:
         values: Values = state.extra["sensitivity"] if state else sensitivity()
-        drawn = scenarios(replace(cost_model, kernels=candidates), values, settings.scenarios, seed)
+        drawn = scenarios(replace(cost_model, kernels=candidates), values, settings.scenarios, run.seed)
         if state is None:
             imitate(network, drawn, settings)
-        return Joint(supernet, network, cost_model, candidates, drawn, steps, settings), {"sensitivity": values}
+        return Joint(supernet, network, cost_model, candidates, drawn, run.steps, settings), {"sensitivity": values}
 
     costs = [cost_model.per_unit, cost_model.fixed, [[tie.units, tie.savings] for tie in cost_model.ties]]
     return loop.go(network, joint, [candidates, costs])
 
 
-def adapt(
-    supernet: Supernet,
-    windows: np.ndarray,
-    policies: Sequence[Policy],
-    steps: int,
-    batch: int,
-    out: Path,
-    seed: int = 0,
-    masks: np.ndarray | None = None,
-    settings: Settings = TUNED,
-    team: Team | None = None,
-) -> Trained:
+def adapt(supernet: Supernet, run: Run, policies: Sequence[Policy]) -> Trained:
     """Train given policies and nothing else, all of them in every step: with one it is a dedicated run. Otherwise as `train`."""
-    run = Run(windows, masks, steps, batch, out, seed)
-    loop = _Loop(supernet, run, settings, fixed(policies), policies, team or Team("cpu"))
-    return loop.go(None, None, [[dict(policy) for policy in policies]])
+    return _Loop(supernet, run, fixed(policies), policies).go(None, None, [[dict(policy) for policy in policies]])
 
 
 class _Loop:
     """Optimisers, learning rates, checkpoints: what is the same for every kind of run."""
 
-    def __init__(
-        self, supernet: Supernet, run: Run, settings: Settings, visits: Schedule, sampled: Sequence[Mapping[str, str]], team: Team
-    ) -> None:
-        self.supernet, self.run, self.settings, self.visits, self.team = supernet, run, settings, visits, team
+    def __init__(self, supernet: Supernet, run: Run, visits: Schedule, sampled: Sequence[Mapping[str, str]]) -> None:
+        self.supernet, self.run, self.visits = supernet, run, visits
+        self.settings, self.team = run.settings, run.team
+        settings = self.settings
         self.weights = (
             Interference(supernet.units, sampled, settings.a, settings.balance) if settings.loss == "interference" else None
         )
@@ -172,7 +148,7 @@ class _Loop:
         facts: list[Any],
     ) -> Trained:
         run, settings, team = self.run, self.settings, self.team
-        identity = _identity(self.supernet, run, settings, facts)
+        identity = _identity(self.supernet, run, facts)
         state = checkpoint.load(run.out, identity, self.named, self.optimisers)
         team.wait()  # before anyone writes a first one
         joint, extra = make_joint(state) if make_joint else (None, {})
@@ -253,7 +229,7 @@ def _supernet_optimiser(supernet: Supernet, settings: Settings) -> torch.optim.O
     return torch.optim.AdamW(rates, weight_decay=0.0)  # R(θ) is the decay
 
 
-def _identity(supernet: Supernet, run: Run, settings: Settings, facts: list[Any]) -> str:
+def _identity(supernet: Supernet, run: Run, facts: list[Any]) -> str:
     """sha256 over everything that a step depends on, save the sensitivities (which the checkpoint carries)."""
     digest = hashlib.sha256()
     for array in (run.windows, run.masks) if run.masks is not None else (run.windows,):
@@ -264,6 +240,6 @@ def _identity(supernet: Supernet, run: Run, settings: Settings, facts: list[Any]
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
     for name, frozen in supernet.frozen.items():
         digest.update(name.encode() + frozen.places.cpu().numpy().tobytes())
-    more = [run.steps, run.batch, run.seed, supernet.rank, supernet.alpha, asdict(settings), MOST_BITS, facts]
+    more = [run.steps, run.batch, run.seed, supernet.rank, supernet.alpha, asdict(run.settings), MOST_BITS, facts]
     digest.update(json.dumps(more, sort_keys=True, default=dict).encode())
     return digest.hexdigest()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from toolchain.errors import InputError
 
 T = TypeVar("T")
+_PATIENCE = timedelta(hours=6)
 
 
 class Team:
@@ -31,8 +33,11 @@ class Team:
         cuda = on == "cuda" or (on == "auto" and torch.cuda.is_available())
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import Accelerator
+            from accelerate.utils import InitProcessGroupKwargs
 
-            self._accelerator = Accelerator(cpu=not cuda)
+            # The first process makes a graph, text and sensitivities while the others wait: of a large model longer than the ten minutes
+            # after which they would give up.
+            self._accelerator = Accelerator(cpu=not cuda, kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)])
             self.rank, self.size = self._accelerator.process_index, self._accelerator.num_processes
             self.device = self._accelerator.device
         else:
