@@ -18,7 +18,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +37,16 @@ from toolchain.progress import track
 from toolchain.spec import RESOURCES, Budget, Policy, Unit, Workload
 from toolchain.supernet.store import SupernetFolder
 
-Propose = Callable[[CostModel, Budget], tuple[Values | None, Values]]
-"""(what is proposed, each unit's least being chosen, or None; what the projection is told)."""
+Propose = Callable[[CostModel, Budget], Values]
+
+
+@dataclass(frozen=True)
+class Way:
+    """told: what the projection is told, and what is timed; proposed: of which each unit's least is chosen without projection, or None."""
+
+    told: Propose
+    proposed: Propose | None = None
+
 
 _FLOOR = 1e-3
 """Of the worst policy's loss: where the optimum loses next to nothing, excess is taken relative to this."""
@@ -69,20 +77,20 @@ def keeps(costs: CostModel, policy: Policy, budget: Budget) -> bool:
     return all(totals[name] <= limit * (1 + 1e-9) for name, limit in budget.limits.items())
 
 
-def against_the_optimum(losses: Values, costs: CostModel, count: int, proposers: dict[str, Propose]) -> list[dict]:
+def against_the_optimum(losses: Values, costs: CostModel, count: int, ways: dict[str, Way]) -> list[dict]:
     """One row per way of proposing."""
     worst = sum(max(losses[unit.name][kernel] for kernel in costs.kernels[unit.name]) for unit in costs.units)
-    seen: dict[str, list[tuple]] = {name: [] for name in proposers}
+    seen: dict[str, list[tuple]] = {name: [] for name in ways}
     for budget in track(random_budgets(costs, count, 0), count, "budgets"):
         best = solve(costs, losses, budget).objective
-        for name, propose in proposers.items():
+        for name, way in ways.items():
             start = time.perf_counter()
-            proposed, told = propose(costs, budget)
+            told = way.told(costs, budget)
             middle = time.perf_counter()
             policy = solve(costs, told, budget).policy
             end = time.perf_counter()
             excess = (objective_of(policy, losses) - best) / max(best, _FLOOR * worst)
-            raw = proposed is not None and keeps(costs, least(proposed), budget)
+            raw = way.proposed is not None and keeps(costs, least(way.proposed(costs, budget)), budget)
             seen[name].append((raw, keeps(costs, policy, budget), excess, middle - start, end - middle))
     rows = []
     for name, found in seen.items():
@@ -154,37 +162,30 @@ def main() -> None:
     graph = Graph.open(folder.graph_directory)
     losses, network = folder.sensitivity, prices.read(arguments.network)
 
-    def negative_log(costs: CostModel, budget: Budget) -> tuple[Values, Values]:
+    def unlikely(costs: CostModel, budget: Budget) -> Values:
         likely = proposal.log_probabilities(folder.meta_network, encode(budget, costs))
-        unlikely = {unit: {kernel: -value for kernel, value in row.items()} for unit, row in likely.items()}
-        return unlikely, unlikely
+        return {unit: {kernel: -value for kernel, value in row.items()} for unit, row in likely.items()}
 
-    def priced(costs: CostModel, budget: Budget) -> tuple[Values, Values]:
-        whole, told = (prices.proposal(network, costs, losses, budget, share) for share in (1.0, prices.PROJECTED))
-        return whole, told
+    def priced(losses: Values) -> Way:
+        def at(share: float) -> Propose:
+            return lambda costs, budget: prices.proposal(network, costs, losses, budget, share)
 
-    proposers: dict[str, Propose] = {
-        "solver": lambda costs, budget: (None, losses),
-        "meta-network": negative_log,
-        "prices": priced,
-    }
+        return Way(at(prices.PROJECTED), at(1.0))
+
+    ways = {"solver": Way(lambda costs, budget: losses), "meta-network": Way(unlikely, unlikely), "prices": priced(losses)}
     out: dict = {"budgets": [], "measured": []}
     for place in arguments.table:
         table = open_table(place)
         costs = restricted(cost_model(graph, table, arguments.workload), folder)
         print(f"\n{table.header.cpu}, {table.header.threads} threads: {arguments.budgets} budgets\n")
-        rows = against_the_optimum(losses, costs, arguments.budgets, proposers)
+        rows = against_the_optimum(losses, costs, arguments.budgets, ways)
         out["budgets"].append({"cpu": table.header.cpu, "threads": table.header.threads, "rows": rows})
         print_budgets(rows)
     large, drawn = imagined(np.random.default_rng(3))
 
-    def priced_large(costs: CostModel, budget: Budget) -> tuple[Values, Values]:
-        whole, told = (prices.proposal(network, costs, drawn, budget, share) for share in (1.0, prices.PROJECTED))
-        return whole, told
-
-    large_proposers: dict[str, Propose] = {"solver": lambda costs, budget: (None, drawn), "prices": priced_large}
+    large_ways = {"solver": Way(lambda costs, budget: drawn), "prices": priced(drawn)}
     print(f"\nimagined: 200 units, ten kernels: {arguments.budgets // 5} budgets\n")
-    out["imagined"] = against_the_optimum(drawn, large, arguments.budgets // 5, large_proposers)
+    out["imagined"] = against_the_optimum(drawn, large, arguments.budgets // 5, large_ways)
     print_budgets(out["imagined"])
     costs = restricted(cost_model(graph, open_table(arguments.table[0]), arguments.workload), folder)
     known, unseen = scorer(folder, folder.calibration()), scorer(folder, folder.heldout()[: arguments.windows])
@@ -194,10 +195,7 @@ def main() -> None:
             unit: tuple(name for name in names if CATALOGUE[name].quantised) or names for unit, names in costs.kernels.items()
         },
     )
-    methods = {
-        name: lambda budget, propose=propose: solve(costs, propose(costs, budget)[1], budget).policy
-        for name, propose in proposers.items()
-    }
+    methods = {name: lambda budget, way=way: solve(costs, way.told(costs, budget), budget).policy for name, way in ways.items()}
     if arguments.search:
         from toolchain.train.sampler import PolicySampler
 
