@@ -29,7 +29,8 @@ Rows = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Measured:
-    """once: what the first processes saw; again: what the others saw of some policies. Only what all of a kind saw counts."""
+    """once: what the first processes saw; again: what the others saw of some policies. Only what all of a kind saw counts, those not yet
+    begun left out."""
 
     once: Sequence[Rows]
     again: Sequence[Rows]
@@ -38,7 +39,7 @@ class Measured:
         return [name for name in self.once[0] if all(name in rows for rows in self.once)]
 
     def twice(self) -> list[str]:
-        return [name for name in self.names() if all(name in rows for rows in self.again)]
+        return [name for name in self.names() if self.again and all(name in rows for rows in self.again)]
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,13 @@ class Drift:
     def of(self, row: Mapping[str, Any], known: str) -> float:
         return float(row["known"][known][self.resource]) / self.then_ms[known]
 
+    def by_median(self, row: Mapping[str, Any], name: str) -> float:
+        return median(self.of(row, known) for known in KNOWN)
+
     def by_known(self, row: Mapping[str, Any], name: str) -> float:
-        moves = [self.of(row, known) for known in KNOWN]
         if not self.decoding:
-            return median(moves)
+            return self.by_median(row, name)
+        moves = [self.of(row, known) for known in KNOWN]
         bits = mean_bits(self.policies[name], self.graph.units)
         return float(np.interp(bits, [CATALOGUE[known].weight_bits for known in KNOWN], moves))
 
@@ -139,14 +143,22 @@ def report(
             return {name: mean(rows[name][what] / slowness(rows[name], name) for rows in rounds) for name in of}
 
         now = average(measured.once, drift.by_known, names)
-        for how, slowness in (("", drift.by_known), (", by the references instead", drift.by_reference), (", raw", drift.none)):
+        corrections = {
+            "": drift.by_known,
+            ", by the known models' median": drift.by_median,
+            ", by the references instead": drift.by_reference,
+            ", raw": drift.none,
+        }
+        for how, slowness in corrections.items():
             seen = average(measured.once, slowness, names)
             lines.append(
                 summary(f"{resource}: predicted / measured{how}", [predicted[name][resource] / seen[name] for name in names])
             )
-        one, other_one = (average([rows], drift.by_known, names) for rows in measured.once[:2])
-        lines.append(summary(f"{resource}: one process / another", [one[name] / other_one[name] for name in names]))
-        noise = float(np.percentile([abs(one[name] / other_one[name] - 1) for name in names], 90)) / 2**0.5
+        noise = float("nan")
+        if len(measured.once) > 1:
+            one, other_one = (average([rows], drift.by_known, names) for rows in measured.once[:2])
+            lines.append(summary(f"{resource}: one process / another", [one[name] / other_one[name] for name in names]))
+            noise = float(np.percentile([abs(one[name] / other_one[name] - 1) for name in names], 90)) / 2**0.5
         if again:
             later = average(measured.again, drift.by_known, again)
             lines.append(summary(f"{resource}: measured again / measured", [later[name] / now[name] for name in again]))

@@ -6,7 +6,8 @@ Per seed: a supernet, and a dedicated run of S steps for each of thirteen polici
 mean 2.5 to 3.5, five of the same means that the exact solver chose by the untrained kernels' losses), all from the same start (GPTQ)
 with the same settings: `train` and `adapt` of this package, so a dedicated run has every trick the supernet has. A policy-step is one
 policy's forward and backward pass over a batch. The supernet has 3·S of them in all, and what its subnets are polished with
-(`export --polish`, here --polish steps for each of the thirteen; 0: none) is counted in: less is left to train with.
+(--polish steps for each of the thirteen; 0: none) is counted in: less is left to train with. Unlike `export --polish`, what was polished is
+taken whether it helped or not.
 
 Perplexity and KL to fp32 (nats per token) on held-out text, windows of 256 tokens, int8 activations as the kernels have them.
 Goals: uniform 2 bits at most 0.98 of the dedicated run's perplexity, 3 and 4 bits 1.00, every mixed policy 1.02.
@@ -25,7 +26,7 @@ import numpy as np
 import training_jobs as jobs
 
 from toolchain.costs.model import CostModel
-from toolchain.files import write_atomic
+from toolchain.files import scratch, write_atomic
 from toolchain.graph.model import Graph
 from toolchain.kernels import CATALOGUE, mean_bits
 from toolchain.policy import sensitivity
@@ -123,8 +124,9 @@ def work(arguments: argparse.Namespace, job: str) -> None:
     seconds, seen, polished = time.monotonic() - begin, jobs.quality(supernet, policies, heldout), {}
     for name, policy in policies.items() if arguments.polish else ():
         begin = time.monotonic()
-        short = {"steps": arguments.polish, "settings": polishing(settings, arguments.polish)}
-        adapt(supernet, replace(run, out=folder / name.replace(" ", "-"), **short), [policy])
+        with scratch() as place:
+            short = {"steps": arguments.polish, "settings": polishing(settings, arguments.polish), "out": place}
+            adapt(supernet, replace(run, **short), [policy])
         seconds += time.monotonic() - begin
         polished |= jobs.quality(supernet, {name: policy}, heldout)
         for key, parameter in supernet.parameters.items():

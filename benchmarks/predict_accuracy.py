@@ -143,7 +143,10 @@ def main() -> None:
                 into |= {name: {**row, "known": seen_known} for name, row in rows.items()}
                 write_atomic(done, json.dumps(rounds))
                 print(f"round {number + 1} of {len(rounds)}: measured {len(into)} of {len(names)}", file=sys.stderr)
-        lines = report(graph, table, costs, known, policies, Measured(rounds[:PROCESSES], rounds[PROCESSES:]))
+        if not rounds[0]:
+            sys.exit(f"expected measurements in {done}, found none; type the same without --report")
+        once, twice = ([rows for rows in part if rows] for part in (rounds[:PROCESSES], rounds[PROCESSES:]))
+        lines = report(graph, table, costs, known, policies, Measured(once, twice))
     if arguments.json:
         details = {
             name: {

@@ -9,7 +9,9 @@ the dearest quantised policy; perplexity on held-out text, windows of 256 tokens
     QAT         a dedicated run of S policy-steps for each limit, on the policy that the exact solver finds for it untrained
     LLM-QFA     one supernet of 3·S policy-steps with its sampler, and its own search for each limit
     untrained   GPTQ: best uniform policy that fits, and sensitivity + exact solver; and the best uniform policy rounded to nearest
-                (clipped where the squared error is least)
+                (clipped where the squared error is least). Which uniform one is best, they are told by the held-out text itself
+
+Limits hold in the cost model, with no room for its spread. Unlike `export --polish`, a polished package is taken whether it helped or not.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from toolchain.costs.from_table import cost_model
 from toolchain.costs.model import CostModel
 from toolchain.costs.table import open_table
 from toolchain.errors import InfeasibleBudgetError
+from toolchain.files import scratch
 from toolchain.graph.model import Graph
 from toolchain.kernels import CATALOGUE, mean_bits, uniform
 from toolchain.policy import sensitivity
@@ -60,16 +63,25 @@ def main() -> None:
         work(arguments, arguments.job)
         return
     jobs.prepare(arguments)
-    names = ["ours", "LLM-QFA", "untrained", *(f"QAT {place}" for place in range(len(budgets(costs_of(arguments)))))]
-    jobs.run_all(arguments, [f"{name} {seed}" for seed in range(arguments.seeds) for name in names])
+    jobs.run_all(arguments, job_names(arguments))
     report(arguments)
 
 
+def job_names(arguments: argparse.Namespace) -> list[str]:
+    """Nothing is drawn in what is not trained: one seed of it."""
+    names = ["ours", "LLM-QFA", *(f"QAT {place}" for place in range(len(budgets(costs_of(arguments)))))]
+    return ["untrained 0", *(f"{name} {seed}" for seed in range(arguments.seeds) for name in names)]
+
+
 def costs_of(arguments: argparse.Namespace) -> CostModel:
-    """The table's cost model over the quantised kernels that some budget could choose."""
+    """The table's cost model over the quantised kernels that can be trained and that some budget could choose."""
     whole = cost_model(Graph.open(arguments.out / "graph"), open_table(arguments.table), arguments.workload)
-    worth = {unit: tuple(name for name in names if CATALOGUE[name].quantised) for unit, names in worth_training(whole).items()}
-    return replace(whole, kernels={unit: names or whole.kernels[unit] for unit, names in worth.items()})
+    trained = {
+        unit: tuple(name for name in names if CATALOGUE[name].quantised and not CATALOGUE[name].prefill) or names
+        for unit, names in whole.kernels.items()
+    }
+    ordinary = replace(whole, kernels=trained)
+    return replace(ordinary, kernels=worth_training(ordinary))
 
 
 def budgets(costs: CostModel) -> list[Budget]:
@@ -120,8 +132,9 @@ def work(arguments: argparse.Namespace, job: str) -> None:
         trained = {key: parameter.detach().clone() for key, parameter in supernet.parameters.items()}
         kept["ours, polished"] = {}
         for place, policy in policies.items() if arguments.polish else ():
-            short = {"steps": arguments.polish, "settings": polishing(settings, arguments.polish)}
-            adapt(supernet, replace(run, out=folder / place, **short), [policy])
+            with scratch() as place_of_it:
+                short = {"steps": arguments.polish, "settings": polishing(settings, arguments.polish), "out": place_of_it}
+                adapt(supernet, replace(run, **short), [policy])
             kept["ours, polished"] |= jobs.quality(supernet, {place: policy}, heldout)
             for key, parameter in supernet.parameters.items():
                 parameter.data.copy_(trained[key])
@@ -159,7 +172,6 @@ def work(arguments: argparse.Namespace, job: str) -> None:
 def report(arguments: argparse.Namespace) -> None:
     """One row a limit: perplexities, means over the seeds; the spread is half the range of the seeds."""
     costs = costs_of(arguments)
-    names = ["ours", "LLM-QFA", "untrained", *(f"QAT {place}" for place in range(len(budgets(costs))))]
     print(
         f"{arguments.model}, {costs.workload}, {costs.device}, {arguments.precision}; kernels {', '.join(trained_kernels(costs))}"
     )
@@ -168,7 +180,7 @@ def report(arguments: argparse.Namespace) -> None:
     )
     heads = ["ours, polished", "ours", "QAT", "LLM-QFA", "GPTQ, solver", "GPTQ, uniform", "rounded, uniform"]
     print(f"| limit | mean bits | {' | '.join(heads)} |\n|---{'|---' * (len(heads) + 1)}|")
-    rows = [row for name in names for seed in range(arguments.seeds) if (row := jobs.read(arguments, f"{name} {seed}"))]
+    rows = [row for job in job_names(arguments) if (row := jobs.read(arguments, job))]
     for place, budget in enumerate(budgets(costs)):
         memory = budget.peak_memory_bytes
         cells = [f"{memory / 1e6:.2f} MB" if memory else f"{budget.latency_ms:.4f} ms"]

@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 
 from toolchain import text as texts
-from toolchain.files import write_atomic
+from toolchain.files import sha256, write_atomic
 from toolchain.graph.build import build, resolve
 from toolchain.graph.model import Graph
 from toolchain.spec import Policy
@@ -113,12 +114,16 @@ def place(out: Path, job: str) -> Path:
 
 def setup(arguments: argparse.Namespace) -> dict[str, Any]:
     """What a result depends on besides its job."""
-    named = ("model", "text", "heldout", "steps", "batch", "windows", "precision", "polish")
-    return {name: str(vars(arguments).get(name)) for name in named}
+    named = ("model", "text", "heldout", "steps", "batch", "windows", "precision", "polish", "workload")
+    facts = {name: str(vars(arguments).get(name)) for name in named}
+    table = vars(arguments).get("table")
+    return {**facts, "table": sha256(table) if table else None}
 
 
 def keep(arguments: argparse.Namespace, job: str, result: dict[str, Any]) -> None:
+    """Keep a job's result; its checkpoint has served."""
     write_atomic(place(arguments.out, job), json.dumps({"setup": setup(arguments), **result}, indent=1) + "\n")
+    shutil.rmtree(place(arguments.out, job).with_suffix(".training"), ignore_errors=True)
 
 
 def read(arguments: argparse.Namespace, job: str) -> Any | None:
@@ -130,7 +135,9 @@ def read(arguments: argparse.Namespace, job: str) -> Any | None:
 
 def run_all(arguments: argparse.Namespace, jobs: Sequence[str]) -> None:
     """Every job without a result, --workers at a time, each this script again with --job; several GPUs take turns."""
-    gpus = torch.cuda.device_count() if arguments.on != "cpu" else 0
+    gpus = [str(number) for number in range(torch.cuda.device_count() if arguments.on != "cpu" else 0)]
+    if gpus and (given := os.environ.get("CUDA_VISIBLE_DEVICES")):
+        gpus = given.split(",")
     places: Queue[int] = Queue()
     for number in range(arguments.workers):
         places.put(number)
@@ -140,8 +147,8 @@ def run_all(arguments: argparse.Namespace, jobs: Sequence[str]) -> None:
         if arguments.workers > 1:
             environment["OMP_NUM_THREADS"] = "1"
         mine = places.get()
-        if gpus > 1:
-            environment["CUDA_VISIBLE_DEVICES"] = str(mine % gpus)
+        if len(gpus) > 1:
+            environment["CUDA_VISIBLE_DEVICES"] = gpus[mine % len(gpus)]
         with place(arguments.out, job).with_suffix(".log").open("w") as log:
             code = subprocess.run([sys.executable, *sys.argv, "--job", job], stderr=log, env=environment, check=False).returncode
         places.put(mine)

@@ -24,7 +24,7 @@ from toolchain.profiler import model_rows
 from toolchain.profiler.ask import Host
 from toolchain.profiler.measure import summarise
 from toolchain.profiler.profile import _adding, current_header
-from toolchain.spec import WORKS, Unit, Workload
+from toolchain.spec import TOKENS, WORKS, Unit, Workload
 
 SHAPES = (Unit("embedding", "Gather", 64, 512, side="source"), Unit("linear", "MatMul", 64, 64, side="source"))
 """What a one-layer BERT of width 64 is made of."""
@@ -249,18 +249,31 @@ def test_a_prompt_as_long_as_the_context_is_weighed_inside_it(graphs: Any, tmp_p
     assert row.peak_bytes > 0
 
 
-def test_whole_models_are_timed_in_sessions_that_are_brought_to_one_speed(graphs: Any, tmp_path: Path) -> None:
-    """The second session's machine is half as fast, and its references say so; in the third the models alone took longer."""
+@pytest.mark.parametrize(
+    ("disturbed", "ms", "valid"),
+    [((), (6 + 6 + 9) / 3, True), ((2,), 6.0, True), ((0,), (12 + 18) / 2, True), ((0, 2), 7.0, False)],
+)
+def test_whole_models_are_timed_in_sessions_that_are_brought_to_one_speed(
+    disturbed: tuple[int, ...], ms: float, valid: bool, graphs: Any, tmp_path: Path
+) -> None:
+    """The second session's machine is half as fast, and its references say so; in the third the models alone took longer. A disturbed one
+    is left out where two are left; the first of those used sets the speed."""
     graph, workload = graphs("bert"), Workload.parse("encode:1x16")
     table = CostTable(replace(current_header(load("local"), 1), kernels=tuple(CATALOGUE), cache_bytes=2**30), {})
     orders: list[list[str]] = []
 
     class Scripted(Host):
         def time(self, subjects: Any, windows: int) -> dict[str, Any]:
-            took, reference = [(6e6, 100.0), (12e6, 200.0), (9e6, 100.0)][len(orders)]
+            turn = len(orders)
+            took, reference = [(6e6, 100.0), (12e6, 200.0), (9e6, 100.0)][turn]
             orders.append([item["name"] for item in subjects])
             trials = {item["name"]: [{phase["label"]: took for phase in item["phases"]}] * windows for item in subjects}
-            return {"trials": trials, "reference_ns": {name: [reference] for name in WORKS}, "dropped": 0, "valid": True}
+            return {
+                "trials": trials,
+                "reference_ns": {name: [reference if name == TOKENS else 100.0] for name in WORKS},
+                "dropped": 0,
+                "valid": turn not in disturbed,
+            }
 
     sessions = model_rows.Sessions(
         Scripted(load("local"), 1),
@@ -271,10 +284,10 @@ def test_whole_models_are_timed_in_sessions_that_are_brought_to_one_speed(graphs
     )
     assert [sessions.time() for _ in range(model_rows.SESSIONS - 1)] == [([], {})] * 2
     rows, references = sessions.time()
-    assert {row.latency_ms for row in rows} == {(6 + 6 + 9) / 3}
-    assert {row.n for row in rows} == {model_rows.SESSIONS * model_rows.WINDOWS}
-    assert set(references) == set(WORKS)
-    assert all(seen == [100.0] for seen in references.values())
+    assert {(row.latency_ms, row.valid) for row in rows} == {(ms, valid)}
+    used = model_rows.SESSIONS - len(disturbed) if valid else model_rows.SESSIONS
+    assert {row.n for row in rows} == {used * model_rows.WINDOWS}
+    assert references == {name: [200.0 if name == TOKENS and disturbed == (0,) else 100.0] for name in WORKS}
     assert sorted(orders[0]) == sorted(orders[1]) == sorted(orders[2])
     assert orders[0] != orders[1], "each session has its own order"
 

@@ -7,7 +7,7 @@
 
 Every method plans with room for the prediction's spread, and every answer keeps the budget in the cost model. `search` scores policies on
 the supernet's calibration windows, so it needs torch; the others do not. Default is what `benchmarks/choosing.py` finds nearest to the
-teacher on text that nobody had seen: the solver, at tight budgets by a factor of four.
+teacher on text that nobody had seen: the solver, at the tightest limit by a factor of four.
 """
 
 from __future__ import annotations

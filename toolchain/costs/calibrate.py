@@ -24,7 +24,7 @@ NOISE, TRUST = 0.01, 0.1
 class Sample:
     """One measured model: its cost and the relative noise of that, the isolated costs of its units summed by kernel, its layers.
 
-    typical: whether it looks like the policies that will be predicted; only such samples count for the spread.
+    name: its policy's. typical: whether it looks like the policies that will be predicted; only such samples count for the spread.
     """
 
     whole: float
@@ -32,52 +32,54 @@ class Sample:
     layers: int
     noise: float = 0.0
     typical: bool = True
+    name: str = ""
 
 
 @dataclass(frozen=True)
 class Calibration:
     """factors: kernel → a_k; remainder(L) = per_run + L · per_layer, never negative: units cannot cost more than the model they are in.
 
-    spread: largest relative error with which the others predict a typical sample (leave one out).
+    level: how much more a whole model costs than the fit says (1 where none was cut). spread: largest relative error with which samples
+    of other policies predict a typical one: a whole one with the level, one that was cut without.
     """
 
     factors: Mapping[str, float]
     per_run: float
     per_layer: float
+    level: float = 1.0
     spread: float = 0.0
 
     def remainder(self, layers: int) -> float:
         return self.per_run + layers * self.per_layer
 
     def predict(self, sums: Mapping[str, float], layers: int) -> float:
+        """The fit, without the level."""
         return sum(self.factors.get(kernel, 1.0) * value for kernel, value in sums.items()) + self.remainder(layers)
 
 
 def calibrate(samples: Sequence[Sample], depth: int = 0) -> Calibration:
-    """Fit all samples; the spread by leaving each out in turn. ValueError for fewer than two.
+    """Fit all samples; the spread by leaving each policy out in turn. ValueError for fewer than two samples.
 
-    depth: layers of the whole model, whose level the fit is brought to where samples are both whole and cut; 0: it is left where it is.
+    depth: layers of the whole model, whose level is found where samples are both whole and cut; 0: there is none.
     """
     if len(samples) < 2:
         raise ValueError(f"expected two or more measured models, got {len(samples)}")
     errors = []
     for place, sample in enumerate(samples):
         if sample.typical:
-            others = [*samples[:place], *samples[place + 1 :]]
+            others = [other for at, other in enumerate(samples) if at != place and not (sample.name and other.name == sample.name)]
             fitted = _fit(others)
-            if sample.layers == depth:
-                fitted = _levelled(fitted, others, depth)
-            errors.append(abs(fitted.predict(sample.sums, sample.layers) / sample.whole - 1))
-    return replace(_levelled(_fit(samples), samples, depth), spread=max(errors, default=0.0))
+            level = _level(fitted, others, depth) if sample.layers == depth else 1.0
+            errors.append(abs(level * fitted.predict(sample.sums, sample.layers) / sample.whole - 1))
+    fitted = _fit(samples)
+    return replace(fitted, level=_level(fitted, samples, depth), spread=max(errors, default=0.0))
 
 
-def _levelled(fitted: Calibration, samples: Sequence[Sample], depth: int) -> Calibration:
+def _level(fitted: Calibration, samples: Sequence[Sample], depth: int) -> float:
     whole = [sample for sample in samples if sample.typical and sample.layers == depth]
     if not whole or all(sample.layers == depth for sample in samples):
-        return fitted
-    level = float(np.exp(np.mean([np.log(sample.whole / fitted.predict(sample.sums, sample.layers)) for sample in whole])))
-    factors = {kernel: factor * level for kernel, factor in fitted.factors.items()}
-    return Calibration(factors, fitted.per_run * level, fitted.per_layer * level)
+        return 1.0
+    return float(np.exp(np.mean([np.log(sample.whole / fitted.predict(sample.sums, sample.layers)) for sample in whole])))
 
 
 def _fit(samples: Sequence[Sample]) -> Calibration:

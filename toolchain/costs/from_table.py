@@ -12,7 +12,7 @@ the cost model's notes say so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -195,7 +195,8 @@ def _whole_latency(graph: Graph, table: CostTable, phase: Phase, here: Costs) ->
         if moved is None:
             raise missing(f"{wanted} or on both sides of it", table.header.device)
         remainder = max(0.0, remainder + graph.layers * (moved - leftover[base]))
-    return Whole(calibration.factors, remainder, calibration.spread)
+    level = calibration.level
+    return Whole({kind: factor * level for kind, factor in calibration.factors.items()}, remainder * level, calibration.spread)
 
 
 def _centre(points: Mapping[Phase, Sequence[object]], phase: Phase) -> Phase | None:
@@ -206,7 +207,12 @@ def _centre(points: Mapping[Phase, Sequence[object]], phase: Phase) -> Phase | N
 
 def _anywhere(points: Mapping[Phase, Sequence[ModelRow]]) -> str:
     """Name of the policy that was measured at the most points."""
-    names = [row.policy for rows in points.values() for row in rows]
+    return _commonest(points.values())
+
+
+def _commonest(groups: Iterable[Iterable[ModelRow | ModelMemoryRow]]) -> str:
+    """Name of the policy that is in the most groups, at however many depths."""
+    names = [name for rows in groups for name in sorted({row.policy for row in rows})]
     return max(names, key=names.count)
 
 
@@ -227,7 +233,7 @@ def _sample(row: ModelRow | ModelMemoryRow, whole: float, isolated: Costs, graph
         kernel = row.units[unit.name]
         kind = kind_of(unit, kernel)
         sums[kind] = sums.get(kind, 0.0) + isolated[unit.name][kernel]
-    return Sample(whole, sums, row.layers, noise, typical=row.policy not in CATALOGUE)
+    return Sample(whole, sums, row.layers, noise, typical=row.policy not in CATALOGUE, name=row.policy)
 
 
 def _memory(graph: Graph, table: CostTable, workload: Workload, predictor: ShapePredictor | None) -> _Part:
@@ -264,8 +270,7 @@ def _whole_memory(graph: Graph, table: CostTable, workload: Workload, isolated: 
     calibration = calibrate([sample(row) for row in points[centre]])
     remainder = calibration.remainder(graph.layers)
     if workload.prompt_tokens != centre:
-        names = [row.policy for group in points.values() for row in group]
-        common = max(names, key=names.count)
+        common = _commonest(points.values())
         leftover = {row.tokens: sample(row).whole for group in points.values() for row in group if row.policy == common}
         moved = _interpolate(leftover, workload.prompt_tokens)
         if moved is None:

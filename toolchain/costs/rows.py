@@ -89,7 +89,8 @@ class MemoryRow:
 class ModelRow:
     """One phase of a model's first `layers` layers, embedding and head, measured under one policy (`units`: unit → kernel).
 
-    What the sum of its units leaves over is the remainder: attention, norms, cache, per-run overhead. latency_ms is for one run:
+    What the sum of its units leaves over is the remainder: attention, norms, cache, per-run overhead. latency_ms (the mean over processes
+    of each one's median trial; n and spread_ms are of all their trials) is for one run:
     a step of decoding with `past` positions in the cache, a prefill or an encoding of batch × tokens. working_set: as a unit's row has it.
     """
 

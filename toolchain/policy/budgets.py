@@ -18,7 +18,7 @@ from toolchain.spec import Budget
 
 FRACTIONS = {"low": 0.2, "medium": 0.5, "high": 0.8}
 ROOM = 1.5
-"""Times the spread that a plan keeps free: the spread is the largest error of sixteen mixed models, and another may exceed it."""
+"""Times the spread that a plan keeps free: the spread is the largest error of the mixed models, and another may exceed it."""
 DRIFT = 1.0
 """Relative drift of a shared machine's latency: the same package's median was seen to move from 0.22 to 0.45 ms within an hour."""
 

@@ -1,8 +1,8 @@
 """Rows of whole models ("anchors"): a few policies measured end to end, so that what the units' sum leaves over becomes known.
 
 Owns which policies those are, at which points of (tokens, past), and how deep the model is cut. A deep model is cut to its first layers,
-as many as it takes to stream from memory what the whole one streams: the time of a profile grows with shapes, not with layers.
-Weights are drawn: their values do not change a kernel's time.
+as many as it takes to stream from memory as the whole one does, so that the time of a profile grows with shapes, hardly with layers; a few
+stay whole and tell the level. Weights are drawn: their values do not change a kernel's time.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ class Sessions:
     """The time of whole models, from SESSIONS processes that lie apart: windows of one process agree with each other, two processes do not.
 
     Where a model's memory comes to lie, who runs before it, what the neighbours of this machine are up to: that stays as it is while a
-    process lives. (Between windows of one process the pocket of time spread by 2%, between processes by 13%: `benchmarks/sessions.py`.)
+    process lives (`benchmarks/sessions.py`). Sessions that others disturbed are left out where two are left.
     """
 
     def __init__(self, host: Host, graph: Graph, cache_bytes: int, wanted: Sequence[Wanted], packages: Packages) -> None:
@@ -180,18 +180,20 @@ class Sessions:
         self.answers.append({**answer, "trials": levelled(answer["trials"])})
         if len(self.answers) < SESSIONS:
             return [], {}
-        return self._rows(), self.answers[0]["reference_ns"]
+        clean = [answer for answer in self.answers if answer["valid"]]
+        valid = len(clean) >= min(2, SESSIONS)
+        used = clean if valid else self.answers
+        return self._rows(used, valid), used[0]["reference_ns"]
 
-    def _rows(self) -> list[Row]:
+    def _rows(self, answers: Sequence[dict[str, Any]], valid: bool) -> list[Row]:
         rows: list[Row] = []
-        first = self.answers[0]["reference_ns"]
-        valid = all(answer["valid"] for answer in self.answers)
+        first = answers[0]["reference_ns"]
         for item in self.wanted:
             kind = working_set_of(units_within(self.graph.units, item.anchor.layers), item.anchor.policy, self.cache_bytes)
             for phase in item.times:
                 bound = work(phase.name == "decode", kind)
                 sessions = []
-                for answer in self.answers:
+                for answer in answers:
                     speed = median(first[bound]) / median(answer["reference_ns"][bound]) / 1e6
                     sessions.append([trial[label(phase)] * speed for trial in answer["trials"][item.anchor.label]])
                 seen = summarise((trial for trials in sessions for trial in trials), valid)

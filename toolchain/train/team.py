@@ -36,7 +36,7 @@ class Team:
             from accelerate.utils import InitProcessGroupKwargs
 
             # The first process makes a graph, text and sensitivities while the others wait: of a large model longer than the ten minutes
-            # after which they would give up.
+            # after which NCCL would give up.
             self._accelerator = Accelerator(cpu=not cuda, kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)])
             self.rank, self.size = self._accelerator.process_index, self._accelerator.num_processes
             self.device = self._accelerator.device
