@@ -93,3 +93,11 @@ def test_a_promise_is_the_prediction_with_room() -> None:
     promise = budgets.promise(totals, model).limits
     assert promise["peak_memory_bytes"] >= totals["peak_memory_bytes"]
     assert promise["latency_ms"] >= totals["latency_ms"] * (1 + budgets.DRIFT)
+
+
+def test_a_memory_limit_leaves_room_however_small_the_spread() -> None:
+    """A quickstart whose table promised 2.2% broke its own low budget by a kilobyte: the solver spends a plan to the last byte."""
+    exact = replace(board_model(board_table()), relative_spread={"peak_memory_bytes": 0.001})
+    limit = budgets.derive(exact)["low"].limits["peak_memory_bytes"]
+    plan = budgets.planned(Budget(peak_memory_bytes=limit), exact).limits["peak_memory_bytes"]
+    assert plan == pytest.approx(limit / 1.05)
