@@ -45,11 +45,7 @@ MIXED_GOAL = 1.02
 
 
 def main() -> None:
-    parser = jobs.parser(__doc__)
-    parser.add_argument("--polish", type=int, help="policy-steps that each of the supernet's subnets is polished with (S / 13)")
-    arguments = parser.parse_args()
-    if arguments.polish is None:
-        arguments.polish = arguments.steps // 13
+    arguments = jobs.with_polish(jobs.parser(__doc__), 13)
     if arguments.job:
         work(arguments, arguments.job)
         return

@@ -53,12 +53,7 @@ def main() -> None:
     parser = jobs.parser(__doc__)
     parser.add_argument("--table", type=Path, required=True)
     parser.add_argument("--workload", type=Workload.parse, default=Workload.parse("generate:64+32"))
-    parser.add_argument(
-        "--polish", type=int, help="policy-steps that each of the supernet's ten packages is polished with (S / 10)"
-    )
-    arguments = parser.parse_args()
-    if arguments.polish is None:
-        arguments.polish = arguments.steps // 10
+    arguments = jobs.with_polish(parser, 2 * len(FRACTIONS))
     if arguments.job:
         work(arguments, arguments.job)
         return

@@ -53,6 +53,15 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     return made
 
 
+def with_polish(parser: argparse.ArgumentParser, subnets: int) -> argparse.Namespace:
+    """The arguments, with how long each of a supernet's subnets is polished: together S policy-steps unless said otherwise."""
+    parser.add_argument("--polish", type=int, help=f"policy-steps that each subnet is polished with (S / {subnets})")
+    arguments = parser.parse_args()
+    if arguments.polish is None:
+        arguments.polish = arguments.steps // subnets
+    return arguments
+
+
 def prepare(arguments: argparse.Namespace) -> Graph:
     """Graph and token windows, in --out."""
     out = arguments.out
