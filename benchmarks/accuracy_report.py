@@ -17,11 +17,18 @@ from toolchain.costs.table import CostTable
 from toolchain.graph.assemble import package_bytes
 from toolchain.graph.model import Graph
 from toolchain.kernels import CATALOGUE, mean_bits
-from toolchain.profiler.model_rows import Anchor
+from toolchain.profiler.model_rows import WHOLE, Anchor
 from toolchain.spec import Policy, Workload
 
 KNOWN = ("w2g32", "w4g32", "w8g128")
 """Models that the table holds, and that tell the machine's drift since: bound by arithmetic, in between, by memory; bits rising."""
+
+
+def known_models(graph: Graph, held: Sequence[Anchor]) -> list[Anchor]:
+    """Of the models that a table holds: KNOWN, and where those were cut also the ones that were not, for a whole model drifts otherwise."""
+    cut = any(anchor.layers < graph.layers for anchor in held if anchor.name in KNOWN)
+    return [anchor for anchor in held if anchor.name in KNOWN or (cut and anchor.name in WHOLE and anchor.layers == graph.layers)]
+
 
 Rows = Mapping[str, Mapping[str, Any]]
 """policy → what one process saw of it: latencies, the references' times, and under "known" the same of the known models beside it."""
@@ -44,10 +51,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class Drift:
-    """How many times as long as in the table the machine takes now, while it measured a row."""
+    """How many times as long as in the table the machine takes now, while it measured a row. known: as `known_models` gives them."""
 
     graph: Graph
     table: CostTable
+    known: Sequence[Anchor]
     policies: Mapping[str, Policy]
     workload: Workload
     resource: str
@@ -61,15 +69,21 @@ class Drift:
     def of(self, row: Mapping[str, Any], known: str) -> float:
         return float(row["known"][known][self.resource]) / self.then_ms[known]
 
-    def by_median(self, row: Mapping[str, Any], name: str) -> float:
-        return median(self.of(row, known) for known in KNOWN)
+    def at_bits(self, row: Mapping[str, Any], policy: Policy) -> float:
+        """On the lines between KNOWN where a policy decodes, their median elsewhere."""
+        moves = [self.of(row, known) for known in KNOWN]
+        if not self.decoding:
+            return median(moves)
+        return float(np.interp(mean_bits(policy, self.graph.units), [CATALOGUE[known].weight_bits for known in KNOWN], moves))
 
     def by_known(self, row: Mapping[str, Any], name: str) -> float:
-        if not self.decoding:
-            return self.by_median(row, name)
-        moves = [self.of(row, known) for known in KNOWN]
-        bits = mean_bits(self.policies[name], self.graph.units)
-        return float(np.interp(bits, [CATALOGUE[known].weight_bits for known in KNOWN], moves))
+        """At a policy's bits; where KNOWN are cut, whole models say how much more or less than those they drift."""
+        whole = [self.of(row, anchor.name) / self.at_bits(row, anchor.policy) for anchor in self.known if anchor.name not in KNOWN]
+        return self.at_bits(row, self.policies[name]) * (median(whole) if whole else 1.0)
+
+    def by_median(self, row: Mapping[str, Any], name: str) -> float:
+        whole = [anchor.name for anchor in self.known if anchor.name not in KNOWN]
+        return median(self.of(row, known) for known in whole or KNOWN)
 
     def by_reference(self, row: Mapping[str, Any], name: str) -> float:
         header = self.table.header
@@ -132,8 +146,8 @@ def report(
         if resource not in costs.per_unit:
             continue
         then_ms = {anchor.name: known_latencies(table, graph, anchor, workload)[resource] for anchor in known}
-        drift = Drift(graph, table, policies, workload, resource, then_ms)
-        for other in KNOWN:
+        drift = Drift(graph, table, known, policies, workload, resource, then_ms)
+        for other in then_ms:
             moves = [drift.of(rows[name], other) for rows in measured.once for name in names]
             print(
                 f"{resource}: known {other} ran {min(moves):.2f} to {max(moves):.2f} times as long as in the table", file=sys.stderr

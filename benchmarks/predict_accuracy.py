@@ -7,7 +7,8 @@ are made and measured in groups, in rotation, as the workload says (a real prefi
 phases), in random order. In every group's rotation stand three models that the table holds (uniform at 8, 4 and 2 bits, as deep as they
 were profiled): how much slower they run now than they did then is the machine's doing, and is taken out of the group's figures. Where
 many tokens are in flight arithmetic is the limit at any bit-width: the median of the three. Decoding waits for memory or for arithmetic,
-which drift apart: there a policy's drift is read at its mean bits, on the lines between the three.
+which drift apart: there a policy's drift is read at its mean bits, on the lines between the three. Of a model so deep that those three
+were cut, four mixed ones that the table holds whole stand there too, and say how much more or less than the three a whole one drifts.
 A process has moods of its own (`benchmarks/sessions.py`), so a measurement is the mean over two processes, in different groups. A quarter
 of the policies is measured a second time, in two others: how well a measurement predicts itself is the noise floor. Printed too: the
 ratios corrected by the references alone, as `check` does it, and the raw ones (`accuracy_report.py`).
@@ -30,7 +31,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-from accuracy_report import KNOWN, Measured, report
+from accuracy_report import Measured, known_models, report
 
 from toolchain import hardware
 from toolchain.commands.workflow import measure_costs, opened
@@ -123,12 +124,12 @@ def main() -> None:
         else:
             found = measure_costs(graph, device, folder, arguments.workload, "benchmark", renew=False)
             table, costs = found.table, found.model
-        known = [anchor for anchor in anchors(graph, table.header.kernels, table.header.cache_bytes) if anchor.name in KNOWN]
+        known = known_models(graph, anchors(graph, table.header.kernels, table.header.cache_bytes))
         bits = np.linspace(2.1, 7.9, arguments.policies)
         policies = {f"policy {number}": random_policy(graph, costs, value, rng) for number, value in enumerate(bits)}
         order = rng.sample(list(policies), len(policies))
         again = rng.sample(order, max(arguments.group, len(order) // 4))
-        done = folder / f"measured-4-{graph.fingerprint[:12]}-{arguments.workload}-{len(order)}.json"
+        done = folder / f"measured-5-{graph.fingerprint[:12]}-{arguments.workload}-{len(order)}.json"
         rounds: list[dict[str, dict]] = json.loads(done.read_text()) if done.exists() else [{} for _ in range(2 * PROCESSES)]
         for number, into in enumerate(rounds if not arguments.report else ()):
             wanted = order if number < PROCESSES else again
