@@ -34,13 +34,13 @@ from toolchain.spec import Budget, Policy, Workload
 from toolchain.train.loop import Run, train
 from toolchain.train.quality import scorer
 from toolchain.train.sampler import PolicySampler
-from toolchain.train.settings import Settings
 from toolchain.train.team import Team
 
 KERNELS = ("fp32", "w8g32", "w4g32", "w2g32")
 VARIANTS: dict[str, dict] = {
     "whole": {},
-    "shared adapters": {"decoupled": False},
+    "common adapters": {"adapters": "own"},
+    "own adapters": {"adapters": "shared"},
     "rounded to nearest at the start": {"gptq": False},
     "uniform sampling": {"sampling": "uniform"},
     "LLM-QFA's sampling": {"sampling": "balanced"},
@@ -64,7 +64,7 @@ def main() -> None:
         work(arguments, arguments.job)
         return
     jobs.prepare(arguments)
-    jobs.run_all(arguments, [f"{name} {seed}" for seed in range(arguments.seeds) for name in arguments.only])
+    jobs.run_all(arguments, [f"{name} {seed}" for name in arguments.only for seed in range(arguments.seeds)])
     report(arguments)
 
 
@@ -91,7 +91,7 @@ def work(arguments: argparse.Namespace, job: str) -> None:
     """Train one variant and measure it."""
     name, _, seed = job.rpartition(" ")
     changes = dict(VARIANTS[name])
-    start = {key: changes.pop(key) for key in ("decoupled", "gptq") if key in changes}
+    start = {key: changes.pop(key) for key in ("adapters", "gptq") if key in changes}
     begin = time.monotonic()
     costs, windows = costs_of(arguments), jobs.training_windows(arguments)
     supernet = jobs.started(arguments, KERNELS, int(seed), **start)
@@ -106,7 +106,7 @@ def work(arguments: argparse.Namespace, job: str) -> None:
         arguments.batch,
         jobs.place(arguments.out, job).with_suffix(".training"),
         int(seed),
-        settings=Settings(precision=arguments.precision, **changes),
+        settings=jobs.settings_of(arguments, **changes),
         team=Team(arguments.on),
     )
     trained = train(supernet, run, costs, losses)
@@ -134,9 +134,7 @@ def work(arguments: argparse.Namespace, job: str) -> None:
 
 def report(arguments: argparse.Namespace) -> None:
     """One row a variant, means over the seeds; the spread is half the range of the seeds."""
-    print(
-        f"{arguments.model}, {3 * arguments.steps} policy-steps of {arguments.batch} x {jobs.WINDOW} tokens, {arguments.precision}\n"
-    )
+    print(f"{arguments.model}, {3 * arguments.steps} {jobs.described(arguments)}\n")
     heads = ["uniform 2", "uniform 4", "uniform 8", "random", "fixed", "chosen"]
     print(f"| without | {' | '.join(heads)} | budgets kept unprojected |\n|---{'|---' * (len(heads) + 1)}|")
     for name in arguments.only:

@@ -35,7 +35,7 @@ from toolchain.spec import Budget, Policy, Unit, Workload
 from toolchain.train.loop import Run, adapt, train
 from toolchain.train.quality import scorer
 from toolchain.train.sampler import PolicySampler
-from toolchain.train.settings import Settings, polishing
+from toolchain.train.settings import polishing
 from toolchain.train.team import Team
 
 KERNELS = ("w4g32", "w3g32", "w2g32")
@@ -51,7 +51,8 @@ def main() -> None:
         return
     graph = jobs.prepare(arguments)
     policies = prepared_policies(arguments, graph)
-    jobs.run_all(arguments, [f"{name} {seed}" for seed in range(arguments.seeds) for name in ("supernet", *policies)])
+    # The longest first, so that the others fill what they leave.
+    jobs.run_all(arguments, [f"{name} {seed}" for name in ("supernet", *policies) for seed in range(arguments.seeds)])
     report(arguments, graph, policies)
 
 
@@ -101,7 +102,7 @@ def work(arguments: argparse.Namespace, job: str) -> None:
     policies = prepared_policies(arguments, Graph.open(arguments.out / "graph"))
     begin = time.monotonic()
     supernet, windows = jobs.started(arguments, KERNELS, int(seed)), jobs.training_windows(arguments)
-    settings = Settings(precision=arguments.precision, meta_every=0)
+    settings = jobs.settings_of(arguments, meta_every=0)
     folder = jobs.place(arguments.out, job).with_suffix(".training")
     run = Run(windows, arguments.steps, arguments.batch, folder, int(seed), settings=settings, team=Team(arguments.on))
     heldout = jobs.heldout_windows(arguments)
@@ -134,8 +135,7 @@ def report(arguments: argparse.Namespace, graph: Graph, policies: dict[str, Poli
     """One row a policy: the supernet's subnet as it is and polished, the dedicated run, their ratios; means over the seeds, and each seed's
     ratio of the last of them."""
     print(
-        f"{arguments.model}, S = {arguments.steps} policy-steps of {arguments.batch} x {jobs.WINDOW} tokens, {arguments.precision}, "
-        f"{arguments.polish} of them for polishing a subnet\n"
+        f"{arguments.model}, S = {arguments.steps} {jobs.described(arguments)}; {arguments.polish} of them for polishing a subnet\n"
     )
     print(
         "| policy | mean bits | subnet: perplexity | KL | polished | KL | dedicated | KL | ratio as it is | polished | seeds | goal |"

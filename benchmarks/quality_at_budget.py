@@ -7,7 +7,7 @@ the dearest quantised policy; perplexity on held-out text, windows of 256 tokens
 
     ours        one supernet; the exact solver on its sensitivities; as it is, and polished. 3·S policy-steps in all, polishing included
     QAT         a dedicated run of S policy-steps for each limit, on the policy that the exact solver finds for it untrained
-    LLM-QFA     one supernet of 3·S policy-steps with its sampler, and its own search for each limit
+    LLM-QFA     one supernet of 3·S policy-steps with its sampler and a kernel's own adapters only, and its own search for each limit
     untrained   GPTQ: best uniform policy that fits, and sensitivity + exact solver; and the best uniform policy rounded to nearest
                 (clipped where the squared error is least). Which uniform one is best, they are told by the held-out text itself
 
@@ -41,7 +41,7 @@ from toolchain.supernet.model import Supernet
 from toolchain.train.loop import Run, adapt, train
 from toolchain.train.quality import scorer
 from toolchain.train.sampler import PolicySampler, worth_training
-from toolchain.train.settings import Settings, polishing
+from toolchain.train.settings import polishing
 from toolchain.train.team import Team
 
 FRACTIONS = (0.05, 0.2, 0.35, 0.5, 0.65)
@@ -65,7 +65,7 @@ def main() -> None:
 def job_names(arguments: argparse.Namespace) -> list[str]:
     """Nothing is drawn in what is not trained: one seed of it."""
     names = ["ours", "LLM-QFA", *(f"QAT {place}" for place in range(len(budgets(costs_of(arguments)))))]
-    return ["untrained 0", *(f"{name} {seed}" for seed in range(arguments.seeds) for name in names)]
+    return ["untrained 0", *(f"{name} {seed}" for name in names for seed in range(arguments.seeds))]
 
 
 def costs_of(arguments: argparse.Namespace) -> CostModel:
@@ -115,9 +115,9 @@ def work(arguments: argparse.Namespace, job: str) -> None:
     costs, windows, heldout = costs_of(arguments), jobs.training_windows(arguments), jobs.heldout_windows(arguments)
     kernels = trained_kernels(costs)
     folder = jobs.place(arguments.out, job).with_suffix(".training")
-    settings = Settings(precision=arguments.precision, meta_every=0)
+    settings = jobs.settings_of(arguments, meta_every=0)
     run = Run(windows, arguments.steps, arguments.batch, folder, int(seed), settings=settings, team=Team(arguments.on))
-    supernet = jobs.started(arguments, kernels, int(seed))
+    supernet = jobs.started(arguments, kernels, int(seed), adapters="own" if name == "LLM-QFA" else "both")
     kept: dict[str, dict] = {}
     if name == "ours":
         left = 3 * arguments.steps - len(budgets(costs)) * arguments.polish
@@ -168,10 +168,8 @@ def report(arguments: argparse.Namespace) -> None:
     """One row a limit: perplexities, means over the seeds; the spread is half the range of the seeds."""
     costs = costs_of(arguments)
     print(
-        f"{arguments.model}, {costs.workload}, {costs.device}, {arguments.precision}; kernels {', '.join(trained_kernels(costs))}"
-    )
-    print(
-        f"S = {arguments.steps} policy-steps of {arguments.batch} x {jobs.WINDOW} tokens, {arguments.polish} to polish a package\n"
+        f"{arguments.model}, {costs.workload}, {costs.device}; kernels {', '.join(trained_kernels(costs))}\n"
+        f"S = {arguments.steps} {jobs.described(arguments)}; {arguments.polish} to polish a package\n"
     )
     heads = ["ours, polished", "ours", "QAT", "LLM-QFA", "GPTQ, solver", "GPTQ, uniform", "rounded, uniform"]
     print(f"| limit | mean bits | {' | '.join(heads)} |\n|---{'|---' * (len(heads) + 1)}|")

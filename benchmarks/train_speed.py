@@ -26,6 +26,7 @@ from toolchain.spec import Policy
 from toolchain.supernet.loading import load_model
 from toolchain.supernet.model import Supernet
 from toolchain.supernet.starts import input_moments
+from toolchain.supernet.store import SHARED
 from toolchain.train.losses import Interference
 from toolchain.train.sampler import PolicySampler
 from toolchain.train.settings import Settings
@@ -54,8 +55,9 @@ def main() -> None:
     supernet = Supernet(model, units, KERNELS, moments=input_moments(model, units, ids))
     sampler = PolicySampler.of(units, supernet.kernels)
     weights = Interference(units, [sampler.mixed(4.0, rng) for _ in range(8)])
-    ours = torch.optim.AdamW(supernet.parameters.values(), lr=1e-5, weight_decay=0.0)
-    theirs = torch.optim.AdamW(plain.parameters(), lr=1e-7)
+    fused = team.device.type == "cuda" or None
+    ours = torch.optim.AdamW(supernet.parameters.values(), lr=1e-5, weight_decay=0.0, fused=fused)
+    theirs = torch.optim.AdamW(plain.parameters(), lr=1e-7, fused=fused)
 
     def plain_step() -> None:
         theirs.zero_grad(set_to_none=True)
@@ -101,7 +103,8 @@ def main() -> None:
     held = sum(parameter.numel() * 4 for parameter in model.parameters())
     adapters = sum(parameter.numel() * 4 for parameter in supernet.parameters.values())
     frozen = sum(part.nbytes for row in supernet.frozen.values() for part in (row.places, row.low, row.high))
-    what = f"adapters and bounds of {len(KERNELS) - 1} kernels, rank {supernet.rank}"
+    ranks = ", ".join(f"{name} {supernet.adapters.rank_of(name)}" for name in (*KERNELS[1:], SHARED))
+    what = f"adapters and bounds (ranks: {ranks})"
     print(f"\nmodel {held / 1e6:.1f} MB; frozen weights of the kernels up to 4 bits {frozen / 1e6:.1f} MB;")
     print(f"{what}: {adapters / 1e6:.1f} MB, with both moments and their average {4 * adapters / 1e6:.1f} MB;")
     print(f"plain training's weights, gradients and moments {4 * held / 1e6:.1f} MB")

@@ -1,11 +1,12 @@
 """What the benchmarks of training share: jobs in processes of their own, whose results are kept; start, windows and quality of a supernet.
 
-DIR/graph, train.npy, heldout.npy      made once          DIR/<job>.json      a job's result: a run that was killed goes on
+DIR/graph, train.npy, heldout.npy, start-*    made once          DIR/<job>.json    a job's result: a run that was killed goes on
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import json
 import math
@@ -15,21 +16,25 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
 from queue import Queue
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file, save
 
 from toolchain import text as texts
 from toolchain.files import sha256, write_atomic
 from toolchain.graph.build import build, resolve
 from toolchain.graph.model import Graph
 from toolchain.spec import Policy
+from toolchain.supernet.adapters import COMMON, RANK, RANKS, Adapters
 from toolchain.supernet.loading import load_model
 from toolchain.supernet.model import Supernet
 from toolchain.supernet.starts import input_moments
+from toolchain.train.settings import TUNED, Settings
 from toolchain.train.team import Team
 
 WINDOW, CALIBRATION = 256, 64
@@ -49,6 +54,7 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     made.add_argument("--windows", type=int, default=0, help="held-out windows to measure on (0: all)")
     made.add_argument("--on", default="auto")
     made.add_argument("--precision", default="fp32")
+    made.add_argument("--lr", type=float, default=TUNED.lr, help="long runs want smaller steps; bounds keep their ratio to it")
     made.add_argument("--job", help="only this one, in this process (what the workers are called with)")
     return made
 
@@ -81,14 +87,35 @@ def prepare(arguments: argparse.Namespace) -> Graph:
 
 
 def started(
-    arguments: argparse.Namespace, kernels: Sequence[str], seed: int, gptq: bool = True, decoupled: bool = True
+    arguments: argparse.Namespace, kernels: Sequence[str], seed: int, gptq: bool = True, adapters: str = "both"
 ) -> Supernet:
-    """A supernet at its start, on the device that was asked for."""
+    """A supernet at its start, on the device that was asked for. What GPTQ takes its time for is kept for the jobs that start alike;
+    delete it (DIR/start-*) where the way to start changed."""
     model = load_model(resolve(arguments.model)).to(Team(arguments.on).device)
-    units = Graph.open(arguments.out / "graph").units
+    graph = Graph.open(arguments.out / "graph")
+    units = graph.units
+    facts = json.dumps([graph.fingerprint, *kernels, gptq, asdict(Adapters(adapters, RANK, tuple(kernels))), COMMON, RANKS])
+    kept = arguments.out / f"start-{hashlib.sha256(facts.encode()).hexdigest()[:12]}-{seed}.safetensors"
+    if kept.is_file():
+        supernet = Supernet(model, units, kernels, seed=seed, start=False, adapters=adapters)
+        supernet.load(load_file(kept))
+        return supernet
     windows = torch.from_numpy(training_windows(arguments)[:CALIBRATION]).to(Team(arguments.on).device)
     moments = input_moments(model, units, windows) if gptq else None
-    return Supernet(model, units, kernels, seed=seed, moments=moments, decoupled=decoupled)
+    supernet = Supernet(model, units, kernels, seed=seed, moments=moments, adapters=adapters)
+    write_atomic(kept, save(supernet.arrays()))
+    return supernet
+
+
+def settings_of(arguments: argparse.Namespace, **changes: Any) -> Settings:
+    """What the arguments and a variant's changes make of the tuned settings."""
+    share = arguments.lr / TUNED.lr
+    return replace(TUNED, precision=arguments.precision, lr=arguments.lr, bound_lr=share * TUNED.bound_lr, **changes)
+
+
+def described(arguments: argparse.Namespace) -> str:
+    """What a policy-step is, for a report's first line."""
+    return f"policy-steps of {arguments.batch} x {WINDOW} tokens, {arguments.precision}, learning rate {arguments.lr:g}"
 
 
 def training_windows(arguments: argparse.Namespace) -> np.ndarray:
@@ -123,7 +150,7 @@ def place(out: Path, job: str) -> Path:
 
 def setup(arguments: argparse.Namespace) -> dict[str, Any]:
     """What a result depends on besides its job."""
-    named = ("model", "text", "heldout", "steps", "batch", "windows", "precision", "polish", "workload")
+    named = ("model", "text", "heldout", "steps", "batch", "windows", "precision", "lr", "polish", "workload")
     facts = {name: str(vars(arguments).get(name)) for name in named}
     table = vars(arguments).get("table")
     return {**facts, "table": sha256(table) if table else None}

@@ -12,6 +12,8 @@ from toolchain.kernels import uniform
 from toolchain.spec import Budget, Unit
 from toolchain.train.losses import ExpectedCost, Interference, Target, divergence_of, penalty
 from toolchain.train.sampler import PolicySampler, mean_bits_of, scenarios, triangle, worth_training
+from toolchain.train.schedule import schedule
+from toolchain.train.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KERNELS = ("fp32", "w8g32", "w4g32", "w3g32", "w2g32")
@@ -43,6 +45,20 @@ def test_two_group_sizes_do_not_make_a_width_likelier_and_a_level_is_one_kernel(
     assert drawn.count("w2g128") / len(drawn) == pytest.approx(0.25, abs=0.04)
     levels = {frozenset(sampler.level(2, rng).values()) for _ in range(30)}
     assert levels == {frozenset({"w2g32"}), frozenset({"w2g128"})}
+
+
+def test_a_sandwich_visits_the_lowest_level_every_other_time() -> None:
+    units = some_units(4)
+    rng = np.random.default_rng(0)
+
+    def visited(names: tuple[str, ...], steps: int = 8) -> list[set[str]]:
+        visits = schedule(PolicySampler.of(units, {unit.name: names for unit in units}), steps, Settings())
+        return [set(visits(step, rng)[0].values()) for step in range(steps)]
+
+    two, three, four, eight = ({name} for name in ("w2g32", "w3g32", "w4g32", "w8g32"))
+    assert visited(KERNELS) == [two, three, two, four, two, three, two, four]
+    assert visited(("w2g32", "w8g32"), 3) == [two, two, two]
+    assert visited(("w8g32",), 2) == [eight, eight]
 
 
 def test_triangle_wave_spends_equal_time_everywhere() -> None:

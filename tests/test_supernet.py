@@ -180,11 +180,14 @@ def test_a_tied_heads_start_is_kept_where_the_embedding_cannot_have_the_kernel(t
     assert np.array_equal(again.quantized(head, CATALOGUE["w2g32"]).codes, supernet.quantized(head, CATALOGUE["w2g32"]).codes)
 
 
-def test_shared_adapters_are_as_large_as_decoupled_ones_and_serve_every_kernel(tmp_path: Path) -> None:
+def sizes_of_adapters(supernet: Supernet) -> int:
+    return sum(parameter.numel() for name, parameter in supernet.parameters.items() if name.endswith(("/A", "/B")))
+
+
+def test_the_other_ways_to_adapt_are_as_large_and_serve_every_kernel(tmp_path: Path) -> None:
     model, units = tiny_llama()
-    own, shared = (Supernet(model, units, KERNELS, rank=4, decoupled=decoupled) for decoupled in (True, False))
-    sizes = [sum(p.numel() for name, p in net.parameters.items() if name[-2:] in ("/A", "/B")) for net in (own, shared)]
-    assert sizes[0] == sizes[1]
+    both, own, shared = (Supernet(model, units, KERNELS, rank=4, adapters=adapters) for adapters in ("both", "own", "shared"))
+    assert sizes_of_adapters(own) == sizes_of_adapters(shared) == sizes_of_adapters(both)
     ids = torch.arange(12).reshape(2, 6)
     before = [shared(shared.policy(name), ids) for name in ("w2g32", "w8g32")]
     moved(shared)
@@ -193,15 +196,35 @@ def test_shared_adapters_are_as_large_as_decoupled_ones_and_serve_every_kernel(t
     assert {name for name in shared.parameters_of(shared.policy("w8g32")) if name.endswith("/A")} == {
         name for name in shared.parameters if name.endswith("/A")
     }
-    with pytest.raises(InputError, match="shared"):
-        saving.save(shared, tmp_path, "tiny", {}, {}, ids.numpy())
+    for supernet in (own, shared):
+        with pytest.raises(InputError, match=supernet.adapters.kind):
+            saving.save(supernet, tmp_path, "tiny", {}, {}, ids.numpy())
+
+
+def test_the_shared_adapter_moves_kernels_of_few_bits_and_leaves_the_others() -> None:
+    model, units = tiny_llama()
+    supernet = Supernet(model, units, KERNELS, rank=4)
+    ids = torch.arange(12).reshape(2, 6)
+
+    def answers() -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            return {name: supernet(supernet.policy(name), ids) for name in KERNELS}
+
+    before = answers()
+    for name, parameter in supernet.parameters.items():
+        if name.startswith("shared/") and name.endswith("/B"):
+            parameter.data += 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    after = answers()
+    assert {name for name in KERNELS if not torch.equal(before[name], after[name])} == {"w4g32", "w2g32"}
+    assert not [name for name in supernet.parameters_of(supernet.policy("w8g32")) if name.startswith("shared/")]
+    assert [name for name in supernet.parameters_of(supernet.policy("w2g32")) if name.startswith("shared/")]
 
 
 def test_few_bits_have_a_higher_rank() -> None:
     model, units = tiny_llama()
     supernet = Supernet(model, units, KERNELS, rank=4)
-    ranks = {name: supernet.parameters[f"{name}/model.layers.0.mlp.down_proj/A"].shape[0] for name in KERNELS[1:]}
-    assert ranks == {"w8a8": 4, "w8g32": 4, "w4g32": 4, "w2g32": 16}
+    ranks = {name: supernet.parameters[f"{name}/model.layers.0.mlp.down_proj/A"].shape[0] for name in (*KERNELS[1:], "shared")}
+    assert ranks == {"w8a8": 4, "w8g32": 4, "w4g32": 4, "w2g32": 16, "shared": 48}
 
 
 def written(folder: Path, make=tiny_llama) -> tuple[Supernet, SupernetFolder]:  # type: ignore[no-untyped-def]
@@ -251,14 +274,17 @@ def test_peft_loads_the_adapters_and_computes_the_merged_weights(make, tmp_path:
     supernet, _ = written(tmp_path, make)
     base, _ = make()
     ids = torch.arange(12).reshape(2, 6)
-    adapted = PeftModel.from_pretrained(base, tmp_path / "adapters" / "w4g32").eval()
+    adapted = PeftModel.from_pretrained(base, tmp_path / "adapters" / "w4g32", adapter_name="w4g32")
+    adapted.load_adapter(tmp_path / "adapters" / "shared", "shared")
+    adapted.base_model.set_adapter(["w4g32", "shared"])
+    adapted.eval()
     reference, units = make()
     for unit in units:
         for module in unit.modules:
-            stem = f"w4g32/{supernet.owner(module)}"
-            if supernet.owner(module) == module:
-                delta = supernet.parameters[f"{stem}/B"] @ supernet.parameters[f"{stem}/A"] * (8.0 / 4)
-                reference.get_submodule(module).weight.data += delta.detach()
+            for stem in (f"{name}/{supernet.owner(module)}" for name in ("w4g32", "shared")):
+                if supernet.owner(module) == module:
+                    delta = supernet.parameters[f"{stem}/B"] @ supernet.parameters[f"{stem}/A"] * (8.0 / 4)
+                    reference.get_submodule(module).weight.data += delta.detach()
     with torch.no_grad():
         ours, theirs, plain = (m(input_ids=ids)[0] for m in (reference, adapted, make()[0]))
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
@@ -285,7 +311,7 @@ def test_folder_refuses_what_is_missing_damaged_or_outside(tmp_path: Path) -> No
     (tmp_path / "supernet.yaml").write_text(text.replace("files:\n", "files:\n  ../../outside: abc\n"))
     with pytest.raises(InputError, match="inside"):
         SupernetFolder.open(tmp_path)
-    for broken in ("format: 2\n", "- a list\n", "key: [\n", text.replace("format: 2", "format: 99")):
+    for broken in ("format: 3\n", "- a list\n", "key: [\n", text.replace("format: 3", "format: 99")):
         (tmp_path / "supernet.yaml").write_text(broken)
         with pytest.raises(DamagedFileError) as caught:
             SupernetFolder.open(tmp_path)

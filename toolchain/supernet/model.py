@@ -1,20 +1,19 @@
-"""The supernet in torch: a frozen Hugging Face model and, per kernel and layer, frozen weights, a LoRA adapter and bounds.
+"""The supernet in torch: a frozen Hugging Face model and, per kernel and layer, frozen weights, LoRA adapters and bounds.
 
 Owns the forward pass of a policy and the codes it used. The merge is quantisation-aware: the forward pass uses
 
-    Ŵ = Q_b(W_b + (alpha/r)·B_b·A_b; −exp(low), exp(high))        straight-through gradient to A and B, true gradient to the bounds
+    Ŵ = Q_b(W_b + (alpha/r)·(B_b·A_b + B·A); −exp(low), exp(high))   straight-through gradient to A and B, true gradient to the bounds
 
 so what is exported is a plain integer kernel and equals what was trained (method: LLM-QFA's decoupled weights and adapters,
-arXiv:2405.20202, with learned ranges). W_b is where GPTQ leaves the weights (`starts.py`), above 4 bits the model's own. Everything is
-separate per kernel: no interference between bit-widths. The fewer the bits, the higher an adapter's rank: there is more to make up for.
+arXiv:2405.20202, with learned ranges). W_b is where GPTQ leaves the weights (`starts.py`), above 4 bits the model's own; B_b·A_b is the
+kernel's own adapter, B·A one that a layer's kernels of few bits share (`adapters.py`).
 
 There is no active subnet: a policy is an argument of every call, weights are passed in by `functional_call`, and the hooks that quantise
-activations live as long as one call. A tied embedding and head have one adapter per kernel, hence the same codes where kernels agree.
+activations live as long as one call. A tied embedding and head have the same adapters, hence the same codes where kernels agree.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -27,23 +26,19 @@ from toolchain.kernels import CATALOGUE, candidates
 from toolchain.quantize.affine import Quantized, groups
 from toolchain.quantize.fake import codes, fake_quantise, fake_quantise_activation
 from toolchain.spec import Kernel, Policy, Unit
+from toolchain.supernet.adapters import BOTH, RANK, Adapters, started
 from toolchain.supernet.passes import Output, Pass
 from toolchain.supernet.starts import Frozen, bounded, frozen_start, search
 
-RANK = 32
-RANKS = {2: 4, 3: 2}
-"""Weight bits → times the rank of the others."""
-
-
-SHARED = "shared"
 FROZEN = ("places", "low", "high")
 
 
 class Supernet:
     """model: frozen here. units: what gets kernels. kernels: names, those not legal for a unit are skipped for it.
 
-    parameters   every trained tensor, "kernel/module/part" with part in A [r, K], B [N, r], low, high [N, G] (logarithms of the bounds)
-    frozen       "kernel/module" → weights that the adapter is added to, where they are not the model's own
+    parameters   every trained tensor, "kernel/module/part" with part in A [r, K], B [N, r], low, high [N, G] (logarithms of the bounds);
+                 the shared adapters' as "shared/module/part"
+    frozen       "kernel/module" → weights that the adapters are added to, where they are not the model's own
     kernels      unit → its kernel names, in catalogue order
     """
 
@@ -57,15 +52,14 @@ class Supernet:
         seed: int = 0,
         moments: Mapping[str, Tensor] | None = None,
         start: bool = True,
-        decoupled: bool = True,
+        adapters: str = BOTH,
     ) -> None:
         """moments: module → mean of x xᵀ over its inputs [K, K] (`input_moments`), for GPTQ; without, bounds are searched and weights left
-        as they are. start: False where `load` will overwrite it anyway; it is most of the time this takes. decoupled: False for
-        one adapter per layer that all its kernels share, as large as theirs together: to compare with, it cannot be saved."""
+        as they are. start: False where `load` will overwrite it anyway; it is most of the time this takes. adapters: their kind, see
+        `Adapters`; only "both" can be saved."""
         self.model = model.requires_grad_(False)
         self.passes = Pass.of(model)
         self.units = tuple(units)
-        self.decoupled = decoupled
         self.rank, self.alpha = rank, float(rank if alpha is None else alpha)
         # A kernel of two phases has no numbers of its own: its parts are trained.
         available = tuple(name for name in kernels if not CATALOGUE[name].prefill)
@@ -73,15 +67,25 @@ class Supernet:
         self._owner = self._owners()
         self.parameters: dict[str, nn.Parameter] = {}
         self.frozen: dict[str, Frozen] = {}
+        offered = self._offered()
+        self.adapters = Adapters(adapters, rank, tuple(dict.fromkeys(name for names in offered.values() for name in names)))
         generator = torch.Generator().manual_seed(seed)
-        for name in dict.fromkeys(name for names in self.kernels.values() for name in names):
-            kernel = CATALOGUE[name]
-            for unit in self.units:
-                if name in self.kernels[unit.name] and kernel.quantised:
-                    for module in unit.modules:
-                        self._start(kernel, self._owner[module], generator, moments or {}, start)
-        if not decoupled:
-            self._share(generator)
+        for stem, size in self.adapters.ranks(offered).items():
+            N, K = self._weight(stem.partition("/")[2]).shape
+            self._watch(stem, started(size, N, K, generator))
+        for module, names in offered.items():
+            for kernel in (CATALOGUE[name] for name in names):
+                if bounded(kernel):
+                    self._start(kernel, module, (moments or {}).get(module), start)
+
+    def _offered(self) -> dict[str, dict[str, None]]:
+        """module that owns a weight tensor → the quantised kernels that it or one that shares the tensor may have."""
+        offered: dict[str, dict[str, None]] = {}
+        for unit in self.units:
+            for module in unit.modules:
+                names = (name for name in self.kernels[unit.name] if CATALOGUE[name].quantised)
+                offered.setdefault(self._owner[module], {}).update(dict.fromkeys(names))
+        return offered
 
     def _owners(self) -> dict[str, str]:
         """module → the first module with the same weight tensor, whose adapters both use. Checks that layers are what units say."""
@@ -106,46 +110,19 @@ class Supernet:
                 raise InputError(f"expected {unit.N} rows in unit {unit.name!r}, its layers have {rows}")
         return owner
 
-    def rank_of(self, kernel: Kernel) -> int:
-        """Rank of this kernel's adapters."""
-        return self.rank * RANKS.get(kernel.weight_bits, 1)
+    def _start(self, kernel: Kernel, module: str, moment: Tensor | None, searched: bool) -> None:
+        """Bounds from the search, frozen weights from GPTQ."""
+        stem, weight = f"{kernel.name}/{module}", self._weight(module)
+        low, high = (torch.ones(weight.shape[0], groups(weight.shape[1], kernel)[0]) * sign for sign in (-1, 1))
+        if searched:
+            low, high = search(weight, kernel, None if moment is None else moment.diagonal())
+            if moment is not None:
+                self.frozen[stem] = frozen_start(weight, moment, kernel, low, high)
+        self._watch(stem, {"low": low.neg().log(), "high": high.log()})
 
-    def _start(self, kernel: Kernel, module: str, generator: torch.Generator, moments: Mapping[str, Tensor], start: bool) -> None:
-        """A: uniform as in PEFT, B: 0 (the adapter starts as nothing); bounds from the search, frozen weights from GPTQ."""
-        stem = f"{kernel.name}/{module}"
-        if f"{stem}/A" in self.parameters:
-            return
-        weight = self._weight(module)
-        N, K = weight.shape
-        rank = self.rank_of(kernel)
-        begin = {"A": (torch.rand(rank, K, generator=generator) * 2 - 1) * math.sqrt(3 / K), "B": torch.zeros(N, rank)}
-        if bounded(kernel):
-            low, high = (torch.ones(N, groups(K, kernel)[0]) * sign for sign in (-1, 1))
-            if start:
-                moment = moments.get(module)
-                low, high = search(weight, kernel, None if moment is None else moment.diagonal())
-                if moment is not None:
-                    self.frozen[stem] = frozen_start(weight, moment, kernel, low, high)
-            begin |= {"low": low.neg().log(), "high": high.log()}
-        for part, tensor in begin.items():  # drawn on the CPU: the same start on every device
-            self.parameters[f"{stem}/{part}"] = nn.Parameter(tensor.to(weight.device))
-
-    def _share(self, generator: torch.Generator) -> None:
-        """One adapter a layer in place of its kernels', its rank the sum of theirs."""
-        ranks: dict[str, int] = {}
-        for name in [name for name in self.parameters if name.endswith(("/A", "/B"))]:
-            owner, taken = name.split("/")[1], self.parameters.pop(name)
-            if name.endswith("/A"):
-                ranks[owner] = ranks.get(owner, 0) + taken.shape[0]
-        for owner, rank in ranks.items():
-            weight = self._weight(owner)
-            A = (torch.rand(rank, weight.shape[1], generator=generator) * 2 - 1) * math.sqrt(3 / weight.shape[1])
-            self.parameters[f"{SHARED}/{owner}/A"] = nn.Parameter(A.to(weight.device))
-            self.parameters[f"{SHARED}/{owner}/B"] = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
-
-    def _adapter(self, stem: str) -> str:
-        """Where the adapter of a "kernel/module" is found."""
-        return stem if self.decoupled else f"{SHARED}/{stem.partition('/')[2]}"
+    def _watch(self, stem: str, parts: Mapping[str, Tensor]) -> None:
+        for part, tensor in parts.items():
+            self.parameters[f"{stem}/{part}"] = nn.Parameter(tensor.to(self.device))
 
     @property
     def device(self) -> torch.device:
@@ -172,20 +149,30 @@ class Supernet:
         """The arguments of `fake_quantise` and of `codes` for the stacked rows of modules of one width: computed in this one place, so the
         two cannot differ."""
         get, stems = self.parameters, [f"{kernel.name}/{self._owner[module]}" for module in modules]
-        merged = []
+        merged, frozen = [], self._frozen_weights(stems, kernel)
         for module, stem in zip(modules, stems, strict=True):
-            weight = self.frozen[stem].weight(kernel) if stem in self.frozen else self._weight(module)
-            adapter = self._adapter(stem)
-            merged.append(torch.addmm(weight, get[f"{adapter}/B"], get[f"{adapter}/A"], alpha=self.alpha / self.rank))
+            weight = frozen[stem] if stem in frozen else self._weight(module)
+            for adapter in self.adapters.of(kernel.name, self._owner[module]):
+                weight = torch.addmm(weight, get[f"{adapter}/B"], get[f"{adapter}/A"], alpha=self.alpha / self.rank)
+            merged.append(weight)
         if not bounded(kernel):
             return torch.cat(merged), kernel, None, None
         low, high = (torch.cat([get[f"{stem}/{end}"] for stem in stems]).exp() for end in ("low", "high"))
         return torch.cat(merged), kernel, -low, high
 
+    def _frozen_weights(self, stems: Sequence[str], kernel: Kernel) -> dict[str, Tensor]:
+        """ "kernel/module" → the weight held for it, of those that have one; unpacked in one go."""
+        held = {stem: self.frozen[stem] for stem in stems if stem in self.frozen}
+        if not held:
+            return {}
+        stacked = Frozen(*(torch.cat([getattr(each, part) for each in held.values()]) for part in FROZEN)).weight(kernel)
+        return dict(zip(held, stacked.split([each.places.shape[0] for each in held.values()]), strict=True))
+
     def parameters_of(self, policy: Mapping[str, str]) -> dict[str, nn.Parameter]:
         """The trained tensors that this policy's forward pass uses."""
         used = {f"{policy[unit.name]}/{self._owner[module]}" for unit in self.units for module in unit.modules}
-        used |= {self._adapter(stem) for stem in used if CATALOGUE[stem.partition("/")[0]].quantised}
+        quantised = [stem.split("/") for stem in used if CATALOGUE[stem.partition("/")[0]].quantised]
+        used |= {adapter for name, owner in quantised for adapter in self.adapters.of(name, owner)}
         return {name: tensor for name, tensor in self.parameters.items() if name.rpartition("/")[0] in used}
 
     def weights(self, policy: Mapping[str, str]) -> dict[str, Tensor]:
@@ -284,7 +271,7 @@ class Supernet:
                 got = f"shape {arrays[name].shape}" if name in arrays else "none"
                 raise InputError(f"expected {name} of shape {tuple(parameter.shape)}, got {got}")
             parameter.data.copy_(torch.from_numpy(np.asarray(arrays[name])))
-        stems = {name.rpartition("/")[0] for name in self.parameters}
+        stems = dict.fromkeys(name.rpartition("/")[0] for name in self.parameters)
         kept = {stem: [arrays.get(f"{stem}/frozen_{part}") for part in FROZEN] for stem in stems}
         self.frozen = {
             stem: Frozen(*(torch.from_numpy(np.asarray(array)).to(self.device) for array in parts))

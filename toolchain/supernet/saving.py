@@ -13,10 +13,12 @@ from torch import nn
 from toolchain.errors import InputError
 from toolchain.graph.model import Graph
 from toolchain.kernels import CATALOGUE
-from toolchain.spec import Kernel
 from toolchain.supernet import store
+from toolchain.supernet.adapters import BOTH
 from toolchain.supernet.loading import load_model
 from toolchain.supernet.model import Supernet
+from toolchain.supernet.starts import bounded
+from toolchain.supernet.store import SHARED
 
 # Not SEQ_CLS and its like for an encoder's head: PEFT would then look for a whole copy of the classifier, which has an adapter instead.
 _TASK_TYPES = {"decoder": "CAUSAL_LM", "encoder": "FEATURE_EXTRACTION", "encoder-decoder": "SEQ_2_SEQ_LM"}
@@ -35,8 +37,8 @@ def save(
     The caller writes graph/, model/ and meta_network.safetensors *before* this: supernet.yaml carries the sha256 of the latter.
     calibration: token windows [n, T] int64.
     """
-    if not supernet.decoupled:
-        raise InputError("expected a supernet with an adapter per kernel to save, got one with shared adapters")
+    if supernet.adapters.kind != BOTH:
+        raise InputError(f"expected a supernet with both kinds of adapters to save, got one with {supernet.adapters.kind!r}")
     used = dict.fromkeys(name for names in supernet.kernels.values() for name in names)
     modules = [module for unit in supernet.units for module in unit.modules]
     embeddings = frozenset(module for module in modules if isinstance(supernet.model.get_submodule(module), nn.Embedding))
@@ -58,7 +60,15 @@ def save(
             if any(supernet.owner(other) == owner for other in layers):  # what tied layers start from is kept once
                 parts = {part: array for part, array in parts.items() if not part.startswith("frozen_")}
             layers[module] = parts
-        store.write_adapter(folder, name, layers, peft_config(supernet, kernel, source), embeddings)
+        store.write_adapter(folder, name, layers, peft_config(supernet, name, source), embeddings)
+    shared = {
+        module: {part: arrays[f"{SHARED}/{supernet.owner(module)}/{part}"] for part in ("A", "B")}
+        for unit in supernet.units
+        if any(bounded(CATALOGUE[name]) for name in supernet.kernels[unit.name])
+        for module in unit.modules
+    }
+    if shared:
+        store.write_adapter(folder, SHARED, shared, peft_config(supernet, SHARED, source), embeddings)
     store.write_arrays(folder / "calibration.safetensors", {"tokens": np.asarray(calibration, np.int64)})
     store.write_description(
         folder,
@@ -82,17 +92,19 @@ def restore(folder: store.SupernetFolder, device: torch.device | str = "cpu") ->
     return supernet
 
 
-def peft_config(supernet: Supernet, kernel: Kernel, source: str) -> dict[str, Any]:
-    """adapter_config.json of a kernel without its target_modules: what PEFT needs to add (alpha/r)·B·A to each layer.
+def peft_config(supernet: Supernet, name: str, source: str) -> dict[str, Any]:
+    """adapter_config.json of a kernel's adapter, or the shared one, without its target_modules: what PEFT needs to add (alpha/r)·B·A to
+    each layer.
 
     Of T5 it adapts the linears only: its stacks hold the embedding under names of their own and never call the one that PEFT replaces.
     """
+    rank = supernet.adapters.rank_of(name)
     return {
         "peft_type": "LORA",
         "task_type": _TASK_TYPES[supernet.kind],
         "base_model_name_or_path": source,
-        "r": supernet.rank_of(kernel),
-        "lora_alpha": supernet.alpha * supernet.rank_of(kernel) / supernet.rank,
+        "r": rank,
+        "lora_alpha": supernet.alpha * rank / supernet.rank,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,

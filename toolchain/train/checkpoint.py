@@ -73,8 +73,10 @@ def load(
         parameter.data.copy_(tensors[f"value:{name}"])
         if f"step:{name}" in tensors:
             moments = {part: tensors[f"{part}:{name}"] for part in _MOMENTS}
-            # AdamW counts its steps on the CPU, wherever the parameter lives.
-            owner[id(parameter)].state[parameter] = {
-                part: value if part == "step" else value.to(parameter.device) for part, value in moments.items()
+            optimiser = owner[id(parameter)]
+            # AdamW counts its steps on the CPU, wherever the parameter lives, unless it is fused.
+            counted = parameter.device if optimiser.defaults["fused"] else torch.device("cpu")
+            optimiser.state[parameter] = {
+                part: value.to(counted if part == "step" else parameter.device) for part, value in moments.items()
             }
     return State(state["step"], state["extra"])

@@ -34,7 +34,7 @@ from toolchain.train import checkpoint
 from toolchain.train.joint import Joint, imitate
 from toolchain.train.losses import Interference
 from toolchain.train.sampler import MOST_BITS, PolicySampler, scenarios, worth_training
-from toolchain.train.schedule import Schedule, fixed, low_levels, schedule
+from toolchain.train.schedule import Schedule, fixed, low_level, low_levels, schedule
 from toolchain.train.settings import TUNED, Settings
 from toolchain.train.step import Batch, step_gradients
 from toolchain.train.team import Team
@@ -214,7 +214,7 @@ def _sampled(sampler: PolicySampler, seed: int) -> list[Policy]:
     rng = np.random.default_rng([seed, 29])
     found = [sampler.mixed(target, rng) for target in np.linspace(*sampler.range(), 64)]
     levels = low_levels(sampler)
-    return found + [sampler.level(level, rng) for level in levels for _ in range(64 // len(levels))]
+    return found + [sampler.level(low_level(levels, index), rng) for index in range(64)]
 
 
 def _supernet_optimiser(supernet: Supernet, settings: Settings) -> torch.optim.Optimizer:
@@ -222,11 +222,12 @@ def _supernet_optimiser(supernet: Supernet, settings: Settings) -> torch.optim.O
     for name, parameter in supernet.parameters.items():
         lr = settings.bound_lr
         if name.endswith(("/A", "/B")):
-            kernel = CATALOGUE.get(name.partition("/")[0])  # none: an adapter that all kernels share
+            kernel = CATALOGUE.get(name.partition("/")[0])  # none: an adapter that kernels share
             lr = settings.lr * (settings.low_lr if kernel and kernel.weight_bits <= FEW_BITS else 1)
         groups.setdefault(lr, []).append(parameter)
     rates = [{"params": parameters, "lr": lr, "base": lr} for lr, parameters in groups.items()]
-    return torch.optim.AdamW(rates, weight_decay=0.0)  # R(θ) is the decay
+    # R(θ) is the decay. Fused: one pass over all moments; on a CPU there is hardly a difference.
+    return torch.optim.AdamW(rates, weight_decay=0.0, fused=supernet.device.type == "cuda" or None)
 
 
 def _identity(supernet: Supernet, run: Run, facts: list[Any]) -> str:
@@ -238,7 +239,7 @@ def _identity(supernet: Supernet, run: Run, facts: list[Any]) -> str:
         digest.update(name.encode() + parameter.detach().cpu().numpy().tobytes())
     for name, parameter in supernet.parameters.items():
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
-    for name, frozen in supernet.frozen.items():
+    for name, frozen in sorted(supernet.frozen.items()):
         digest.update(name.encode() + frozen.places.cpu().numpy().tobytes())
     more = [run.steps, run.batch, run.seed, supernet.rank, supernet.alpha, asdict(run.settings), MOST_BITS, facts]
     digest.update(json.dumps(more, sort_keys=True, default=dict).encode())

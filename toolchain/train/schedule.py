@@ -1,6 +1,7 @@
 """Which policies a step trains: a function of the step's number and a generator, so that a resumed run trains what it would have.
 
-    sandwich   every unit at one of the low bit-widths, in turn, and a mixed policy (universally slimmable networks, arXiv:1903.05134)
+    sandwich   every unit at one of the low bit-widths, every other time at the lowest, which has furthest to go, the others in turn; and a
+               mixed policy (universally slimmable networks, arXiv:1903.05134)
     balanced   mixed policies only, their mean along the triangle wave: LLM-QFA's scheduler as published
     uniform    every unit's kernel drawn by itself, each as likely as the other: what once-for-all training began with
     fixed      the same policies in every step: a dedicated run
@@ -36,7 +37,7 @@ def schedule(sampler: PolicySampler, steps: int, settings: Settings) -> Schedule
         return sampler.mixed(triangle(index, period, low, high), rng)
 
     def sandwich(index: int, rng: np.random.Generator) -> tuple[Policy, ...]:
-        return sampler.level(levels[index % len(levels)], rng), mixed(index, rng)
+        return sampler.level(low_level(levels, index), rng), mixed(index, rng)
 
     def balanced(index: int, rng: np.random.Generator) -> tuple[Policy, ...]:
         return mixed(index, rng), mixed(index, rng)
@@ -45,6 +46,12 @@ def schedule(sampler: PolicySampler, steps: int, settings: Settings) -> Schedule
         return sampler.uniform(rng), sampler.uniform(rng)
 
     return {"sandwich": sandwich, "balanced": balanced, "uniform": uniform}[settings.sampling]
+
+
+def low_level(levels: Sequence[int], index: int) -> int:
+    """Which of the rising low bit-widths is visited in a step: the lowest every other time, the others in turn."""
+    lowest, *others = levels
+    return others[index // 2 % len(others)] if others and index % 2 else lowest
 
 
 def fixed(policies: Sequence[Policy]) -> Schedule:

@@ -18,8 +18,8 @@ class Settings:
 
     sampling       which policies are trained: `schedule.py`
     loss           "interference": α·distance + β·penalty;  "mse": mean squared error of the outputs, every policy alike
-    lr             adapters of 3 bits and more: larger steps lose quality there
-    low_lr         times lr for kernels of 2 bits, which have further to go
+    lr             adapters of 3 bits and more, and shared ones: larger steps lose quality there
+    low_lr         times lr for 2-bit kernels' own, which have further to go
     bound_lr       logarithms of the bounds: they live on a scale of 1, the adapters on one of 0.05
     average        parameters are averaged in the end, step t weighing t^(average − 1): about the last tenth of a run at 9; 0: the last ones
                    are taken. Near a rounding edge a weight goes to and fro, and its mean says on which side it belongs
@@ -66,7 +66,7 @@ class Settings:
 
 
 TUNED = Settings()
-POLISH = 0.5
+POLISH = 0.25
 """Share of the learning rates with which a trained supernet's policy is polished."""
 
 
