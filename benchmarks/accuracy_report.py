@@ -25,9 +25,8 @@ KNOWN = ("w2g32", "w4g32", "w8g128")
 
 
 def known_models(graph: Graph, held: Sequence[Anchor]) -> list[Anchor]:
-    """Of the models that a table holds: KNOWN, and where those were cut also the ones that were not, for a whole model drifts otherwise."""
-    cut = any(anchor.layers < graph.layers for anchor in held if anchor.name in KNOWN)
-    return [anchor for anchor in held if anchor.name in KNOWN or (cut and anchor.name in WHOLE and anchor.layers == graph.layers)]
+    """Of the models that a table holds: KNOWN, and the mixed ones that it holds whole."""
+    return [anchor for anchor in held if anchor.name in KNOWN or (anchor.name in WHOLE and anchor.layers == graph.layers)]
 
 
 Rows = Mapping[str, Mapping[str, Any]]
@@ -69,6 +68,10 @@ class Drift:
     def of(self, row: Mapping[str, Any], known: str) -> float:
         return float(row["known"][known][self.resource]) / self.then_ms[known]
 
+    def mixed(self, row: Mapping[str, Any]) -> list[Anchor]:
+        """Those that ran beside a row: measurements of before have none."""
+        return [anchor for anchor in self.known if anchor.name not in KNOWN and anchor.name in row["known"]]
+
     def at_bits(self, row: Mapping[str, Any], policy: Policy) -> float:
         """On the lines between KNOWN where a policy decodes, their median elsewhere."""
         moves = [self.of(row, known) for known in KNOWN]
@@ -77,13 +80,12 @@ class Drift:
         return float(np.interp(mean_bits(policy, self.graph.units), [CATALOGUE[known].weight_bits for known in KNOWN], moves))
 
     def by_known(self, row: Mapping[str, Any], name: str) -> float:
-        """At a policy's bits; where KNOWN are cut, whole models say how much more or less than those they drift."""
-        whole = [self.of(row, anchor.name) / self.at_bits(row, anchor.policy) for anchor in self.known if anchor.name not in KNOWN]
-        return self.at_bits(row, self.policies[name]) * (median(whole) if whole else 1.0)
+        """At a policy's bits; mixed models, which are whole, say how much more or less than KNOWN such ones drift."""
+        mixed = [self.of(row, anchor.name) / self.at_bits(row, anchor.policy) for anchor in self.mixed(row)]
+        return self.at_bits(row, self.policies[name]) * (median(mixed) if mixed else 1.0)
 
     def by_median(self, row: Mapping[str, Any], name: str) -> float:
-        whole = [anchor.name for anchor in self.known if anchor.name not in KNOWN]
-        return median(self.of(row, known) for known in whole or KNOWN)
+        return median(self.of(row, known) for known in [anchor.name for anchor in self.mixed(row)] or KNOWN)
 
     def by_reference(self, row: Mapping[str, Any], name: str) -> float:
         header = self.table.header
@@ -148,7 +150,9 @@ def report(
         then_ms = {anchor.name: known_latencies(table, graph, anchor, workload)[resource] for anchor in known}
         drift = Drift(graph, table, known, policies, workload, resource, then_ms)
         for other in then_ms:
-            moves = [drift.of(rows[name], other) for rows in measured.once for name in names]
+            moves = [drift.of(rows[name], other) for rows in measured.once for name in names if other in rows[name]["known"]]
+            if not moves:
+                continue
             print(
                 f"{resource}: known {other} ran {min(moves):.2f} to {max(moves):.2f} times as long as in the table", file=sys.stderr
             )
