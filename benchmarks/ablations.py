@@ -39,8 +39,8 @@ from toolchain.train.team import Team
 KERNELS = ("fp32", "w8g32", "w4g32", "w2g32")
 VARIANTS: dict[str, dict] = {
     "whole": {},
-    "common adapters": {"adapters": "own"},
-    "own adapters": {"adapters": "shared"},
+    "own adapters (one as large, shared)": {"adapters": "shared"},
+    "nothing, and one more adapter shared": {"adapters": "both"},
     "rounded to nearest at the start": {"gptq": False},
     "uniform sampling": {"sampling": "uniform"},
     "LLM-QFA's sampling": {"sampling": "balanced"},

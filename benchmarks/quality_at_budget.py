@@ -7,7 +7,7 @@ the dearest quantised policy; perplexity on held-out text, windows of 256 tokens
 
     ours        one supernet; the exact solver on its sensitivities; as it is, and polished. 3·S policy-steps in all, polishing included
     QAT         a dedicated run of S policy-steps for each limit, on the policy that the exact solver finds for it untrained
-    LLM-QFA     one supernet of 3·S policy-steps with its sampler and a kernel's own adapters only, and its own search for each limit
+    LLM-QFA     one supernet of 3·S policy-steps with its sampler and adapters, and its own search for each limit
     untrained   GPTQ: best uniform policy that fits, and sensitivity + exact solver; and the best uniform policy rounded to nearest
                 (clipped where the squared error is least). Which uniform one is best, they are told by the held-out text itself
 
@@ -117,7 +117,7 @@ def work(arguments: argparse.Namespace, job: str) -> None:
     folder = jobs.place(arguments.out, job).with_suffix(".training")
     settings = jobs.settings_of(arguments, meta_every=0)
     run = Run(windows, arguments.steps, arguments.batch, folder, int(seed), settings=settings, team=Team(arguments.on))
-    supernet = jobs.started(arguments, kernels, int(seed), adapters="own" if name == "LLM-QFA" else "both")
+    supernet = jobs.started(arguments, kernels, int(seed), adapters="own" if name == "LLM-QFA" else None)
     kept: dict[str, dict] = {}
     if name == "ours":
         left = 3 * arguments.steps - len(budgets(costs)) * arguments.polish

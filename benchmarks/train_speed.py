@@ -26,7 +26,6 @@ from toolchain.spec import Policy
 from toolchain.supernet.loading import load_model
 from toolchain.supernet.model import Supernet
 from toolchain.supernet.starts import input_moments
-from toolchain.supernet.store import SHARED
 from toolchain.train.losses import Interference
 from toolchain.train.sampler import PolicySampler
 from toolchain.train.settings import Settings
@@ -103,7 +102,7 @@ def main() -> None:
     held = sum(parameter.numel() * 4 for parameter in model.parameters())
     adapters = sum(parameter.numel() * 4 for parameter in supernet.parameters.values())
     frozen = sum(part.nbytes for row in supernet.frozen.values() for part in (row.places, row.low, row.high))
-    ranks = ", ".join(f"{name} {supernet.adapters.rank_of(name)}" for name in (*KERNELS[1:], SHARED))
+    ranks = ", ".join(f"{name} {supernet.adapters.rank_of(name)}" for name in KERNELS[1:])
     what = f"adapters and bounds (ranks: {ranks})"
     print(f"\nmodel {held / 1e6:.1f} MB; frozen weights of the kernels up to 4 bits {frozen / 1e6:.1f} MB;")
     print(f"{what}: {adapters / 1e6:.1f} MB, with both moments and their average {4 * adapters / 1e6:.1f} MB;")

@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -30,7 +30,7 @@ from toolchain.files import sha256, write_atomic
 from toolchain.graph.build import build, resolve
 from toolchain.graph.model import Graph
 from toolchain.spec import Policy
-from toolchain.supernet.adapters import COMMON, RANK, RANKS, Adapters
+from toolchain.supernet.adapters import COMMON, KINDS, OWN, RANK, RANKS
 from toolchain.supernet.loading import load_model
 from toolchain.supernet.model import Supernet
 from toolchain.supernet.starts import input_moments
@@ -55,6 +55,7 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     made.add_argument("--on", default="auto")
     made.add_argument("--precision", default="fp32")
     made.add_argument("--lr", type=float, default=TUNED.lr, help="long runs want smaller steps; bounds keep their ratio to it")
+    made.add_argument("--adapters", choices=KINDS, default=OWN, help="of all that is trained, but where a variant has its own")
     made.add_argument("--job", help="only this one, in this process (what the workers are called with)")
     return made
 
@@ -87,14 +88,15 @@ def prepare(arguments: argparse.Namespace) -> Graph:
 
 
 def started(
-    arguments: argparse.Namespace, kernels: Sequence[str], seed: int, gptq: bool = True, adapters: str = "both"
+    arguments: argparse.Namespace, kernels: Sequence[str], seed: int, gptq: bool = True, adapters: str | None = None
 ) -> Supernet:
     """A supernet at its start, on the device that was asked for. What GPTQ takes its time for is kept for the jobs that start alike;
     delete it (DIR/start-*) where the way to start changed."""
     model = load_model(resolve(arguments.model)).to(Team(arguments.on).device)
+    adapters = adapters or arguments.adapters
     graph = Graph.open(arguments.out / "graph")
     units = graph.units
-    facts = json.dumps([graph.fingerprint, *kernels, gptq, asdict(Adapters(adapters, RANK, tuple(kernels))), COMMON, RANKS])
+    facts = json.dumps([graph.fingerprint, *kernels, gptq, adapters, RANK, COMMON, RANKS])
     kept = arguments.out / f"start-{hashlib.sha256(facts.encode()).hexdigest()[:12]}-{seed}.safetensors"
     if kept.is_file():
         supernet = Supernet(model, units, kernels, seed=seed, start=False, adapters=adapters)
@@ -115,7 +117,8 @@ def settings_of(arguments: argparse.Namespace, **changes: Any) -> Settings:
 
 def described(arguments: argparse.Namespace) -> str:
     """What a policy-step is, for a report's first line."""
-    return f"policy-steps of {arguments.batch} x {WINDOW} tokens, {arguments.precision}, learning rate {arguments.lr:g}"
+    how = f"{arguments.precision}, learning rate {arguments.lr:g}, {arguments.adapters} adapters"
+    return f"policy-steps of {arguments.batch} x {WINDOW} tokens, {how}"
 
 
 def training_windows(arguments: argparse.Namespace) -> np.ndarray:
@@ -150,7 +153,7 @@ def place(out: Path, job: str) -> Path:
 
 def setup(arguments: argparse.Namespace) -> dict[str, Any]:
     """What a result depends on besides its job."""
-    named = ("model", "text", "heldout", "steps", "batch", "windows", "precision", "lr", "polish", "workload")
+    named = ("model", "text", "heldout", "steps", "batch", "windows", "precision", "lr", "adapters", "polish", "workload")
     facts = {name: str(vars(arguments).get(name)) for name in named}
     table = vars(arguments).get("table")
     return {**facts, "table": sha256(table) if table else None}

@@ -180,14 +180,11 @@ def test_a_tied_heads_start_is_kept_where_the_embedding_cannot_have_the_kernel(t
     assert np.array_equal(again.quantized(head, CATALOGUE["w2g32"]).codes, supernet.quantized(head, CATALOGUE["w2g32"]).codes)
 
 
-def sizes_of_adapters(supernet: Supernet) -> int:
-    return sum(parameter.numel() for name, parameter in supernet.parameters.items() if name.endswith(("/A", "/B")))
-
-
-def test_the_other_ways_to_adapt_are_as_large_and_serve_every_kernel(tmp_path: Path) -> None:
+def test_shared_adapters_are_as_large_as_a_kernels_own_and_serve_every_kernel(tmp_path: Path) -> None:
     model, units = tiny_llama()
-    both, own, shared = (Supernet(model, units, KERNELS, rank=4, adapters=adapters) for adapters in ("both", "own", "shared"))
-    assert sizes_of_adapters(own) == sizes_of_adapters(shared) == sizes_of_adapters(both)
+    own, shared = (Supernet(model, units, KERNELS, rank=4, adapters=kind) for kind in ("own", "shared"))
+    sizes = [sum(p.numel() for name, p in net.parameters.items() if name[-2:] in ("/A", "/B")) for net in (own, shared)]
+    assert sizes[0] == sizes[1]
     ids = torch.arange(12).reshape(2, 6)
     before = [shared(shared.policy(name), ids) for name in ("w2g32", "w8g32")]
     moved(shared)
@@ -196,14 +193,15 @@ def test_the_other_ways_to_adapt_are_as_large_and_serve_every_kernel(tmp_path: P
     assert {name for name in shared.parameters_of(shared.policy("w8g32")) if name.endswith("/A")} == {
         name for name in shared.parameters if name.endswith("/A")
     }
-    for supernet in (own, shared):
-        with pytest.raises(InputError, match=supernet.adapters.kind):
-            saving.save(supernet, tmp_path, "tiny", {}, {}, ids.numpy())
+    with pytest.raises(InputError, match="shared"):
+        saving.save(shared, tmp_path, "tiny", {}, {}, ids.numpy())
+    with pytest.raises(InputError, match="theirs"):
+        Supernet(model, units, KERNELS, adapters="theirs")
 
 
-def test_the_shared_adapter_moves_kernels_of_few_bits_and_leaves_the_others() -> None:
+def test_an_adapter_shared_beside_a_kernels_own_moves_kernels_of_few_bits_and_leaves_the_others() -> None:
     model, units = tiny_llama()
-    supernet = Supernet(model, units, KERNELS, rank=4)
+    supernet = Supernet(model, units, KERNELS, rank=4, adapters="both")
     ids = torch.arange(12).reshape(2, 6)
 
     def answers() -> dict[str, torch.Tensor]:
@@ -222,23 +220,23 @@ def test_the_shared_adapter_moves_kernels_of_few_bits_and_leaves_the_others() ->
 
 def test_few_bits_have_a_higher_rank() -> None:
     model, units = tiny_llama()
-    supernet = Supernet(model, units, KERNELS, rank=4)
+    supernet = Supernet(model, units, KERNELS, rank=4, adapters="both")
     ranks = {name: supernet.parameters[f"{name}/model.layers.0.mlp.down_proj/A"].shape[0] for name in (*KERNELS[1:], "shared")}
-    assert ranks == {"w8a8": 4, "w8g32": 4, "w4g32": 4, "w2g32": 16, "shared": 48}
+    assert ranks == {"w8a8": 4, "w8g32": 4, "w4g32": 4, "w2g32": 16, "shared": 24}
 
 
-def written(folder: Path, make=tiny_llama) -> tuple[Supernet, SupernetFolder]:  # type: ignore[no-untyped-def]
+def written(folder: Path, make=tiny_llama, adapters: str = "own") -> tuple[Supernet, SupernetFolder]:  # type: ignore[no-untyped-def]
     model, units = make()
-    supernet = moved(Supernet(model, units, KERNELS, rank=4, alpha=8.0))
+    supernet = moved(Supernet(model, units, KERNELS, rank=4, alpha=8.0, adapters=adapters))
     MetaNetwork(supernet.kernels).save(folder / "meta_network.safetensors")
     losses = {unit: dict.fromkeys(names, 0.25) for unit, names in supernet.kernels.items()}
     saving.save(supernet, folder, "tiny", losses, {"text": "none"}, np.arange(12).reshape(2, 6))
     return supernet, SupernetFolder.open(folder)
 
 
-@pytest.mark.parametrize("make", [tiny_llama, tiny_bert])
-def test_folder_gives_back_codes_sensitivities_and_trained_tensors(make, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    supernet, folder = written(tmp_path, make)
+@pytest.mark.parametrize(("make", "adapters"), [(tiny_llama, "own"), (tiny_llama, "both"), (tiny_bert, "own")])
+def test_folder_gives_back_codes_sensitivities_and_trained_tensors(make, adapters: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    supernet, folder = written(tmp_path, make, adapters)
     for unit in supernet.units:
         for name in supernet.kernels[unit.name]:
             if name == "fp32":
@@ -250,7 +248,8 @@ def test_folder_gives_back_codes_sensitivities_and_trained_tensors(make, tmp_pat
     assert folder.kernels == KERNELS
     assert folder.sensitivity == {unit: dict.fromkeys(names, 0.25) for unit, names in supernet.kernels.items()}
     assert folder.calibration().tolist() == np.arange(12).reshape(2, 6).tolist()
-    again = Supernet(make()[0], supernet.units, KERNELS, rank=4, alpha=8.0, seed=9)
+    assert folder.description["adapters"] == adapters
+    again = Supernet(make()[0], supernet.units, KERNELS, rank=4, alpha=8.0, seed=9, adapters=adapters)
     again.load(folder.trained())
     policy = mixed(supernet.units, ("w2g32", "w4g32", "w8g32"))
     ids = torch.arange(12).reshape(2, 6)
@@ -271,17 +270,17 @@ def test_peft_loads_the_adapters_and_computes_the_merged_weights(make, tmp_path:
     """PEFT on the plain model = our merge without the fake-quantiser (reached here at fp32 by adding the adapters to the weights)."""
     from peft import PeftModel
 
-    supernet, _ = written(tmp_path, make)
+    supernet, _ = written(tmp_path, make, "both")
     base, _ = make()
     ids = torch.arange(12).reshape(2, 6)
-    adapted = PeftModel.from_pretrained(base, tmp_path / "adapters" / "w4g32", adapter_name="w4g32")
+    adapted = PeftModel.from_pretrained(base, tmp_path / "adapters" / "w2g32", adapter_name="w2g32")
     adapted.load_adapter(tmp_path / "adapters" / "shared", "shared")
-    adapted.base_model.set_adapter(["w4g32", "shared"])
+    adapted.base_model.set_adapter(["w2g32", "shared"])
     adapted.eval()
     reference, units = make()
     for unit in units:
         for module in unit.modules:
-            for stem in (f"{name}/{supernet.owner(module)}" for name in ("w4g32", "shared")):
+            for stem in (f"{name}/{supernet.owner(module)}" for name in ("w2g32", "shared")):
                 if supernet.owner(module) == module:
                     delta = supernet.parameters[f"{stem}/B"] @ supernet.parameters[f"{stem}/A"] * (8.0 / 4)
                     reference.get_submodule(module).weight.data += delta.detach()
@@ -311,7 +310,7 @@ def test_folder_refuses_what_is_missing_damaged_or_outside(tmp_path: Path) -> No
     (tmp_path / "supernet.yaml").write_text(text.replace("files:\n", "files:\n  ../../outside: abc\n"))
     with pytest.raises(InputError, match="inside"):
         SupernetFolder.open(tmp_path)
-    for broken in ("format: 3\n", "- a list\n", "key: [\n", text.replace("format: 3", "format: 99")):
+    for broken in ("format: 2\n", "- a list\n", "key: [\n", text.replace("format: 2", "format: 99")):
         (tmp_path / "supernet.yaml").write_text(broken)
         with pytest.raises(DamagedFileError) as caught:
             SupernetFolder.open(tmp_path)

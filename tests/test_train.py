@@ -103,7 +103,9 @@ def test_a_checkpoint_of_another_setup_or_a_broken_one_is_not_continued(tmp_path
     assert "does not read back" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("on", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))])
+@pytest.mark.parametrize(
+    "on", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+)
 def test_a_start_that_was_kept_and_loaded_continues_the_checkpoint_of_the_one_that_was_made(on: str, tmp_path: Path) -> None:
     model, units = tiny_llama()
     windows = np.random.default_rng(0).integers(0, 48, (16, 10))
@@ -167,7 +169,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(make, masked: bool) 
         if not masked:  # of windows with padding the scorer takes the mean over windows, training that over tokens
             scored = scorer(supernet, ids.numpy())(policies[0])
             assert float(visits[0].distance) == pytest.approx(scored, rel=1e-4)
-    assert {name.split("/")[0] for name in gradients[0]} == {"w2g32", "w4g32", "shared"}
+    assert {name.split("/")[0] for name in gradients[0]} == {"w2g32", "w4g32"}
     for name, gradient in gradients[0].items():
         assert torch.allclose(gradient, gradients[1][name], rtol=1e-3, atol=1e-3 * float(gradient.abs().max())), name
 
@@ -183,7 +185,7 @@ def test_a_dedicated_run_trains_its_policy_and_nothing_else(tmp_path: Path) -> N
     changed = {
         name.split("/")[0] for name, value in supernet.parameters.items() if not torch.equal(value, untouched.parameters[name])
     }
-    assert changed == {"w2g32", "shared"}
+    assert changed == {"w2g32"}
 
 
 def test_the_average_of_one_step_is_nine_parts_of_it_and_one_of_the_start(tmp_path: Path) -> None:
@@ -307,7 +309,7 @@ def test_the_pocket_model_writes_text_it_finds_likely_and_learns_two_bits_from_i
     run = Run(windows[4:], 10, 4, tmp_path, settings=quick)
     trained = train(supernet, run, bytes_and_time(units, kernels), lambda: values)
     assert {"0", "1", "excess", "imitation"} <= set(trained.history[2])
-    assert score(supernet.policy("w2g32")) < 0.85 * before
+    assert score(supernet.policy("w2g32")) < 0.8 * before
     assert score(supernet.policy("w8g32")) < 0.02
     assert isinstance(trained.meta_network.policy(trained.meta_network(torch.ones(4))), Policy)
     assert set(CATALOGUE) >= set(kernels)

@@ -134,14 +134,14 @@ def test_two_bits_come_nearer_to_the_teacher(
 def test_a_head_alone_is_trained_by_its_logits(
     head: str, changes: dict[str, Any], models: Models, graphs: Graphs, tmp_path: Path
 ) -> None:
-    """With all before it at fp32 the hidden states are the teacher's, so only the logits can say anything. Seen: at most 0.80."""
+    """With all before it at fp32 the hidden states are the teacher's, so only the logits can say anything."""
     supernet = supernet_of(models, graphs, "bert", f"Bert{head}", changes)
     behind = ("bert.pooler.dense", "classifier", "qa_outputs")
     policy = Policy.of({unit.name: "w2g32" if unit.name in behind else "fp32" for unit in supernet.units})
     score = scorer(supernet, windows(8, seed=1))
     before = score(policy)
     adapt(supernet, Run(windows(64), 60, 8, tmp_path, settings=QUIET), [policy])
-    assert 0 < score(policy) < 0.87 * before, (score(policy), before)
+    assert 0 < score(policy) < 0.75 * before, (score(policy), before)
 
 
 @pytest.mark.parametrize("unit", ["shared", "lm_head", "both"])
@@ -245,7 +245,7 @@ def test_peft_loads_the_adapters(
 
     graph, model = graphs(name, architecture, **changes), load_model(models(name, architecture, **changes))
     units = [unit for unit in graph.units if unit.role == "linear"]
-    supernet = Supernet(model, units, ("fp32", "w4g32"), rank=4)
+    supernet = Supernet(model, units, ("fp32", "w2g32"), rank=4, adapters="both")
     for key, parameter in supernet.parameters.items():
         if key.endswith("/B"):
             parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)) * 0.05
@@ -253,13 +253,13 @@ def test_peft_loads_the_adapters(
     arguments = Pass.of(model).arguments(torch.from_numpy(windows(2)))
     reference, plain = (load_model(models(name, architecture, **changes)) for _ in range(2))
     for unit in units:
-        for stem in (f"{kind}/{unit.modules[0]}" for kind in ("w4g32", "shared")):
+        for stem in (f"{kind}/{unit.modules[0]}" for kind in ("w2g32", "shared")):
             delta = (supernet.parameters[f"{stem}/B"] @ supernet.parameters[f"{stem}/A"]).detach()
             reference.get_submodule(unit.modules[0]).weight.data += delta * supernet.alpha / supernet.rank
     stored_adapters = tmp_path / "supernet/adapters"
-    adapted = PeftModel.from_pretrained(load_model(models(name, architecture, **changes)), stored_adapters / "w4g32", "w4g32")
+    adapted = PeftModel.from_pretrained(load_model(models(name, architecture, **changes)), stored_adapters / "w2g32", "w2g32")
     adapted.load_adapter(stored_adapters / "shared", "shared")
-    adapted.base_model.set_adapter(["w4g32", "shared"])
+    adapted.base_model.set_adapter(["w2g32", "shared"])
     adapted.eval()
     with torch.no_grad():
         theirs, ours, before = (one(**arguments).logits for one in (adapted, reference, plain))

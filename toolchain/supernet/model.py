@@ -2,11 +2,11 @@
 
 Owns the forward pass of a policy and the codes it used. The merge is quantisation-aware: the forward pass uses
 
-    Ŵ = Q_b(W_b + (alpha/r)·(B_b·A_b + B·A); −exp(low), exp(high))   straight-through gradient to A and B, true gradient to the bounds
+    Ŵ = Q_b(W_b + (alpha/r)·B_b·A_b; −exp(low), exp(high))        straight-through gradient to A and B, true gradient to the bounds
 
 so what is exported is a plain integer kernel and equals what was trained (method: LLM-QFA's decoupled weights and adapters,
-arXiv:2405.20202, with learned ranges). W_b is where GPTQ leaves the weights (`starts.py`), above 4 bits the model's own; B_b·A_b is the
-kernel's own adapter, B·A one that a layer's kernels of few bits share (`adapters.py`).
+arXiv:2405.20202, with learned ranges). W_b is where GPTQ leaves the weights (`starts.py`), above 4 bits the model's own; B_b·A_b are the
+kernel's adapters (`adapters.py`).
 
 There is no active subnet: a policy is an argument of every call, weights are passed in by `functional_call`, and the hooks that quantise
 activations live as long as one call. A tied embedding and head have the same adapters, hence the same codes where kernels agree.
@@ -26,7 +26,7 @@ from toolchain.kernels import CATALOGUE, candidates
 from toolchain.quantize.affine import Quantized, groups
 from toolchain.quantize.fake import codes, fake_quantise, fake_quantise_activation
 from toolchain.spec import Kernel, Policy, Unit
-from toolchain.supernet.adapters import BOTH, RANK, Adapters, started
+from toolchain.supernet.adapters import OWN, RANK, Adapters, started
 from toolchain.supernet.passes import Output, Pass
 from toolchain.supernet.starts import Frozen, bounded, frozen_start, search
 
@@ -37,7 +37,7 @@ class Supernet:
     """model: frozen here. units: what gets kernels. kernels: names, those not legal for a unit are skipped for it.
 
     parameters   every trained tensor, "kernel/module/part" with part in A [r, K], B [N, r], low, high [N, G] (logarithms of the bounds);
-                 the shared adapters' as "shared/module/part"
+                 what kernels share is "shared/module/part"
     frozen       "kernel/module" → weights that the adapters are added to, where they are not the model's own
     kernels      unit → its kernel names, in catalogue order
     """
@@ -52,11 +52,11 @@ class Supernet:
         seed: int = 0,
         moments: Mapping[str, Tensor] | None = None,
         start: bool = True,
-        adapters: str = BOTH,
+        adapters: str = OWN,
     ) -> None:
         """moments: module → mean of x xᵀ over its inputs [K, K] (`input_moments`), for GPTQ; without, bounds are searched and weights left
         as they are. start: False where `load` will overwrite it anyway; it is most of the time this takes. adapters: their kind, see
-        `Adapters`; only "both" can be saved."""
+        `adapters.py`; "shared" cannot be saved."""
         self.model = model.requires_grad_(False)
         self.passes = Pass.of(model)
         self.units = tuple(units)
@@ -68,7 +68,7 @@ class Supernet:
         self.parameters: dict[str, nn.Parameter] = {}
         self.frozen: dict[str, Frozen] = {}
         offered = self._offered()
-        self.adapters = Adapters(adapters, rank, tuple(dict.fromkeys(name for names in offered.values() for name in names)))
+        self.adapters = Adapters(adapters, rank)
         generator = torch.Generator().manual_seed(seed)
         for stem, size in self.adapters.ranks(offered).items():
             N, K = self._weight(stem.partition("/")[2]).shape

@@ -14,7 +14,7 @@ from toolchain.errors import InputError
 from toolchain.graph.model import Graph
 from toolchain.kernels import CATALOGUE
 from toolchain.supernet import store
-from toolchain.supernet.adapters import BOTH
+from toolchain.supernet.adapters import BOTH, OWN
 from toolchain.supernet.loading import load_model
 from toolchain.supernet.model import Supernet
 from toolchain.supernet.starts import bounded
@@ -37,8 +37,8 @@ def save(
     The caller writes graph/, model/ and meta_network.safetensors *before* this: supernet.yaml carries the sha256 of the latter.
     calibration: token windows [n, T] int64.
     """
-    if supernet.adapters.kind != BOTH:
-        raise InputError(f"expected a supernet with both kinds of adapters to save, got one with {supernet.adapters.kind!r}")
+    if supernet.adapters.kind == SHARED:
+        raise InputError("expected a supernet with an adapter per kernel to save, got one with shared adapters")
     used = dict.fromkeys(name for names in supernet.kernels.values() for name in names)
     modules = [module for unit in supernet.units for module in unit.modules]
     embeddings = frozenset(module for module in modules if isinstance(supernet.model.get_submodule(module), nn.Embedding))
@@ -66,6 +66,7 @@ def save(
         for unit in supernet.units
         if any(bounded(CATALOGUE[name]) for name in supernet.kernels[unit.name])
         for module in unit.modules
+        if supernet.adapters.kind == BOTH
     }
     if shared:
         store.write_adapter(folder, SHARED, shared, peft_config(supernet, SHARED, source), embeddings)
@@ -76,6 +77,7 @@ def save(
             "source": source,
             "rank": supernet.rank,
             "alpha": supernet.alpha,
+            "adapters": supernet.adapters.kind,
             "training": dict(training),
             "kernels": {unit: list(names) for unit, names in supernet.kernels.items()},
             "sensitivity": {unit: {kernel: float(loss) for kernel, loss in row.items()} for unit, row in sensitivity.items()},
@@ -86,8 +88,16 @@ def save(
 def restore(folder: store.SupernetFolder, device: torch.device | str = "cpu") -> Supernet:
     """The supernet of a folder, on a device, with everything that was trained. Raises what opening its parts does."""
     units = Graph.open(folder.graph_directory).units
-    rank, alpha = folder.description["rank"], folder.description["alpha"]
-    supernet = Supernet(load_model(folder.model_directory).to(device), units, folder.kernels, rank=rank, alpha=alpha, start=False)
+    said = folder.description
+    supernet = Supernet(
+        load_model(folder.model_directory).to(device),
+        units,
+        folder.kernels,
+        rank=said["rank"],
+        alpha=said["alpha"],
+        adapters=said.get("adapters", OWN),
+        start=False,
+    )
     supernet.load(folder.trained())
     return supernet
 

@@ -5,7 +5,7 @@
     quantised/<kernel>.safetensors      <unit>/codes (packed, container bits), <unit>/scales, <unit>/zero_points
     adapters/<kernel>/                  PEFT: adapter_model.safetensors + adapter_config.json; bounds.safetensors: logarithms <module>/low,
                                         /high; start.safetensors: what the adapters are added to, where that is not the model's own
-    adapters/shared/                    PEFT: what the kernels of up to 4 bits add besides; active together with one of those
+    adapters/shared/                    PEFT, if there are any: what the kernels of up to 4 bits add besides; active together with theirs
     meta_network.safetensors, calibration.safetensors and heldout.safetensors (tokens [n, T])
 
 A tied embedding and head are stored once per kernel, under the first of the two units; the other finds it through `tied_to`.
@@ -29,7 +29,7 @@ from toolchain.quantize.packing import pack, unpack
 from toolchain.spec import Kernel, Unit
 
 DESCRIPTION = "supernet.yaml"
-FORMAT = 3
+FORMAT = 2
 SHARED = "shared"
 """What stands for a kernel's name where an adapter is common to several."""
 _REMEDY = "train again: bittailor train"
