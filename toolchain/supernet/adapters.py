@@ -2,7 +2,7 @@
 
 own      one per kernel and layer (LLM-QFA's decoupled adapters, arXiv:2405.20202): bit-widths do not disturb each other. The fewer the
          bits, the higher the rank: there is more to make up for
-both     and one more per layer, shared by its kernels of up to 4 bits, which every policy trains. On a GPU, long and on much text, it
+both     and one more per layer, shared by its kernels of up to 4 bits, which every policy that has one of them trains. On a GPU, long and on much text, it
          brings 2 bits and mixed policies nearer to their teacher; short and on a narrow text it takes 4 bits away from theirs on any
          other text. So it is not the default
 shared   one per layer for all its kernels, as large as their own together: to compare with
@@ -47,22 +47,24 @@ class Adapters:
         """Of a kernel's own adapters; "shared": of those beside them."""
         return self.rank * (COMMON if name == SHARED else RANKS.get(CATALOGUE[name].weight_bits, 1))
 
+    def shares(self, name: str) -> bool:
+        """Whether a kernel adds what its layer's kernels share to its own."""
+        return self.kind == BOTH and bounded(CATALOGUE[name])
+
     def ranks(self, offered: Mapping[str, Collection[str]]) -> dict[str, int]:
         """Every adapter there is, "kernel/module" or "shared/module" → its rank, for module → quantised kernels."""
         if self.kind == SHARED:
             return {f"{SHARED}/{module}": sum(self.rank_of(name) for name in names) for module, names in offered.items() if names}
         found = {f"{name}/{module}": self.rank_of(name) for module, names in offered.items() for name in names}
-        if self.kind == BOTH:
-            sharing = [module for module, names in offered.items() if any(bounded(CATALOGUE[name]) for name in names)]
-            found |= {f"{SHARED}/{module}": self.rank_of(SHARED) for module in sharing}
-        return found
+        sharing = [module for module, names in offered.items() if any(map(self.shares, names))]
+        return found | {f"{SHARED}/{module}": self.rank_of(SHARED) for module in sharing}
 
     def of(self, name: str, module: str) -> list[str]:
         """The adapters that a kernel of a layer adds up."""
         own, common = f"{name}/{module}", f"{SHARED}/{module}"
         if self.kind == SHARED:
             return [common]
-        return [own, common] if self.kind == BOTH and bounded(CATALOGUE[name]) else [own]
+        return [own, common] if self.shares(name) else [own]
 
 
 def started(rank: int, N: int, K: int, generator: torch.Generator) -> dict[str, Tensor]:

@@ -14,10 +14,9 @@ from toolchain.errors import InputError
 from toolchain.graph.model import Graph
 from toolchain.kernels import CATALOGUE
 from toolchain.supernet import store
-from toolchain.supernet.adapters import BOTH, OWN
+from toolchain.supernet.adapters import OWN
 from toolchain.supernet.loading import load_model
 from toolchain.supernet.model import Supernet
-from toolchain.supernet.starts import bounded
 from toolchain.supernet.store import SHARED
 
 # Not SEQ_CLS and its like for an encoder's head: PEFT would then look for a whole copy of the classifier, which has an adapter instead.
@@ -64,9 +63,8 @@ def save(
     shared = {
         module: {part: arrays[f"{SHARED}/{supernet.owner(module)}/{part}"] for part in ("A", "B")}
         for unit in supernet.units
-        if any(bounded(CATALOGUE[name]) for name in supernet.kernels[unit.name])
+        if any(map(supernet.adapters.shares, supernet.kernels[unit.name]))
         for module in unit.modules
-        if supernet.adapters.kind == BOTH
     }
     if shared:
         store.write_adapter(folder, SHARED, shared, peft_config(supernet, SHARED, source), embeddings)
