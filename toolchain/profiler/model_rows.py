@@ -31,7 +31,7 @@ from toolchain.quantize.packing import packed_bytes
 from toolchain.spec import Phase, Policy, Workload
 
 MIXED = 16
-WHOLE = ("mixed-0", "mixed-1", "mixed-2", "mixed-3")
+WHOLE = ("mixed-0", "mixed-1", "mixed-2")
 FEWEST_LAYERS = 4
 SESSIONS, WINDOWS = 3, 5
 EVERYWHERE = ("w8g32", "w4g32", "fp32")
