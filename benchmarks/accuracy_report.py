@@ -17,7 +17,7 @@ from toolchain.costs.table import CostTable
 from toolchain.graph.assemble import package_bytes
 from toolchain.graph.model import Graph
 from toolchain.kernels import CATALOGUE, mean_bits
-from toolchain.profiler.model_rows import WHOLE, Anchor
+from toolchain.profiler.model_rows import Anchor
 from toolchain.spec import Policy, Workload
 
 KNOWN = ("w2g32", "w4g32", "w8g128")
@@ -25,8 +25,9 @@ KNOWN = ("w2g32", "w4g32", "w8g128")
 
 
 def known_models(graph: Graph, held: Sequence[Anchor]) -> list[Anchor]:
-    """Of the models that a table holds: KNOWN, and the mixed ones that it holds whole."""
-    return [anchor for anchor in held if anchor.name in KNOWN or (anchor.name in WHOLE and anchor.layers == graph.layers)]
+    """Of the models that a table holds: KNOWN, and all mixed ones that it holds whole. The level of its predictions is theirs: what their
+    rows are off by is in a prediction and in the drift alike, and cancels."""
+    return [anchor for anchor in held if anchor.name in KNOWN or (anchor.name not in CATALOGUE and anchor.layers == graph.layers)]
 
 
 Rows = Mapping[str, Mapping[str, Any]]

@@ -32,6 +32,7 @@ from toolchain.kernels import CATALOGUE, mean_bits
 from toolchain.policy import sensitivity
 from toolchain.policy.solver import solve
 from toolchain.spec import Budget, Policy, Unit, Workload
+from toolchain.supernet.model import Supernet
 from toolchain.train.loop import Run, adapt, train
 from toolchain.train.quality import scorer
 from toolchain.train.sampler import PolicySampler
@@ -97,38 +98,51 @@ def chosen(
 
 
 def work(arguments: argparse.Namespace, job: str) -> None:
-    """Train what the job names and measure every policy it has to answer for."""
+    """Train what the job names and measure every policy it has to answer for. Seconds: of training, and of polishing one subnet."""
     name, _, seed = job.rpartition(" ")
     policies = prepared_policies(arguments, Graph.open(arguments.out / "graph"))
-    begin = time.monotonic()
-    supernet, windows = jobs.started(arguments, KERNELS, int(seed)), jobs.training_windows(arguments)
-    settings = jobs.settings_of(arguments, meta_every=0)
-    folder = jobs.place(arguments.out, job).with_suffix(".training")
-    run = Run(windows, arguments.steps, arguments.batch, folder, int(seed), settings=settings, team=Team(arguments.on))
-    heldout = jobs.heldout_windows(arguments)
     if name != "supernet":
-        policies = {name: policies[name]}
-        adapt(supernet, run, [policies[name]])
-        jobs.keep(
-            arguments,
-            job,
-            {"seconds": time.monotonic() - begin, "quality": jobs.quality(supernet, policies, heldout), "polished": {}},
-        )
+        supernet, seconds = dedicated_run(arguments, job, policies[name], arguments.steps)
+        seen = jobs.quality(supernet, {name: policies[name]}, jobs.heldout_windows(arguments))
+        jobs.keep(arguments, job, {"seconds": seconds, "quality": seen, "polished": {}})
         return
+    supernet, heldout = jobs.started(arguments, KERNELS, int(seed)), jobs.heldout_windows(arguments)
+    run = run_of(arguments, job, arguments.steps)
     left = 3 * arguments.steps - len(policies) * arguments.polish
+    begin = time.monotonic()
     train(supernet, replace(run, steps=left // 2), None, dict)
+    seconds = time.monotonic() - begin
     trained = {name: parameter.detach().clone() for name, parameter in supernet.parameters.items()}
-    seconds, seen, polished = time.monotonic() - begin, jobs.quality(supernet, policies, heldout), {}
+    seen, polished, polishing_seconds = jobs.quality(supernet, policies, heldout), {}, 0.0
     for name, policy in policies.items() if arguments.polish else ():
         begin = time.monotonic()
         with scratch() as place:
-            short = {"steps": arguments.polish, "settings": polishing(settings, arguments.polish), "out": place}
+            short = {"steps": arguments.polish, "settings": polishing(run.settings, arguments.polish), "out": place}
             adapt(supernet, replace(run, **short), [policy])
-        seconds += time.monotonic() - begin
+        polishing_seconds += (time.monotonic() - begin) / len(policies)
         polished |= jobs.quality(supernet, {name: policy}, heldout)
         for key, parameter in supernet.parameters.items():
             parameter.data.copy_(trained[key])
-    jobs.keep(arguments, job, {"seconds": seconds, "quality": seen, "polished": polished})
+    jobs.keep(
+        arguments, job, {"seconds": seconds, "polishing_seconds": polishing_seconds, "quality": seen, "polished": polished}
+    )
+
+
+def run_of(arguments: argparse.Namespace, job: str, steps: int) -> Run:
+    """A job's run; the last word of its name is its seed."""
+    folder = jobs.place(arguments.out, job).with_suffix(".training")
+    settings, team = jobs.settings_of(arguments, meta_every=0), Team(arguments.on)
+    seed = int(job.rpartition(" ")[2])
+    return Run(jobs.training_windows(arguments), steps, arguments.batch, folder, seed, settings=settings, team=team)
+
+
+def dedicated_run(arguments: argparse.Namespace, job: str, policy: Policy, steps: int) -> tuple[Supernet, float]:
+    """What was trained for one policy, and the seconds it took from its start."""
+    run = run_of(arguments, job, steps)
+    supernet = jobs.started(arguments, KERNELS, run.seed)
+    begin = time.monotonic()
+    adapt(supernet, run, [policy])
+    return supernet, time.monotonic() - begin
 
 
 def report(arguments: argparse.Namespace, graph: Graph, policies: dict[str, Policy]) -> None:
@@ -141,7 +155,7 @@ def report(arguments: argparse.Namespace, graph: Graph, policies: dict[str, Poli
         "| policy | mean bits | subnet: perplexity | KL | polished | KL | dedicated | KL | ratio as it is | polished | seeds | goal |"
     )
     print(f"|---{'|---' * 11}|")
-    seconds: dict[str, list[float]] = {"supernet": [], "dedicated run": []}
+    seconds: dict[str, list[float]] = {"supernet": [], "polishing a subnet": [], "dedicated run": []}
     for name, policy in policies.items():
         rows = []
         for seed in range(arguments.seeds):
@@ -149,6 +163,7 @@ def report(arguments: argparse.Namespace, graph: Graph, policies: dict[str, Poli
             if ours and theirs:
                 rows.append([ours["quality"][name], ours["polished"].get(name, ours["quality"][name]), theirs["quality"][name]])
                 seconds["supernet"].append(ours["seconds"])
+                seconds["polishing a subnet"].append(ours["polishing_seconds"])
                 seconds["dedicated run"].append(theirs["seconds"])
         if not rows:
             continue

@@ -92,21 +92,29 @@ def started(
 ) -> Supernet:
     """A supernet at its start, on the device that was asked for. What GPTQ takes its time for is kept for the jobs that start alike;
     delete it (DIR/start-*) where the way to start changed."""
-    model = load_model(resolve(arguments.model)).to(Team(arguments.on).device)
     adapters = adapters or arguments.adapters
     graph = Graph.open(arguments.out / "graph")
-    units = graph.units
     facts = json.dumps([graph.fingerprint, *kernels, gptq, adapters, RANK, COMMON, RANKS])
     kept = arguments.out / f"start-{hashlib.sha256(facts.encode()).hexdigest()[:12]}-{seed}.safetensors"
     if kept.is_file():
-        supernet = Supernet(model, units, kernels, seed=seed, start=False, adapters=adapters)
+        model = load_model(resolve(arguments.model)).to(Team(arguments.on).device)
+        supernet = Supernet(model, graph.units, kernels, seed=seed, start=False, adapters=adapters)
         supernet.load(load_file(kept))
         return supernet
-    windows = torch.from_numpy(training_windows(arguments)[:CALIBRATION]).to(Team(arguments.on).device)
-    moments = input_moments(model, units, windows) if gptq else None
-    supernet = Supernet(model, units, kernels, seed=seed, moments=moments, adapters=adapters)
+    supernet = start(arguments, kernels, seed, gptq, adapters)
     write_atomic(kept, save(supernet.arrays()))
     return supernet
+
+
+def start(
+    arguments: argparse.Namespace, kernels: Sequence[str], seed: int, gptq: bool = True, adapters: str | None = None
+) -> Supernet:
+    """A supernet at its start, made anew."""
+    model = load_model(resolve(arguments.model)).to(Team(arguments.on).device)
+    units = Graph.open(arguments.out / "graph").units
+    windows = torch.from_numpy(training_windows(arguments)[:CALIBRATION]).to(Team(arguments.on).device)
+    moments = input_moments(model, units, windows) if gptq else None
+    return Supernet(model, units, kernels, seed=seed, moments=moments, adapters=adapters or arguments.adapters)
 
 
 def settings_of(arguments: argparse.Namespace, **changes: Any) -> Settings:
