@@ -15,6 +15,7 @@ from toolchain.costs.operations import working_set_of
 from toolchain.costs.rows import ModelRow, work
 from toolchain.costs.table import CostTable
 from toolchain.graph.assemble import package_bytes
+from toolchain.graph.layers import units_within
 from toolchain.graph.model import Graph
 from toolchain.kernels import CATALOGUE, mean_bits
 from toolchain.profiler.model_rows import Anchor
@@ -29,6 +30,10 @@ def known_models(graph: Graph, held: Sequence[Anchor]) -> list[Anchor]:
     rows are off by is in a prediction and in the drift alike, and cancels."""
     return [anchor for anchor in held if anchor.name in KNOWN or (anchor.name not in CATALOGUE and anchor.layers == graph.layers)]
 
+
+SHRINKAGE = (0.03 / 0.007) ** 2
+"""Variance of a known model's drift, 3% (then and now two or three processes, each 1 to 2% off: `sessions.py`; and what a model has of its
+own), over that of drifts from one bit to the next, 0.7%: over the six bits from 2 to 8 memory and arithmetic part by some 4%."""
 
 Rows = Mapping[str, Mapping[str, Any]]
 """policy → what one process saw of it: latencies, the references' times, and under "known" the same of the known models beside it."""
@@ -73,17 +78,22 @@ class Drift:
         """Those that ran beside a row: measurements of before have none."""
         return [anchor for anchor in self.known if anchor.name not in KNOWN and anchor.name in row["known"]]
 
-    def at_bits(self, row: Mapping[str, Any], policy: Policy) -> float:
-        """On the lines between KNOWN where a policy decodes, their median elsewhere."""
-        moves = [self.of(row, known) for known in KNOWN]
-        if not self.decoding:
-            return median(moves)
-        return float(np.interp(mean_bits(policy, self.graph.units), [CATALOGUE[known].weight_bits for known in KNOWN], moves))
-
     def by_known(self, row: Mapping[str, Any], name: str) -> float:
-        """At a policy's bits; mixed models, which are whole, say how much more or less than KNOWN such ones drift."""
-        mixed = [self.of(row, anchor.name) / self.at_bits(row, anchor.policy) for anchor in self.mixed(row)]
-        return self.at_bits(row, self.policies[name]) * (median(mixed) if mixed else 1.0)
+        """A line over mean bits through the logarithms of what the known models drifted: memory and arithmetic drift apart. Its slope is
+        from both kinds, each about its own mean, and shrunk (ridge): two or three rows would bend it by their noise. Its level is the
+        mixed ones', which are whole as what is measured here is."""
+        mixed = self.mixed(row)
+        uniform = [anchor for anchor in self.known if anchor.name in KNOWN]
+        fitted = [self._over_bits(row, kind) for kind in (mixed, uniform) if kind]
+        apart = [(bits - bits.mean(), moves - moves.mean()) for bits, moves in fitted]
+        slope = sum(float(bits @ moves) for bits, moves in apart) / (sum(float(bits @ bits) for bits, _ in apart) + SHRINKAGE)
+        bits, moves = fitted[0]
+        return float(np.exp(np.median(moves - slope * bits) + slope * mean_bits(self.policies[name], self.graph.units)))
+
+    def _over_bits(self, row: Mapping[str, Any], anchors: Sequence[Anchor]) -> tuple[np.ndarray, np.ndarray]:
+        """(mean bits, logarithms of the drifts) of known models."""
+        bits = [mean_bits(anchor.policy, units_within(self.graph.units, anchor.layers)) for anchor in anchors]
+        return np.array(bits), np.log([self.of(row, anchor.name) for anchor in anchors])
 
     def by_median(self, row: Mapping[str, Any], name: str) -> float:
         return median(self.of(row, known) for known in [anchor.name for anchor in self.mixed(row)] or KNOWN)

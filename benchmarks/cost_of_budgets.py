@@ -135,7 +135,9 @@ def report(arguments: argparse.Namespace, policies: dict[str, Policy]) -> None:
     around = {key: value for key, value in around.items() if key != "setup"}
     print(f"\nseconds: {', '.join(f'{what} {value:.2f}' for what, value in around.items())}, ", end="")
     print(f"supernet {training:.0f}, polishing a subnet {polish:.1f}, a dedicated policy-step {mean(a_step):.3f}\n")
-    print("| budgets | supernet s | dedicated s | times | polished: supernet s | dedicated s | times |\n|---|---|---|---|---|---|---|")
+    print(
+        "| budgets | supernet s | dedicated s | times | polished: supernet s | dedicated s | times |\n|---|---|---|---|---|---|---|"
+    )
     for served in SERVED:
         cells = []
         for kind, each in (("as it is", 0.0), ("polished", polish)):

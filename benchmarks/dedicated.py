@@ -123,9 +123,7 @@ def work(arguments: argparse.Namespace, job: str) -> None:
         polished |= jobs.quality(supernet, {name: policy}, heldout)
         for key, parameter in supernet.parameters.items():
             parameter.data.copy_(trained[key])
-    jobs.keep(
-        arguments, job, {"seconds": seconds, "polishing_seconds": polishing_seconds, "quality": seen, "polished": polished}
-    )
+    jobs.keep(arguments, job, {"seconds": seconds, "polishing_seconds": polishing_seconds, "quality": seen, "polished": polished})
 
 
 def run_of(arguments: argparse.Namespace, job: str, steps: int) -> Run:

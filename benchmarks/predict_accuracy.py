@@ -4,11 +4,9 @@
 
 Profiles the model first, if the table in --work lacks rows; what was measured is kept there too, so a killed run goes on. Then packages
 are made and measured in groups, in rotation, as the workload says (a real prefill and real decode steps, not the profiler's single
-phases), in random order. In every group's rotation stand three models that the table holds (uniform at 8, 4 and 2 bits, as deep as they
-were profiled): how much slower they run now than they did then is the machine's doing, and is taken out of the group's figures. Where
-many tokens are in flight arithmetic is the limit at any bit-width: the median of the three. Decoding waits for memory or for arithmetic,
-which drift apart: there a policy's drift is read at its mean bits, on the lines between the three. The mixed ones that the table holds whole
-stand there too, and say how much more or less than the three such a one drifts (of deep models the three were cut).
+phases), in random order. In every group's rotation stand models that the table holds: three uniform ones (8, 4 and 2 bits, as deep as they
+were profiled) and all mixed ones that it holds whole. How much slower they run now than they did then is the machine's doing, and is taken
+out of the group's figures: on a line over mean bits, since what waits for memory and what waits for arithmetic drift apart.
 A process has moods of its own (`benchmarks/sessions.py`), so a measurement is the mean over two processes, in different groups. A quarter
 of the policies is measured a second time, in two others: how well a measurement predicts itself is the noise floor. Printed too: the
 ratios corrected by the references alone, as `check` does it, and the raw ones (`accuracy_report.py`).
