@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -101,6 +101,19 @@ def chosen(costs: CostModel, losses: Mapping[str, Mapping[str, float]]) -> dict[
     return {str(place): solve(costs, losses, budget).policy for place, budget in enumerate(budgets(costs))}
 
 
+def remembered(score: Callable[[Policy], float]) -> Callable[[Policy], float]:
+    """The same, each policy scored once."""
+    seen: dict[tuple, float] = {}
+
+    def scored(policy: Policy) -> float:
+        key = tuple(policy.items())
+        if key not in seen:
+            seen[key] = score(policy)
+        return seen[key]
+
+    return scored
+
+
 def best_uniform(costs: CostModel, budget: Budget, quality: Mapping[str, tuple[float, float]]) -> tuple[float, float] | None:
     """The best of the uniform policies that keep the budget."""
     names = trained_kernels(costs)
@@ -136,8 +149,8 @@ def work(arguments: argparse.Namespace, job: str) -> None:
     elif name == "LLM-QFA":
         published = replace(settings, sampling="balanced")
         train(supernet, replace(run, steps=3 * arguments.steps // 2, settings=published), None, dict)
-        score = scorer(supernet, windows[:SCORED])
-        policies = {}
+        # The search's first stage draws the same policies for every limit.
+        score, policies = remembered(scorer(supernet, windows[:SCORED])), {}
         for place, budget in enumerate(budgets(costs)):
             try:
                 policies[str(place)] = search(
