@@ -25,7 +25,7 @@ from typing import Any
 import dedicated
 import numpy as np
 import training_jobs as jobs
-from dedicated import KERNELS, MEANS, chosen, dedicated_run, prepared_policies
+from dedicated import KERNELS, MEANS, SCORED, chosen, dedicated_run, prepared_policies
 
 from toolchain.files import scratch
 from toolchain.graph.assemble import assemble
@@ -37,8 +37,6 @@ from toolchain.train.quality import scorer
 SHARES = (8, 4, 2, 1)
 """A dedicated run has S policy-steps over one of these."""
 SERVED = (1, 3, 8, 40)
-SCORED = 4
-"""Training windows on which losses are measured, as in `dedicated.py`."""
 POLICIES = [f"solver {bits}" for bits in MEANS]
 OVERHEADS = "overheads 0"
 

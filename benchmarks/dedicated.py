@@ -26,7 +26,7 @@ import numpy as np
 import training_jobs as jobs
 
 from toolchain.costs.model import CostModel
-from toolchain.files import scratch, write_atomic
+from toolchain.files import write_atomic
 from toolchain.graph.model import Graph
 from toolchain.kernels import CATALOGUE, mean_bits
 from toolchain.policy import sensitivity
@@ -36,13 +36,14 @@ from toolchain.supernet.model import Supernet
 from toolchain.train.loop import Run, adapt, train
 from toolchain.train.quality import scorer
 from toolchain.train.sampler import PolicySampler
-from toolchain.train.settings import polishing
 from toolchain.train.team import Team
 
 KERNELS = ("w4g32", "w3g32", "w2g32")
 MEANS = (2.5, 2.75, 3.0, 3.25, 3.5)
 GOALS = {"uniform 2": 0.98, "uniform 3": 1.00, "uniform 4": 1.00}
 MIXED_GOAL = 1.02
+SCORED = 4
+"""Training windows on which losses are measured."""
 
 
 def main() -> None:
@@ -64,7 +65,7 @@ def prepared_policies(arguments: argparse.Namespace, graph: Graph) -> dict[str, 
         supernet = jobs.started(arguments, KERNELS, 0)
         reference = Policy.of({unit.name: "fp32" for unit in graph.units})
         losses = sensitivity.measure(
-            scorer(supernet, jobs.training_windows(arguments)[:4]), graph.units, supernet.kernels, reference
+            scorer(supernet, jobs.training_windows(arguments)[:SCORED]), graph.units, supernet.kernels, reference
         )
         rng = np.random.default_rng(7)
         sampler = PolicySampler.of(graph.units, supernet.kernels)
@@ -112,17 +113,8 @@ def work(arguments: argparse.Namespace, job: str) -> None:
     begin = time.monotonic()
     train(supernet, replace(run, steps=left // 2), None, dict)
     seconds = time.monotonic() - begin
-    trained = {name: parameter.detach().clone() for name, parameter in supernet.parameters.items()}
-    seen, polished, polishing_seconds = jobs.quality(supernet, policies, heldout), {}, 0.0
-    for name, policy in policies.items() if arguments.polish else ():
-        begin = time.monotonic()
-        with scratch() as place:
-            short = {"steps": arguments.polish, "settings": polishing(run.settings, arguments.polish), "out": place}
-            adapt(supernet, replace(run, **short), [policy])
-        polishing_seconds += (time.monotonic() - begin) / len(policies)
-        polished |= jobs.quality(supernet, {name: policy}, heldout)
-        for key, parameter in supernet.parameters.items():
-            parameter.data.copy_(trained[key])
+    seen = jobs.quality(supernet, policies, heldout)
+    polished, polishing_seconds = jobs.polished(supernet, policies, run, arguments.polish, heldout)
     jobs.keep(arguments, job, {"seconds": seconds, "polishing_seconds": polishing_seconds, "quality": seen, "polished": polished})
 
 

@@ -30,7 +30,6 @@ from toolchain.costs.from_table import cost_model
 from toolchain.costs.model import CostModel
 from toolchain.costs.table import open_table
 from toolchain.errors import InfeasibleBudgetError
-from toolchain.files import scratch
 from toolchain.graph.model import Graph
 from toolchain.kernels import CATALOGUE, mean_bits, uniform
 from toolchain.policy import sensitivity
@@ -41,7 +40,6 @@ from toolchain.supernet.model import Supernet
 from toolchain.train.loop import Run, adapt, train
 from toolchain.train.quality import scorer
 from toolchain.train.sampler import PolicySampler, worth_training
-from toolchain.train.settings import polishing
 from toolchain.train.team import Team
 
 FRACTIONS = (0.05, 0.2, 0.35, 0.5, 0.65)
@@ -137,15 +135,7 @@ def work(arguments: argparse.Namespace, job: str) -> None:
         train(supernet, replace(run, steps=left // 2), None, dict)
         policies = chosen(costs, losses_of(supernet, arguments))
         kept["ours"] = jobs.quality(supernet, policies, heldout)
-        trained = {key: parameter.detach().clone() for key, parameter in supernet.parameters.items()}
-        kept["ours, polished"] = {}
-        for place, policy in policies.items() if arguments.polish else ():
-            with scratch() as place_of_it:
-                short = {"steps": arguments.polish, "settings": polishing(settings, arguments.polish), "out": place_of_it}
-                adapt(supernet, replace(run, **short), [policy])
-            kept["ours, polished"] |= jobs.quality(supernet, {place: policy}, heldout)
-            for key, parameter in supernet.parameters.items():
-                parameter.data.copy_(trained[key])
+        kept["ours, polished"], _ = jobs.polished(supernet, policies, run, arguments.polish, heldout)
     elif name == "LLM-QFA":
         published = replace(settings, sampling="balanced")
         train(supernet, replace(run, steps=3 * arguments.steps // 2, settings=published), None, dict)

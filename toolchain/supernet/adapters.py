@@ -2,9 +2,9 @@
 
 own      one per kernel and layer (LLM-QFA's decoupled adapters, arXiv:2405.20202): bit-widths do not disturb each other. The fewer the
          bits, the higher the rank: there is more to make up for
-both     and one more per layer, shared by its kernels of up to 4 bits: every policy that has one of those trains it. On a GPU, long and
-         on much text, it brings 2 bits and mixed policies nearer to their teacher; short and on a narrow text it takes 4 bits away
-         from theirs on any other text. So it is not the default
+both     and one more per layer, shared by its kernels of up to 4 bits: every policy that has one of those trains it. Low bits and mixed
+         policies gain, 4 bits move away from their teacher (`benchmarks/dedicated.py`), on a narrow text from any other text too. So it
+         is not the default
 shared   one per layer for all its kernels, as large as their own together: to compare with
 """
 
