@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 from toolchain.kernels import CATALOGUE
 from toolchain.quantize import affine
-from toolchain.quantize.fake import codes, fake_quantise, fake_quantise_activation
+from toolchain.quantize.fake import CACHED, codes, fake_quantise, fake_quantise_activation
 from toolchain.spec import Kernel
 
 QUANTISED = [kernel for kernel in CATALOGUE.values() if kernel.quantised]
@@ -123,3 +123,25 @@ def test_fp32_passes_through_and_codes_refuses_it_and_nan() -> None:
         codes(weight, CATALOGUE["fp32"])
     with pytest.raises(ValueError, match="finite"):
         codes(weight * float("nan"), CATALOGUE["w4g32"])
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w8g32", "w2g32"])
+@pytest.mark.parametrize("clipped", [True, False])
+def test_a_weight_larger_than_the_cache_is_quantised_row_by_row_alike(name: str, clipped: bool) -> None:
+    kernel, shape = CATALOGUE[name], (3000, 96)  # 288,000 weights: two chunks, the last one shorter
+    assert shape[0] * shape[1] > CACHED
+    generator = torch.Generator().manual_seed(1)
+    size = torch.rand(2, shape[0], affine.groups(shape[1], kernel)[0], generator=generator) + 0.1
+    given = [torch.randn(shape, generator=generator), *([-size[0], size[1]] if clipped else [])]
+    flow = torch.randn(shape, generator=generator)
+
+    def outcome(rows: slice) -> list[torch.Tensor]:
+        ends = [tensor[rows].clone().requires_grad_() for tensor in given]
+        rounded = fake_quantise(ends[0], kernel, *ends[1:])
+        rounded.backward(flow[rows])
+        return [rounded.detach(), *(end.grad for end in ends if end.grad is not None)]
+
+    whole, *pieces = (outcome(slice(*rows)) for rows in ((0, 3000), (0, 1000), (1000, 3000)))
+    assert len(whole) == (4 if clipped else 2)
+    for value, parts in zip(whole, zip(*pieces, strict=True), strict=True):
+        assert torch.equal(value, torch.cat(parts))

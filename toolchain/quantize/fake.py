@@ -14,6 +14,7 @@ Gradients (a rounding counts as the identity; the zero point as −lo/s):
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,9 @@ from torch import Tensor
 
 from toolchain.quantize.affine import SYMMETRIC_MAX, SYMMETRIC_ZERO, Quantized, groups
 from toolchain.spec import Kernel
+
+CACHED = 2**18
+"""Weights that go through the elementwise passes together on a CPU: 1 MB a tensor."""
 
 
 def _grouped(x: Tensor, kernel: Kernel) -> Tensor:
@@ -60,44 +64,63 @@ def steps(low: Tensor, high: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
 class _FakeQuantise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, low: Tensor | None, high: Tensor | None, kernel: Kernel) -> Tensor:
-        grouped = _grouped(weight, kernel)
-        least, scales, _, bottom, top = _grid(grouped, kernel, low, high)
-        # round(w/s) + z clipped to the codes, minus z, is round(w/s) clipped to the offsets: all are small integers, exact in float32.
-        offset = (grouped / scales[..., None]).round_()
-        offset = torch.minimum(torch.maximum(offset, bottom[..., None], out=offset), top[..., None], out=offset)
-        offset.mul_(scales[..., None])
         ctx.kernel, ctx.bounded = kernel, low is not None
+        rounded, *grid = _in_chunks(lambda *rows: _rounded(kernel, *rows), weight, low, high)
         if ctx.bounded:
-            ctx.save_for_backward(weight, least, scales, bottom, top)
-        return _ungrouped(offset, weight.shape[1])
+            ctx.save_for_backward(weight, *grid)
+        return rounded
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.bounded:
             return gradient, None, None, None
-        weight, low, scales, bottom, top = ctx.saved_tensors
-        ratio = _grouped(weight, ctx.kernel) / scales[..., None]
-        nearest = ratio.round()
-        offset = torch.minimum(torch.maximum(nearest, bottom[..., None]), top[..., None])
-        outside = offset != nearest
-        flow = _grouped(gradient, ctx.kernel)
-        lost = flow * outside
-        inner = flow - lost
-        d_scale = (inner * offset.sub_(ratio)).sum(-1)  # offset − w/s; only its inside part counts here
-        if ctx.kernel.symmetric:
-            above, below = (lost * (nearest > top[..., None])).sum(-1), (lost * (nearest < bottom[..., None])).sum(-1)
-            d_scale = (d_scale + SYMMETRIC_MAX * (above - below)) / SYMMETRIC_MAX
-            wider = scales * SYMMETRIC_MAX > -low * (1 + 1e-6)  # the wider side sets the scale
-            d_high, d_low = torch.where(wider, d_scale, 0.0), torch.where(wider, 0.0, -d_scale)
-        else:
-            # a clipped weight sits on a bound: ŵ = bound·s, and the bound's offset moves with lo through the zero point
-            above, below = (lost * (nearest > top[..., None])).sum(-1), (lost * (nearest < bottom[..., None])).sum(-1)
-            slope = low / scales
-            d_scale += above * (top - slope) + below * (bottom - slope)
-            d_high = d_scale / (ctx.kernel.levels - 1)
-            d_low = above + below - d_high
-        d_weight = _ungrouped(inner, weight.shape[1]) if ctx.needs_input_grad[0] else None
-        return d_weight, d_low, d_high, None
+        return *_in_chunks(lambda *rows: _gradients(ctx.kernel, *rows), *ctx.saved_tensors, gradient), None
+
+
+def _rounded(kernel: Kernel, weight: Tensor, low: Tensor | None, high: Tensor | None) -> tuple[Tensor, ...]:
+    """ŵ [N, K], and of each group what its gradients need: lo, scale, smallest and largest offset [N, G]."""
+    grouped = _grouped(weight, kernel)
+    least, scales, _, bottom, top = _grid(grouped, kernel, low, high)
+    # round(w/s) + z clipped to the codes, minus z, is round(w/s) clipped to the offsets: all are small integers, exact in float32.
+    offset = (grouped / scales[..., None]).round_()
+    offset = torch.minimum(torch.maximum(offset, bottom[..., None], out=offset), top[..., None], out=offset)
+    return _ungrouped(offset.mul_(scales[..., None]), weight.shape[1]), least, scales, bottom, top
+
+
+def _gradients(
+    kernel: Kernel, weight: Tensor, low: Tensor, scales: Tensor, bottom: Tensor, top: Tensor, gradient: Tensor
+) -> tuple[Tensor, ...]:
+    """Gradients of weight [N, K], lo and hi [N, G]."""
+    ratio = _grouped(weight, kernel) / scales[..., None]
+    nearest = ratio.round()
+    offset = torch.minimum(torch.maximum(nearest, bottom[..., None]), top[..., None])
+    beyond = nearest.sub_(offset)
+    flow = _grouped(gradient, kernel)
+    over, under = torch.where(beyond > 0, flow, 0.0), torch.where(beyond < 0, flow, 0.0)
+    inner = (flow - over).sub_(under)
+    above, below = over.sum(-1), under.sum(-1)
+    d_scale = (inner * offset.sub_(ratio)).sum(-1)  # offset − w/s; only its inside part counts here
+    if kernel.symmetric:
+        d_scale = (d_scale + SYMMETRIC_MAX * (above - below)) / SYMMETRIC_MAX
+        wider = scales * SYMMETRIC_MAX > -low * (1 + 1e-6)  # the wider side sets the scale
+        d_high, d_low = torch.where(wider, d_scale, 0.0), torch.where(wider, 0.0, -d_scale)
+    else:
+        # a clipped weight sits on a bound: ŵ = bound·s, and the bound's offset moves with lo through the zero point
+        slope = low / scales
+        d_scale += above * (top - slope) + below * (bottom - slope)
+        d_high = d_scale / (kernel.levels - 1)
+        d_low = above + below - d_high
+    return _ungrouped(inner, weight.shape[1]), d_low, d_high
+
+
+def _in_chunks(act: Callable[..., tuple[Tensor, ...]], *given: Tensor | None) -> tuple[Tensor, ...]:
+    """act over the rows of tensors [N, ...]; on a CPU over few at a time, which stay in its cache from one elementwise pass to the next."""
+    first = next(tensor for tensor in given if tensor is not None)
+    rows = max(1, CACHED // first.shape[1])
+    if first.device.type != "cpu" or first.shape[0] <= rows:
+        return act(*given)
+    pieces = [[None] * -(-first.shape[0] // rows) if tensor is None else tensor.split(rows) for tensor in given]
+    return tuple(torch.cat(parts) for parts in zip(*(act(*piece) for piece in zip(*pieces, strict=True)), strict=True))
 
 
 def fake_quantise(weight: Tensor, kernel: Kernel, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:

@@ -226,8 +226,7 @@ def _supernet_optimiser(supernet: Supernet, settings: Settings) -> torch.optim.O
             lr = settings.lr * (settings.low_lr if kernel and kernel.weight_bits <= FEW_BITS else 1)
         groups.setdefault(lr, []).append(parameter)
     rates = [{"params": parameters, "lr": lr, "base": lr} for lr, parameters in groups.items()]
-    # R(θ) is the decay. Fused: one pass over all moments; on a CPU there is hardly a difference.
-    return torch.optim.AdamW(rates, weight_decay=0.0, fused=supernet.device.type == "cuda" or None)
+    return torch.optim.AdamW(rates, weight_decay=0.0, fused=True)  # R(θ) is the decay; fused: one pass over all moments
 
 
 def _identity(supernet: Supernet, run: Run, facts: list[Any]) -> str:
