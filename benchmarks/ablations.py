@@ -47,7 +47,10 @@ VARIANTS: dict[str, dict] = {
     "MSE": {"loss": "mse"},
     "no cost penalty": {"cost_weight": 0.0},
     "no imitation": {"imitation_weight": 0.0, "imitation_steps": 0},
-    "no averaging": {"average": 0.0},
+    "no hidden states": {"hidden_weight": 0.0},
+    "fixed bounds": {"bound_lr": 0.0},
+    "float activations": {"activations": False},
+    "no averaging": {"average": 0},
     "nothing, and half of the mixed ones are the solver's": {"likely": 0.5},
     "no meta-network": {"meta_every": 0},
 }

@@ -51,6 +51,7 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, required=True)
     made.add_argument("--steps", type=int, default=600, help="S, policy-steps of a dedicated run")
     made.add_argument("--batch", type=int, default=64)
+    made.add_argument("--micro-batch", type=int, default=0, help="windows that go through the model at once (0: the batch)")
     made.add_argument("--seeds", type=int, default=3)
     made.add_argument("--workers", type=int, default=1, help="jobs at a time")
     made.add_argument("--windows", type=int, default=0, help="held-out windows to measure on (0: all)")
@@ -122,7 +123,8 @@ def start(
 def settings_of(arguments: argparse.Namespace, **changes: Any) -> Settings:
     """What the arguments and a variant's changes make of the tuned settings."""
     share = arguments.lr / TUNED.lr
-    return replace(TUNED, precision=arguments.precision, lr=arguments.lr, bound_lr=share * TUNED.bound_lr, **changes)
+    asked = {"precision": arguments.precision, "lr": arguments.lr, "bound_lr": share * TUNED.bound_lr}
+    return replace(TUNED, **(asked | {"micro_batch": arguments.micro_batch} | changes))
 
 
 def described(arguments: argparse.Namespace) -> str:
@@ -140,10 +142,11 @@ def heldout_windows(arguments: argparse.Namespace) -> np.ndarray:
 
 
 @torch.no_grad()
-def quality(
-    supernet: Supernet, policies: Mapping[str, Policy], windows: np.ndarray, batch: int = 32
-) -> dict[str, tuple[float, float]]:
+def quality(supernet: Supernet, policies: Mapping[str, Policy], windows: np.ndarray) -> dict[str, tuple[float, float]]:
     """(perplexity, KL to fp32 in nats per token) of each. For kernels that quantise activations per row: windows share a batch."""
+    batch = (
+        32 if supernet.device.type == "cuda" else 4
+    )  # a CPU takes longer for large tensors, which it has to ask memory for each time
     made = {name: supernet.weights(policy) for name, policy in policies.items()}
     sums = {name: torch.zeros(2, dtype=torch.float64) for name in policies}
     for ids in torch.from_numpy(windows).to(supernet.device).split(batch):

@@ -107,6 +107,22 @@ def test_decoder_distance_is_kl_per_kept_token() -> None:
     assert float(Target("decoder", teacher).distance(teacher)) == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_hidden_states_count_relatively_and_of_a_language_model_in_nats(masked: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, hidden = torch.randn(2, 3, 5, generator=generator), torch.randn(2, 3, 4, generator=generator)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]]) if masked else None
+    kept = torch.ones(2, 3) if mask is None else mask
+    off = [hidden * 1.1, hidden]  # an error of relative square 0.01 behind the first of two blocks
+    assert float(Target("encoder", logits, mask, [hidden] * 2).apart(off)) == pytest.approx(0.005, rel=1e-4)
+    p = logits.softmax(-1)
+    variance = (p * logits.square()).sum(-1) - (p * logits).sum(-1).square()
+    of_window = (variance * kept).sum(1) / kept.sum(1)
+    expected = 0.005 * float((of_window[:, None] * kept).sum() / kept.sum()) / 2
+    assert float(Target("decoder", logits, mask, [hidden] * 2).apart(off)) == pytest.approx(expected, rel=1e-4)
+    assert float(Target("decoder", logits, mask, [hidden] * 2).apart([hidden] * 2)) == 0
+
+
 def test_encoder_distance_sees_direction_and_size() -> None:
     teacher = torch.tensor([[[3.0, 4.0]]])
     assert float(divergence_of("encoder", teacher, teacher)) == pytest.approx(0, abs=1e-6)

@@ -188,6 +188,25 @@ def test_a_dedicated_run_trains_its_policy_and_nothing_else(tmp_path: Path) -> N
     assert changed == {"w2g32"}
 
 
+def test_hidden_states_that_count_come_nearer_to_the_teachers(tmp_path: Path) -> None:
+    model, units = tiny_llama()
+    ids = np.random.default_rng(0).integers(0, 48, (16, 10))
+    errors = []
+    for weight in (0.0, 30.0):
+        supernet = Supernet(model, units, KERNELS, rank=4)
+        policy, settings = supernet.policy("w2g32"), replace(QUICK, lr=1e-2, hidden_weight=weight)
+        adapt(supernet, Run(ids, 20, 8, tmp_path / str(weight), settings=settings), [policy])
+        windows = torch.from_numpy(ids)
+        with torch.no_grad():
+            pairs = zip(
+                supernet.trace(policy, windows, hidden=True).hidden,
+                supernet.teacher_trace(windows, hidden=True).hidden,
+                strict=True,
+            )
+            errors.append(sum(float((ours - theirs).square().sum() / theirs.square().sum()) for ours, theirs in pairs))
+    assert errors[1] < 0.9 * errors[0]
+
+
 def test_the_average_of_one_step_is_nine_parts_of_it_and_one_of_the_start(tmp_path: Path) -> None:
     model, units = tiny_llama()
     nets = [Supernet(model, units, KERNELS, rank=4) for _ in range(3)]

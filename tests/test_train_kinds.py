@@ -67,6 +67,21 @@ def supernet_of(models: Models, graphs: Graphs, name: str, architecture: str, ch
     )
 
 
+@pytest.mark.parametrize(("name", "architecture", "changes"), [("llama", "", {}), CLASSIFIER, ("bert", "", {}), ("t5", "", {})])
+def test_a_hidden_state_is_what_a_block_hands_on(
+    name: str, architecture: str, changes: dict[str, Any], models: Models, graphs: Graphs
+) -> None:
+    supernet = supernet_of(models, graphs, name, architecture, changes)
+    ids, policy, config = torch.from_numpy(windows(2)), supernet.policy("w4g32"), supernet.model.config
+    asked, plain = supernet.trace(policy, ids, hidden=True), supernet.trace(policy, ids)
+    assert len(asked.hidden) == config.num_hidden_layers + (config.num_decoder_layers if name == "t5" else 0)
+    assert all(state.shape[0] == 2 and state.shape[2] == HIDDEN for state in asked.hidden)
+    assert not plain.hidden
+    outputs = [trace.output.logits if isinstance(trace.output, Headed) else trace.output for trace in (asked, plain)]
+    assert torch.equal(*outputs)
+    assert [state.shape for state in supernet.teacher_trace(ids, hidden=True).hidden] == [state.shape for state in asked.hidden]
+
+
 @pytest.mark.parametrize(("masked", "name", "architecture", "changes"), [(True, *CLASSIFIER), (False, "t5", "", TIED_T5)])
 def test_accumulated_gradients_are_those_of_the_whole_batch(
     masked: bool, name: str, architecture: str, changes: dict[str, Any], models: Models, graphs: Graphs

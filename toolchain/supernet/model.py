@@ -27,7 +27,7 @@ from toolchain.quantize.affine import Quantized, groups
 from toolchain.quantize.fake import codes, fake_quantise, fake_quantise_activation
 from toolchain.spec import Kernel, Policy, Unit
 from toolchain.supernet.adapters import OWN, RANK, Adapters, started
-from toolchain.supernet.passes import Output, Pass
+from toolchain.supernet.passes import Output, Pass, Trace
 from toolchain.supernet.starts import Frozen, bounded, frozen_start, search
 
 FROZEN = ("places", "low", "high")
@@ -208,15 +208,28 @@ class Supernet:
         caller has it already. cache: a transformers cache, continued in place: with it a decoder goes token by token, as a package
         does (kernels that quantise activations per tensor then see one token at a time).
         """
+        return self.trace(policy, input_ids, attention_mask, activations, weights, cache).output
+
+    def trace(
+        self,
+        policy: Mapping[str, str],
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        activations: bool = True,
+        weights: Mapping[str, Tensor] | None = None,
+        cache: Any = None,
+        hidden: bool = False,
+    ) -> Trace:
+        """The same, and the subnet's hidden states if they are asked for."""
         from torch.func import functional_call
 
         hooks = self._activation_hooks(policy) if activations else []
         try:
-            arguments = self.passes.arguments(input_ids, attention_mask)
+            arguments = self.passes.arguments(input_ids, attention_mask, hidden)
             if cache is not None:
                 arguments |= {"past_key_values": cache, "use_cache": True}
             effective = dict(self.weights(policy) if weights is None else weights)
-            return self.passes.output(functional_call(self.model, effective, (), arguments, tie_weights=False))
+            return self.passes.trace(functional_call(self.model, effective, (), arguments, tie_weights=False), hidden)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -244,10 +257,14 @@ class Supernet:
             for module in unit.modules
         ]
 
-    @torch.no_grad()
     def teacher(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Output:
         """The full-precision model's output."""
-        return self.passes.output(self.model(**self.passes.arguments(input_ids, attention_mask)))
+        return self.teacher_trace(input_ids, attention_mask).output
+
+    @torch.no_grad()
+    def teacher_trace(self, input_ids: Tensor, attention_mask: Tensor | None = None, hidden: bool = False) -> Trace:
+        """The same, and its hidden states if they are asked for."""
+        return self.passes.trace(self.model(**self.passes.arguments(input_ids, attention_mask, hidden)), hidden)
 
     @torch.no_grad()
     def quantized(self, unit: Unit, kernel: Kernel) -> Quantized:

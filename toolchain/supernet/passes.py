@@ -12,7 +12,7 @@ made for, but distillation does not need the task: the student is held to what t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,13 @@ class Headed:
 Output: TypeAlias = Tensor | Headed
 
 
+class Trace(NamedTuple):
+    """A pass's output and, where they were asked for, the hidden states [B, T, H] behind each of the model's blocks."""
+
+    output: Output
+    hidden: tuple[Tensor, ...] = ()
+
+
 @dataclass(frozen=True)
 class Pass:
     """kind: "decoder", "encoder" or "encoder-decoder". headed: an encoder with a task head, whose config may name its problem.
@@ -69,22 +76,31 @@ class Pass:
             )
         return cls(kind, start=start)
 
-    def arguments(self, ids: Tensor, mask: Tensor | None = None) -> dict[str, Any]:
+    def arguments(self, ids: Tensor, mask: Tensor | None = None, hidden: bool = False) -> dict[str, Any]:
         """Keyword arguments of the model's forward for windows int64 [B, T] and a mask 0/1 [B, T]: of padded ones, None: of full ones.
 
         The target is shifted right behind the start token, so that there are logits for each of its positions.
         Raises InputError for an encoder-decoder's windows of one token, or with a mask: text is cut into full windows.
         """
+        asked = {"output_hidden_states": True} if hidden or self.headed else {}
         if self.kind == "decoder":
-            return {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+            return {"input_ids": ids, "attention_mask": mask, "use_cache": False, **asked}
         if self.kind == "encoder":
-            return {"input_ids": ids, "attention_mask": mask, **({"output_hidden_states": True} if self.headed else {})}
+            return {"input_ids": ids, "attention_mask": mask, **asked}
         if mask is not None or ids.shape[1] < 2:
             got = "a mask" if mask is not None else f"windows of {ids.shape[1]}"
             raise InputError(f"expected full windows of 2 tokens or more for an encoder-decoder, got {got}")
         source, target = ids[:, : ids.shape[1] // 2], ids[:, ids.shape[1] // 2 :]
         shifted = torch.cat([torch.full_like(target[:, :1], self.start), target[:, :-1]], dim=1)
-        return {"input_ids": source, "decoder_input_ids": shifted, "use_cache": False}
+        return {"input_ids": source, "decoder_input_ids": shifted, "use_cache": False, **asked}
+
+    def trace(self, result: Any, hidden: bool = False) -> Trace:
+        """A forward's result, which was asked for its hidden states if they are wanted; the embedding's is none of them."""
+        if not hidden:
+            return Trace(self.output(result))
+        if self.kind == "encoder-decoder":
+            return Trace(self.output(result), (*result.encoder_hidden_states[1:], *result.decoder_hidden_states[1:]))
+        return Trace(self.output(result), tuple(result.hidden_states[1:]))
 
     def output(self, result: Any) -> Output:
         """What of a forward's result is distilled: see the module's table."""

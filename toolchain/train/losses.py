@@ -1,9 +1,12 @@
 """The numbers that training makes small.
 
-supernet      α(π) · D(teacher, student) + β(π) · R(θ_π)          interference-aware loss (MetaQuantLLM)
+supernet      α(π) · (D(teacher, student) + λ · H) + β(π) · R(θ_π)          interference-aware loss (MetaQuantLLM), hidden states beside
 D             decoder, encoder-decoder: KL(teacher ‖ student) per token, nats
               encoder: 1 − cosine + relative squared error of the hidden states, and to it what its task head's logits lose:
               KL of labels, vocabulary or positions, nats;  of a regression (t − s)² / (1 + t²)
+H             relative squared error of the hidden states behind each block, per token: holds every block to what the teacher's gives the
+              next, whatever kernels the others have. Where D is in nats, so is H: an error of relative square ε in the logits costs
+              about ε · ½ Var_p(logits), p the teacher's distribution
 α(π), β(π)    (b_max / b̄(π))^a normalised to mean 1 over the sampler;  0.1 · b̄(π)/b_max
 R             mean square of the subnet's adapter entries (not of the bounds: their zero means nothing)
 meta-network  Σ_r max(0, expected cost_r / budget_r − 1)          the cost table's pull under the budget
@@ -45,8 +48,12 @@ def _kl(teacher: Tensor, student: Tensor) -> Tensor:
 
 
 def _of_hidden(teacher: Tensor, student: Tensor) -> Tensor:
-    squared = (teacher - student).square().sum(-1) / teacher.square().sum(-1).clamp_min(1e-12)
-    return 1 - F.cosine_similarity(teacher, student, dim=-1) + squared
+    return 1 - F.cosine_similarity(teacher, student, dim=-1) + _relative(teacher, student)
+
+
+def _relative(teacher: Tensor, student: Tensor) -> Tensor:
+    """Squared error over the teacher's square, per token."""
+    return (teacher - student).square().sum(-1) / teacher.square().sum(-1).clamp_min(1e-12)
 
 
 def _of_head(teacher: Headed, student: Headed, mask: Tensor | None) -> Tensor:
@@ -74,14 +81,23 @@ def _per_token(values: Tensor) -> Tensor:
 
 
 class Target:
-    """A teacher's output, prepared once for the several students of a step: `distance(student)` equals `divergence_of`."""
+    """A teacher's output, prepared once for the several students of a step: `distance(student)` equals `divergence_of`.
 
-    def __init__(self, kind: str, teacher: Output, attention_mask: Tensor | None = None) -> None:
+    hidden: the teacher's hidden states [B, T, H], for `apart`."""
+
+    def __init__(self, kind: str, teacher: Output, attention_mask: Tensor | None = None, hidden: Sequence[Tensor] = ()) -> None:
         self.kind, self.teacher, self.mask = kind, teacher, attention_mask
-        if kind != "encoder":
+        self.hidden = hidden
+        self.nats: Tensor | float = 1.0
+        if isinstance(teacher, Tensor) and kind != "encoder":
             log_probabilities = torch.log_softmax(teacher, -1)
             self.probabilities = log_probabilities.exp()
-            self.entropy = -_masked_mean((self.probabilities * log_probabilities).sum(-1), attention_mask)
+            surprise = -(self.probabilities * log_probabilities).sum(-1)
+            self.entropy = _masked_mean(surprise, attention_mask)
+            if hidden:  # Var_p(logits) is Var_p(log p); a window's mean, since an encoder's tokens are not its decoder's
+                variance = (self.probabilities * log_probabilities.square()).sum(-1) - surprise.square()
+                kept = torch.ones_like(variance) if attention_mask is None else attention_mask
+                self.nats = (variance * kept).sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp_min(1) / 2
 
     def distance(self, student: Output) -> Tensor:
         if self.kind == "encoder" or isinstance(student, Headed):
@@ -91,6 +107,11 @@ class Target:
         else:
             crossed = _masked_mean(-(self.probabilities * torch.log_softmax(student, -1)).sum(-1), self.mask)
         return crossed - self.entropy
+
+    def apart(self, hidden: Sequence[Tensor]) -> Tensor:
+        """H of a student's hidden states, averaged over the tokens that the mask keeps and over the blocks."""
+        errors = [_relative(ours.float(), theirs.float()) for ours, theirs in zip(self.hidden, hidden, strict=True)]
+        return torch.stack([_masked_mean(error * self.nats, self.mask) for error in errors]).mean()
 
     def squared(self, student: Output) -> Tensor:
         """Mean squared error of the outputs, averaged over the tokens that the mask keeps; a head's is added to its hidden states'."""

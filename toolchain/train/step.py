@@ -1,7 +1,7 @@
 """One step's gradients: some policies, one batch of windows, the teacher asked once.
 
     Ŵ = weights(policy), made once a step         handles: Ŵ cut from its graph, one per use of a weight
-    for every micro-batch:  the teacher's output; for every policy:  α·distance backward, into the handles
+    for every micro-batch:  the teacher's output; for every policy:  α·(distance + λ·apart) backward, into the handles
     then once:  the handles' gradients backward through quantiser and adapters;  β·penalty backward
 
 So accumulation costs no second merge or rounding; and ∂L/∂Ŵ stays at hand, which is all the meta-network's gradient needs.
@@ -54,20 +54,23 @@ class Visit:
 def step_gradients(
     supernet: Supernet, policies: Sequence[Policy], batch: Batch, weights: Interference | None, settings: Settings, team: Team
 ) -> list[Visit]:
-    """Accumulate into the supernet's parameters the gradient of Σ_π α(π)·distance(π) + β(π)·penalty(π); weights None: plain MSE."""
+    """Accumulate into the supernet's parameters the gradient of Σ_π α(π)·(distance(π) + λ·apart(π)) + β(π)·penalty(π); weights None: plain
+    MSE in the distance's place, α 1."""
+    hidden = settings.hidden_weight > 0
     made = [supernet.weights(policy) for policy in policies]
     # One handle per use: a tied embedding and head are one tensor but two choices of the meta-network.
     handles = [{name: weight.detach().requires_grad_() for name, weight in row.items()} for row in made]
     distances = [torch.zeros((), device=batch.ids.device) for _ in policies]
     for ids, mask, share in batch.shares(settings.micro_batch, team):
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-            teacher = supernet.teacher(ids, mask)
-        target = Target(supernet.kind, teacher.float(), mask)
+            teacher = supernet.teacher_trace(ids, mask, hidden)
+        target = Target(supernet.kind, teacher.output.float(), mask, teacher.hidden)
         for place, policy in enumerate(policies):
             with torch.autocast(ids.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-                student = supernet(policy, ids, mask, settings.activations, handles[place])
-            distance = (target.distance if weights else target.squared)(student.float()) * share
-            (distance * (weights.alpha(policy) if weights else 1.0)).backward()
+                student = supernet.trace(policy, ids, mask, settings.activations, handles[place], hidden=hidden)
+            distance = (target.distance if weights else target.squared)(student.output.float()) * share
+            beside = settings.hidden_weight * target.apart(student.hidden) * share if hidden else 0.0
+            ((distance + beside) * (weights.alpha(policy) if weights else 1.0)).backward()
             distances[place] += distance.detach()
     for policy, row, ends in zip(policies, made, handles, strict=True):
         trained = [
