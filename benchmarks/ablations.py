@@ -3,10 +3,10 @@
     python benchmarks/ablations.py --table FILE --text TRAIN... --heldout TEXT --out DIR [--steps 600] [--batch 64] [--seeds 3]
 
 --table: a device's table.jsonl that holds the model at --workload; the meta-network is trained for that device. A supernet has 3·S
-policy-steps. Per variant: perplexity on held-out text (windows of 256 tokens, int8 activations as the kernels have them) of uniform 2, 4
-and 8 bits, of five random mixed policies (mean), and of the policies for five memory budgets (mean): what the meta-network proposes,
-projected; for "fixed policy" the uniform policy of most bits that fits. Of 200 random budgets the share that the meta-network's proposal
-keeps before it is projected.
+policy-steps. Per variant: perplexity and KL to fp32 on held-out text (windows of 256 tokens, int8 activations as the kernels have them)
+of uniform 2, 4 and 8 bits, of five random mixed policies (mean), and of the policies for five memory budgets (mean): what the
+meta-network proposes, projected; for "fixed policy" the uniform policy of most bits that fits. Of 200 random budgets the share that the
+meta-network's proposal keeps before it is projected.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def work(arguments: argparse.Namespace, job: str) -> None:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """One row a variant, means over the seeds; the spread is half the range of the seeds."""
+    """One row a variant: perplexity, KL; means over the seeds, the spread is half their range."""
     print(f"{arguments.model}, {3 * arguments.steps} {jobs.described(arguments)}\n")
     heads = ["uniform 2", "uniform 4", "uniform 8", "random", "fixed", "chosen"]
     print(f"| without | {' | '.join(heads)} | budgets kept unprojected |\n|---{'|---' * (len(heads) + 1)}|")
@@ -144,9 +144,10 @@ def report(arguments: argparse.Namespace) -> None:
         found = [row for seed in range(arguments.seeds) if (row := jobs.read(arguments, f"{name} {seed}"))]
         cells = []
         for head in heads:
-            each = [[value[0] for key, value in row["quality"].items() if key.startswith(head)] for row in found]
-            means = [mean(values) for values in each if values]
-            cells.append(f"{mean(means):.2f} ± {(max(means) - min(means)) / 2:.2f}" if means else "–")
+            each = [[value for key, value in row["quality"].items() if key.startswith(head)] for row in found]
+            perplexities, distances = ([mean(value[figure] for value in values) for values in each if values] for figure in (0, 1))
+            spread = f" ± {(max(perplexities) - min(perplexities)) / 2:.2f}" if len(perplexities) > 1 else ""
+            cells.append(f"{mean(perplexities):.2f}{spread}, {mean(distances):.3f}" if perplexities else "–")
         kept = [row["kept"] for row in found if row["kept"] is not None]
         print(f"| {name} | {' | '.join(cells)} | {f'{mean(kept):.1%}' if kept else '–'} |")
 
