@@ -89,7 +89,7 @@ class Target:
         self.kind, self.teacher, self.mask = kind, teacher, attention_mask
         self.hidden = hidden
         self.nats: Tensor | float = 1.0
-        if isinstance(teacher, Tensor) and kind != "encoder":
+        if kind != "encoder":
             log_probabilities = torch.log_softmax(teacher, -1)
             self.probabilities = log_probabilities.exp()
             surprise = -(self.probabilities * log_probabilities).sum(-1)

@@ -18,8 +18,8 @@ class Settings:
 
     sampling       which policies are trained: `schedule.py`
     loss           "interference": α·distance + β·penalty;  "mse": mean squared error of the outputs, every policy alike
-    hidden_weight  of the hidden states' distance beside the outputs': blocks that answer for themselves mix better with others. More of it
-                   brings subnets little nearer to the teacher and costs perplexity; 0: hidden states are left alone
+    hidden_weight  of the hidden states' distance beside the outputs': blocks that answer for themselves should mix better with others
+                   (screened in short runs alone; `ablations.py` has it as a variant); 0: hidden states are left alone
     lr             adapters of 3 bits and more, and shared ones: larger steps lose quality there
     low_lr         times lr for 2-bit kernels' own, which have further to go
     bound_lr       logarithms of the bounds: they live on a scale of 1, the adapters on one of 0.05
