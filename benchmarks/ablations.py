@@ -63,8 +63,8 @@ def main() -> None:
     parser.add_argument("--workload", type=Workload.parse, default=Workload.parse("generate:64+32"))
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     arguments = parser.parse_args()
-    if arguments.job:
-        work(arguments, arguments.job)
+    if arguments.serve:
+        jobs.serve(arguments, work)
         return
     jobs.prepare(arguments)
     jobs.run_all(arguments, [f"{name} {seed}" for name in arguments.only for seed in range(arguments.seeds)])

@@ -1,13 +1,13 @@
 """One supernet against dedicated runs: is a subnet as good as a model that was trained for its policy alone?
 
-    python benchmarks/dedicated.py --text TRAIN... --heldout TEXT --out DIR [--steps 600] [--polish 46] [--batch 64] [--seeds 3]
+    python benchmarks/dedicated.py --text TRAIN... --heldout TEXT --out DIR [--steps 600] [--polish 90] [--batch 64] [--seeds 3]
 
 Per seed: a supernet, and a dedicated run of S steps for each of thirteen policies (uniform 2, 3 and 4 bits, five random mixed ones of
 mean 2.5 to 3.5, five of the same means that the exact solver chose by the untrained kernels' losses), all from the same start (GPTQ)
 with the same settings: `train` and `adapt` of this package, so a dedicated run has every trick the supernet has. A policy-step is one
-policy's forward and backward pass over a batch. The supernet has 3·S of them in all, and what its subnets are polished with
-(--polish steps for each of the thirteen; 0: none) is counted in: less is left to train with. Unlike `export --polish`, what was polished is
-taken whether it helped or not.
+policy's forward and backward pass over a batch. The supernet has 3·S of them in all, and what its mixed subnets are polished with
+(--polish steps for each of the ten; 0: none) is counted in: less is left to train with. Uniform subnets, which the sandwich visits by
+themselves, gain nothing from it and are left alone. Unlike `export --polish`, what was polished is taken whether it helped or not.
 
 Perplexity and KL to fp32 (nats per token) on held-out text, windows of 256 tokens, int8 activations as the kernels have them.
 Goals: uniform 2 bits at most 0.98 of the dedicated run's perplexity, 3 and 4 bits 1.00, every mixed policy 1.02.
@@ -18,12 +18,13 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import mean
 
 import numpy as np
 import training_jobs as jobs
+from safetensors.numpy import load_file, save
 
 from toolchain.costs.model import CostModel
 from toolchain.files import write_atomic
@@ -47,15 +48,26 @@ SCORED = 4
 
 
 def main() -> None:
-    arguments = jobs.with_polish(jobs.parser(__doc__), 13)
-    if arguments.job:
-        work(arguments, arguments.job)
+    arguments = jobs.with_polish(jobs.parser(__doc__))
+    if arguments.serve:
+        jobs.serve(arguments, work)
         return
     graph = jobs.prepare(arguments)
     policies = prepared_policies(arguments, graph)
     # The longest first, so that the others fill what they leave.
     jobs.run_all(arguments, [f"{name} {seed}" for name in ("supernet", *policies) for seed in range(arguments.seeds)])
+    jobs.run_all(arguments, polishing_jobs(arguments, mixed(policies)))
     report(arguments, graph, policies)
+
+
+def mixed(policies: Mapping[str, Policy]) -> list[str]:
+    """The names of those that are not uniform."""
+    return [name for name in policies if not name.startswith("uniform")]
+
+
+def polishing_jobs(arguments: argparse.Namespace, names: Sequence[str]) -> list[str]:
+    """Once the supernets are there."""
+    return [f"polished {name} {seed}" for name in names for seed in range(arguments.seeds)] if arguments.polish else []
 
 
 def prepared_policies(arguments: argparse.Namespace, graph: Graph) -> dict[str, Policy]:
@@ -99,23 +111,30 @@ def chosen(
 
 
 def work(arguments: argparse.Namespace, job: str) -> None:
-    """Train what the job names and measure every policy it has to answer for. Seconds: of training, and of polishing one subnet."""
+    """Train what the job names and measure every policy it has to answer for; seconds: of training alone."""
     name, _, seed = job.rpartition(" ")
-    policies = prepared_policies(arguments, Graph.open(arguments.out / "graph"))
-    if name != "supernet":
+    kind, _, policy = name.partition(" ")
+    policies, heldout = prepared_policies(arguments, Graph.open(arguments.out / "graph")), jobs.heldout_windows(arguments)
+    run, trained = run_of(arguments, job, arguments.steps), arguments.out / f"supernet-{seed}.safetensors"
+    if kind == "supernet":
+        supernet = jobs.started(arguments, KERNELS, int(seed))
+        begin = time.monotonic()
+        train(supernet, replace(run, steps=loop_steps(arguments)), None, dict)
+        seconds = time.monotonic() - begin
+        write_atomic(trained, save(supernet.arrays()))
+    elif kind == "polished":
+        supernet, policies = jobs.started(arguments, KERNELS, int(seed)), {policy: policies[policy]}
+        supernet.load(load_file(trained))
+        seconds = jobs.polish(supernet, policies[policy], run, arguments.polish)
+    else:
+        policies = {name: policies[name]}
         supernet, seconds = dedicated_run(arguments, job, policies[name], arguments.steps)
-        seen = jobs.quality(supernet, {name: policies[name]}, jobs.heldout_windows(arguments))
-        jobs.keep(arguments, job, {"seconds": seconds, "quality": seen, "polished": {}})
-        return
-    supernet, heldout = jobs.started(arguments, KERNELS, int(seed)), jobs.heldout_windows(arguments)
-    run = run_of(arguments, job, arguments.steps)
-    left = 3 * arguments.steps - len(policies) * arguments.polish
-    begin = time.monotonic()
-    train(supernet, replace(run, steps=left // 2), None, dict)
-    seconds = time.monotonic() - begin
-    seen = jobs.quality(supernet, policies, heldout)
-    polished, polishing_seconds = jobs.polished(supernet, policies, run, arguments.polish, heldout)
-    jobs.keep(arguments, job, {"seconds": seconds, "polishing_seconds": polishing_seconds, "quality": seen, "polished": polished})
+    jobs.keep(arguments, job, {"seconds": seconds, "quality": jobs.quality(supernet, policies, heldout)})
+
+
+def loop_steps(arguments: argparse.Namespace) -> int:
+    """A supernet's steps of two policies each: what polishing ten mixed subnets leaves of 3·S."""
+    return (3 * arguments.steps - 2 * len(MEANS) * arguments.polish) // 2
 
 
 def run_of(arguments: argparse.Namespace, job: str, steps: int) -> Run:
@@ -141,20 +160,31 @@ def report(arguments: argparse.Namespace, graph: Graph, policies: dict[str, Poli
     print(
         f"{arguments.model}, S = {arguments.steps} {jobs.described(arguments)}; {arguments.polish} of them for polishing a subnet\n"
     )
-    print(
-        "| policy | mean bits | subnet: perplexity | KL | polished | KL | dedicated | KL | ratio as it is | polished | seeds | goal |"
-    )
-    print(f"|---{'|---' * 11}|")
+    heads = [
+        "policy",
+        "mean bits",
+        "subnet",
+        "KL",
+        "polished",
+        "KL",
+        "dedicated",
+        "KL",
+        "ratio as it is",
+        "polished",
+        "seeds",
+        "goal",
+    ]
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     seconds: dict[str, list[float]] = {"supernet": [], "polishing a subnet": [], "dedicated run": []}
     for name, policy in policies.items():
         rows = []
         for seed in range(arguments.seeds):
-            ours, theirs = (jobs.read(arguments, f"{who} {seed}") for who in ("supernet", name))
-            if ours and theirs:
-                rows.append([ours["quality"][name], ours["polished"].get(name, ours["quality"][name]), theirs["quality"][name]])
-                seconds["supernet"].append(ours["seconds"])
-                seconds["polishing a subnet"].append(ours["polishing_seconds"])
-                seconds["dedicated run"].append(theirs["seconds"])
+            jobs_of = [f"{who} {seed}" for who in ("supernet", f"polished {name}", name)]
+            found = [jobs.read(arguments, job) for job in jobs_of]
+            if found[0] and found[2]:
+                rows.append([(result or found[0])["quality"][name] for result in found])
+                for who, result in zip(seconds, found, strict=True):
+                    seconds[who] += [result["seconds"]] if result else []
         if not rows:
             continue
         means = [mean(row[who][figure] for row in rows) for who in range(3) for figure in (0, 1)]

@@ -1,13 +1,13 @@
 """Quality at budget: the package that our supernet gives against everything else that fits the same limit.
 
-    python benchmarks/quality_at_budget.py --table FILE --text TRAIN... --heldout TEXT --out DIR [--steps 600] [--polish 60] [--seeds 3]
+    python benchmarks/quality_at_budget.py --table FILE --text TRAIN... --heldout TEXT --out DIR [--steps 600] [--polish 90] [--seeds 3]
 
 --table: a device's table.jsonl that holds the model at --workload. Five memory limits and five latency limits between the cheapest and
 the dearest quantised policy; perplexity on held-out text, windows of 256 tokens, int8 activations as the kernels have them.
 
     ours        one supernet; the exact solver on its sensitivities; as it is, and polished. 3·S policy-steps in all, polishing included
     QAT         a dedicated run of S policy-steps for each limit, on the policy that the exact solver finds for it untrained
-    LLM-QFA     one supernet of 3·S policy-steps with its sampler and adapters, and its own search for each limit
+    LLM-QFA     one supernet of 3·S policy-steps with its sampler, adapters and one group size, and its own search for each limit
     untrained   GPTQ: best uniform policy that fits, and sensitivity + exact solver; and the best uniform policy rounded to nearest
                 (clipped where the squared error is least). Which uniform one is best, they are told by the held-out text itself
 
@@ -17,6 +17,7 @@ Limits hold in the cost model, with no room for its spread. Unlike `export --pol
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -30,6 +31,7 @@ from toolchain.costs.from_table import cost_model
 from toolchain.costs.model import CostModel
 from toolchain.costs.table import open_table
 from toolchain.errors import InfeasibleBudgetError
+from toolchain.files import write_atomic
 from toolchain.graph.model import Graph
 from toolchain.kernels import CATALOGUE, mean_bits, uniform
 from toolchain.policy import sensitivity
@@ -43,6 +45,8 @@ from toolchain.train.sampler import PolicySampler, worth_training
 from toolchain.train.team import Team
 
 FRACTIONS = (0.05, 0.2, 0.35, 0.5, 0.65)
+PUBLISHED = ("w8g32", "w4g32", "w2g32")
+"""LLM-QFA's group size, at the bit-widths that cost something of their own."""
 SCORED = 16
 """Training windows on which sensitivities are measured and subnets are searched."""
 
@@ -51,13 +55,24 @@ def main() -> None:
     parser = jobs.parser(__doc__)
     parser.add_argument("--table", type=Path, required=True)
     parser.add_argument("--workload", type=Workload.parse, default=Workload.parse("generate:64+32"))
-    arguments = jobs.with_polish(parser, 2 * len(FRACTIONS))
-    if arguments.job:
-        work(arguments, arguments.job)
+    arguments = jobs.with_polish(parser)
+    if arguments.serve:
+        jobs.serve(arguments, work)
         return
     jobs.prepare(arguments)
+    untrained_policies(arguments)
     jobs.run_all(arguments, job_names(arguments))
     report(arguments)
+
+
+def untrained_policies(arguments: argparse.Namespace) -> dict[str, Policy]:
+    """The exact solver's policy for every limit by the losses of untrained kernels, which are measured once; kept in --out."""
+    kept = arguments.out / "untrained.json"
+    if not kept.is_file():
+        costs = costs_of(arguments)
+        policies = chosen(costs, losses_of(jobs.started(arguments, trained_kernels(costs), 0), arguments))
+        write_atomic(kept, json.dumps({place: dict(policy) for place, policy in policies.items()}, indent=1) + "\n")
+    return {place: Policy.of(policy) for place, policy in json.loads(kept.read_text()).items()}
 
 
 def job_names(arguments: argparse.Namespace) -> list[str]:
@@ -84,6 +99,11 @@ def budgets(costs: CostModel) -> list[Budget]:
         low, high = costs.bounds(resource)
         made += [Budget.from_json({resource: low + fraction * (high - low)}, "spread") for fraction in FRACTIONS]
     return made
+
+
+def of_one_group_size(costs: CostModel) -> dict[str, tuple[str, ...]]:
+    """unit → the kernels that LLM-QFA chooses among."""
+    return {unit: tuple(name for name in names if name in PUBLISHED) for unit, names in costs.kernels.items()}
 
 
 def trained_kernels(costs: CostModel) -> tuple[str, ...]:
@@ -124,24 +144,26 @@ def work(arguments: argparse.Namespace, job: str) -> None:
     name, _, seed = job.rpartition(" ")
     begin = time.monotonic()
     costs, windows, heldout = costs_of(arguments), jobs.training_windows(arguments), jobs.heldout_windows(arguments)
-    kernels = trained_kernels(costs)
+    kernels, limits = trained_kernels(costs), budgets(costs)
     folder = jobs.place(arguments.out, job).with_suffix(".training")
     settings = jobs.settings_of(arguments, meta_every=0)
     run = Run(windows, arguments.steps, arguments.batch, folder, int(seed), settings=settings, team=Team(arguments.on))
+    if name == "LLM-QFA":
+        costs, kernels = replace(costs, kernels=of_one_group_size(costs)), PUBLISHED
     supernet = jobs.started(arguments, kernels, int(seed), adapters="own" if name == "LLM-QFA" else None)
     kept: dict[str, dict] = {}
     if name == "ours":
-        left = 3 * arguments.steps - len(budgets(costs)) * arguments.polish
+        left = 3 * arguments.steps - len(limits) * arguments.polish
         train(supernet, replace(run, steps=left // 2), None, dict)
         policies = chosen(costs, losses_of(supernet, arguments))
         kept["ours"] = jobs.quality(supernet, policies, heldout)
-        kept["ours, polished"], _ = jobs.polished(supernet, policies, run, arguments.polish, heldout)
+        kept["ours, polished"] = jobs.polished(supernet, policies, run, arguments.polish, heldout)
     elif name == "LLM-QFA":
         published = replace(settings, sampling="balanced")
         train(supernet, replace(run, steps=3 * arguments.steps // 2, settings=published), None, dict)
         # The search's first stage draws the same policies for every limit.
         score, policies = remembered(scorer(supernet, windows[:SCORED])), {}
-        for place, budget in enumerate(budgets(costs)):
+        for place, budget in enumerate(limits):
             try:
                 policies[str(place)] = search(
                     score, costs, budget, lambda offered, bits, rng: PolicySampler(costs.units, offered).mixed(bits, rng)
@@ -150,17 +172,17 @@ def work(arguments: argparse.Namespace, job: str) -> None:
                 continue
         kept[name] = jobs.quality(supernet, policies, heldout)
     elif name == "untrained":
-        policies = chosen(costs, losses_of(supernet, arguments))
+        policies = untrained_policies(arguments)
         uniforms = {kernel: supernet.policy(kernel) for kernel in kernels}
         kept["GPTQ, solver"] = jobs.quality(supernet, policies, heldout)
         plain = jobs.started(arguments, kernels, int(seed), gptq=False)
         for head, one in (("GPTQ, uniform", supernet), ("rounded, uniform", plain)):
             each = jobs.quality(one, uniforms, heldout)
-            found = {str(place): best_uniform(costs, budget, each) for place, budget in enumerate(budgets(costs))}
+            found = {str(place): best_uniform(costs, budget, each) for place, budget in enumerate(limits)}
             kept[head] = {place: value for place, value in found.items() if value}
     else:
         place = name.rpartition(" ")[2]
-        policies = {place: chosen(costs, losses_of(supernet, arguments))[place]}
+        policies = {place: untrained_policies(arguments)[place]}
         adapt(supernet, run, [*policies.values()])
         kept["QAT"] = jobs.quality(supernet, policies, heldout)
     bits = {place: mean_bits(policy, costs.units) for place, policy in policies.items()}
@@ -168,23 +190,30 @@ def work(arguments: argparse.Namespace, job: str) -> None:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """One row a limit: perplexities, means over the seeds; the spread is half the range of the seeds."""
+    """Perplexity, then KL to fp32: one row a limit, means over the seeds; the spread is half the range of the seeds."""
     costs = costs_of(arguments)
     print(
         f"{arguments.model}, {costs.workload}, {costs.device}; kernels {', '.join(trained_kernels(costs))}\n"
-        f"S = {arguments.steps} {jobs.described(arguments)}; {arguments.polish} to polish a package\n"
+        f"S = {arguments.steps} {jobs.described(arguments)}; {arguments.polish} to polish a package"
     )
     heads = ["ours, polished", "ours", "QAT", "LLM-QFA", "GPTQ, solver", "GPTQ, uniform", "rounded, uniform"]
-    print(f"| limit | mean bits | {' | '.join(heads)} |\n|---{'|---' * (len(heads) + 1)}|")
     rows = [row for job in job_names(arguments) if (row := jobs.read(arguments, job))]
-    for place, budget in enumerate(budgets(costs)):
-        memory = budget.peak_memory_bytes
-        cells = [f"{memory / 1e6:.2f} MB" if memory else f"{budget.latency_ms:.4f} ms"]
-        cells.append(f"{mean([row['bits'][str(place)] for row in rows if 'ours' in row['quality']] or [0.0]):.2f}")
-        for head in heads:
-            seen = [row["quality"][head][str(place)][0] for row in rows if str(place) in row["quality"].get(head, {})]
-            cells.append(f"{mean(seen):.2f} ± {(max(seen) - min(seen)) / 2:.2f}" if seen else "–")
-        print(f"| {' | '.join(cells)} |")
+    for figure, digits in ((0, 2), (1, 4)):
+        print(f"\n| limit | mean bits | {' | '.join(heads)} |\n|---{'|---' * (len(heads) + 1)}|")
+        for place, budget in enumerate(budgets(costs)):
+            memory = budget.peak_memory_bytes
+            cells = [f"{memory / 1e6:.2f} MB" if memory else f"{budget.latency_ms:.4f} ms"]
+            cells.append(f"{mean([row['bits'][str(place)] for row in rows if 'ours' in row['quality']] or [0.0]):.2f}")
+            for head in heads:
+                seen = [row["quality"][head][str(place)][figure] for row in rows if str(place) in row["quality"].get(head, {})]
+                spread = f" ± {(max(seen) - min(seen)) / 2:.{digits}f}" if len(seen) > 1 else ""
+                cells.append(f"{mean(seen):.{digits}f}{spread}" if seen else "–")
+            print(f"| {' | '.join(cells)} |")
+    seconds = {
+        kind: [row["seconds"] for job in job_names(arguments) if job.startswith(kind) and (row := jobs.read(arguments, job))]
+        for kind in ("ours", "QAT", "LLM-QFA")
+    }
+    print(f"\nseconds of a job: {', '.join(f'{kind} {mean(each):.0f}' for kind, each in seconds.items() if each)}")
 
 
 if __name__ == "__main__":

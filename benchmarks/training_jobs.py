@@ -6,6 +6,7 @@ DIR/graph, train.npy, heldout.npy, start-*    made once          DIR/<job>.json 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import io
 import json
@@ -15,11 +16,12 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from queue import Queue
+from subprocess import PIPE
 from typing import Any
 
 import numpy as np
@@ -40,6 +42,8 @@ from toolchain.train.settings import TUNED, Settings, polishing
 from toolchain.train.team import Team
 
 WINDOW, CALIBRATION = 256, 64
+POLISHED = ("supernet", "polished", "ours")
+"""First words of the jobs that depend on how long subnets are polished."""
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
@@ -59,16 +63,17 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     made.add_argument("--precision", default="fp32")
     made.add_argument("--lr", type=float, default=TUNED.lr, help="long runs want smaller steps; bounds keep their ratio to it")
     made.add_argument("--adapters", choices=KINDS, default=OWN, help="of all that is trained, but where a variant has its own")
-    made.add_argument("--job", help="only this one, in this process (what the workers are called with)")
+    made.add_argument("--compile", action="store_true", help="compile the model's passes: for runs of minutes on a GPU")
+    made.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)  # what the workers are called with
     return made
 
 
-def with_polish(parser: argparse.ArgumentParser, subnets: int) -> argparse.Namespace:
-    """The arguments, with how long each of a supernet's subnets is polished: together S policy-steps unless said otherwise."""
-    parser.add_argument("--polish", type=int, help=f"policy-steps that each subnet is polished with (S / {subnets})")
+def with_polish(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments, with how long a supernet's subnets are polished: ten of them together half of 3·S unless said otherwise."""
+    parser.add_argument("--polish", type=int, help="policy-steps that a mixed subnet is polished with (3·S / 20)")
     arguments = parser.parse_args()
     if arguments.polish is None:
-        arguments.polish = arguments.steps // subnets
+        arguments.polish = 3 * arguments.steps // 20
     return arguments
 
 
@@ -99,13 +104,15 @@ def started(
     graph = Graph.open(arguments.out / "graph")
     facts = json.dumps([graph.fingerprint, *kernels, gptq, adapters, RANK, COMMON, RANKS])
     kept = arguments.out / f"start-{hashlib.sha256(facts.encode()).hexdigest()[:12]}-{seed}.safetensors"
-    if kept.is_file():
-        model = load_model(resolve(arguments.model)).to(Team(arguments.on).device)
-        supernet = Supernet(model, graph.units, kernels, seed=seed, start=False, adapters=adapters)
-        supernet.load(load_file(kept))
-        return supernet
-    supernet = start(arguments, kernels, seed, gptq, adapters)
-    write_atomic(kept, save(supernet.arrays()))
+    with kept.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process makes it, the others wait
+        if not kept.is_file():
+            supernet = start(arguments, kernels, seed, gptq, adapters)
+            write_atomic(kept, save(supernet.arrays()))
+            return supernet
+    model = load_model(resolve(arguments.model)).to(Team(arguments.on).device)
+    supernet = Supernet(model, graph.units, kernels, seed=seed, start=False, adapters=adapters)
+    supernet.load(load_file(kept))
     return supernet
 
 
@@ -124,7 +131,7 @@ def settings_of(arguments: argparse.Namespace, **changes: Any) -> Settings:
     """What the arguments and a variant's changes make of the tuned settings."""
     share = arguments.lr / TUNED.lr
     asked = {"precision": arguments.precision, "lr": arguments.lr, "bound_lr": share * TUNED.bound_lr}
-    return replace(TUNED, **(asked | {"micro_batch": arguments.micro_batch} | changes))
+    return replace(TUNED, **(asked | {"micro_batch": arguments.micro_batch, "compiled": arguments.compile} | changes))
 
 
 def described(arguments: argparse.Namespace) -> str:
@@ -159,23 +166,26 @@ def quality(supernet: Supernet, policies: Mapping[str, Policy], windows: np.ndar
     return {name: (math.exp(float(nll) / tokens), float(distance) / tokens) for name, (nll, distance) in sums.items()}
 
 
+def polish(supernet: Supernet, policy: Policy, run: Run, steps: int) -> float:
+    """`steps` more for one policy, as `export --polish` takes them; returns the seconds."""
+    begin = time.monotonic()
+    with scratch() as folder:
+        adapt(supernet, replace(run, steps=steps, settings=polishing(run.settings, steps), out=folder), [policy])
+    return time.monotonic() - begin
+
+
 def polished(
     supernet: Supernet, policies: Mapping[str, Policy], run: Run, steps: int, windows: np.ndarray
-) -> tuple[dict[str, tuple[float, float]], float]:
-    """(`quality` of each policy after `steps` of its own, seconds that one took). The supernet stays as it was."""
-    if not steps:
-        return {}, 0.0
+) -> dict[str, tuple[float, float]]:
+    """`quality` of each policy after `steps` of its own. The supernet stays as it was."""
     trained = {name: parameter.detach().clone() for name, parameter in supernet.parameters.items()}
-    seen, seconds = {}, 0.0
-    for name, policy in policies.items():
-        begin = time.monotonic()
-        with scratch() as folder:
-            adapt(supernet, replace(run, steps=steps, settings=polishing(run.settings, steps), out=folder), [policy])
-        seconds += (time.monotonic() - begin) / len(policies)
+    seen = {}
+    for name, policy in policies.items() if steps else ():
+        polish(supernet, policy, run, steps)
         seen |= quality(supernet, {name: policy}, windows)
         for key, parameter in supernet.parameters.items():
             parameter.data.copy_(trained[key])
-    return seen, seconds
+    return seen
 
 
 def place(out: Path, job: str) -> Path:
@@ -183,9 +193,10 @@ def place(out: Path, job: str) -> Path:
     return out / f"{job.replace(' ', '-')}.json"
 
 
-def setup(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What a result depends on besides its job."""
-    named = ("model", "text", "heldout", "steps", "batch", "windows", "precision", "lr", "adapters", "polish", "workload")
+def setup(arguments: argparse.Namespace, job: str) -> dict[str, Any]:
+    """What a job's result depends on; a dedicated run is not polished."""
+    named = ["model", "text", "heldout", "steps", "batch", "windows", "precision", "lr", "adapters", "workload", "compile"]
+    named += ["polish"] if job.partition(" ")[0] in POLISHED else []
     facts = {name: str(vars(arguments).get(name)) for name in named}
     table = vars(arguments).get("table")
     return {**facts, "table": sha256(table) if table else None}
@@ -193,7 +204,7 @@ def setup(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def keep(arguments: argparse.Namespace, job: str, result: dict[str, Any]) -> None:
     """Keep a job's result; its checkpoint has served."""
-    write_atomic(place(arguments.out, job), json.dumps({"setup": setup(arguments), **result}, indent=1) + "\n")
+    write_atomic(place(arguments.out, job), json.dumps({"setup": setup(arguments, job), **result}, indent=1) + "\n")
     shutil.rmtree(place(arguments.out, job).with_suffix(".training"), ignore_errors=True)
 
 
@@ -201,29 +212,44 @@ def read(arguments: argparse.Namespace, job: str) -> Any | None:
     """A job's result, or None where there is none of this set-up."""
     path = place(arguments.out, job)
     found = json.loads(path.read_text()) if path.exists() else {}
-    return found if found.get("setup") == setup(arguments) else None
+    return found if found.get("setup") == setup(arguments, job) else None
 
 
 def run_all(arguments: argparse.Namespace, jobs: Sequence[str]) -> None:
-    """Every job without a result, --workers at a time, each this script again with --job; several GPUs take turns."""
+    """Every job without a result, by --workers processes of this script that are told one job after another (`serve`): what is compiled, or
+    loaded, is so once a process. Several GPUs take turns."""
     gpus = [str(number) for number in range(torch.cuda.device_count() if arguments.on != "cpu" else 0)]
     if gpus and (given := os.environ.get("CUDA_VISIBLE_DEVICES")):
         gpus = given.split(",")
-    places: Queue[int] = Queue()
-    for number in range(arguments.workers):
-        places.put(number)
+    wanted = [job for job in jobs if read(arguments, job) is None]
+    left = iter(wanted)  # one for all threads
 
-    def start(job: str) -> None:
+    def attend(number: int) -> None:
         environment = dict(os.environ)
         if arguments.workers > 1:
             environment["OMP_NUM_THREADS"] = "1"
-        mine = places.get()
         if len(gpus) > 1:
-            environment["CUDA_VISIBLE_DEVICES"] = gpus[mine % len(gpus)]
-        with place(arguments.out, job).with_suffix(".log").open("w") as log:
-            code = subprocess.run([sys.executable, *sys.argv, "--job", job], stderr=log, env=environment, check=False).returncode
-        places.put(mine)
-        print(f"{job}: {'done' if code == 0 else f'failed, see {log.name}'}", file=sys.stderr)
+            environment["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
+        log = arguments.out / f"worker-{number}.log"
+        with log.open("w") as errors:
+            for first in left:
+                ours = {"stdin": PIPE, "stdout": PIPE, "stderr": errors, "env": environment, "text": True}
+                with subprocess.Popen([sys.executable, *sys.argv, "--serve"], **ours) as worker:
+                    job: str | None = first
+                    while job:
+                        print(job, file=worker.stdin, flush=True)
+                        done = worker.stdout.readline().rstrip() == job
+                        print(f"{job}: {'done' if done else f'failed, see {log}'}", file=sys.stderr)
+                        job = next(left, None) if done else None  # after a failure the next one gets a new process
 
     with ThreadPoolExecutor(arguments.workers) as pool:
-        list(pool.map(start, [job for job in jobs if read(arguments, job) is None]))
+        list(pool.map(attend, range(min(arguments.workers, len(wanted)))))
+
+
+def serve(arguments: argparse.Namespace, work: Callable[[argparse.Namespace, str], None]) -> None:
+    """Do the jobs that standard input names, one a line; each is answered with its name once it is done."""
+    for line in sys.stdin:
+        job = line.rstrip()
+        with redirect_stdout(sys.stderr):
+            work(arguments, job)
+        print(job, flush=True)

@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 from toolchain.kernels import CATALOGUE
 from toolchain.quantize import affine
-from toolchain.quantize.fake import CACHED, codes, fake_quantise, fake_quantise_activation
+from toolchain.quantize.fake import CACHED, codes, fake_quantise, fake_quantise_activation, fake_quantise_chosen
 from toolchain.spec import Kernel
 
 QUANTISED = [kernel for kernel in CATALOGUE.values() if kernel.quantised]
@@ -113,6 +113,22 @@ def test_activations_of_a_bf16_pass_are_quantised_as_the_kernel_does_it(name: st
     x = torch.randn(4, 96, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     exact = fake_quantise_activation(x.float(), CATALOGUE[name])
     assert torch.equal(fake_quantise_activation(x, CATALOGUE[name]), exact.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_chosen_activation_quantiser_is_the_one_that_was_chosen(dtype: torch.dtype) -> None:
+    kernels = tuple(CATALOGUE[name] for name in ("w8g32", "w8a8", "w4g128"))
+    x = torch.randn(3, 5, 160, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    seen = []
+    for place in range(len(kernels) + 1):
+        x.grad = None
+        value = fake_quantise_chosen(x, kernels, torch.tensor(place))
+        seen.append(value.detach())
+        assert torch.equal(value, fake_quantise_activation(x, kernels[place]) if place < len(kernels) else x)
+        value.sum().backward()
+        assert x.grad is not None
+        assert torch.equal(x.grad, torch.ones_like(x))
+    assert len({value.float().numpy().tobytes() for value in seen}) == len(seen)
 
 
 def test_fp32_passes_through_and_codes_refuses_it_and_nan() -> None:

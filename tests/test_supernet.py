@@ -341,3 +341,19 @@ def test_load_model_reads_a_decoder_with_its_head_and_an_encoder_without(tmp_pat
         ids = torch.arange(8).reshape(1, 8)
         assert supernet.teacher(ids).shape == (1, 8, 64 if kind == "decoder" else 32)
         torch.testing.assert_close(supernet.teacher(ids), model(input_ids=ids)[0].detach())
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_bert])
+def test_inputs_quantised_for_a_compiled_pass_are_the_same(make) -> None:  # type: ignore[no-untyped-def]
+    """Every layer is told by number there; what the numbers mean must be what each kernel does, for mixed policies too."""
+    model, units = make()
+    supernet = moved(Supernet(model, units, KERNELS, rank=4))
+    ids = torch.from_numpy(np.random.default_rng(0).integers(0, 48, (2, 12)))
+    mixed = {unit.name: supernet.kernels[unit.name][place % len(supernet.kernels[unit.name])] for place, unit in enumerate(units)}
+    outputs = []
+    for policy in (Policy.of(mixed), *(supernet.policy(name) for name in KERNELS)):
+        weights = supernet.weights(policy)
+        with supernet.quantised_inputs(policy, compiled=True):
+            outputs.append(supernet.passed(weights, ids).output)
+        assert torch.equal(outputs[-1], supernet(policy, ids))
+    assert not torch.equal(outputs[-1], supernet(supernet.policy(KERNELS[-1]), ids, activations=False))

@@ -14,7 +14,7 @@ Gradients (a rounding counts as the identity; the zero point as −lo/s):
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -185,3 +185,14 @@ def fake_quantise_activation(x: Tensor, kernel: Kernel) -> Tensor:
     if kernel.activation == "fp32":
         return x
     return _FakeQuantiseActivation.apply(x, kernel)
+
+
+def fake_quantise_chosen(x: Tensor, kernels: Sequence[Kernel], choice: Tensor) -> Tensor:
+    """As `fake_quantise_activation` by kernels[choice], x itself where choice [] int64 is none of their places: for compiled passes, which
+    then serve every choice. No autograd function: torch 2.11 compiles one without its backward pass, and no gradient comes through.
+    """
+    seen = x.detach()
+    value = seen
+    for place, kernel in enumerate(kernels):
+        value = torch.where(choice == place, _FakeQuantiseActivation.quantised(seen.float(), kernel).to(x.dtype), value)
+    return value + (x - seen)  # x − x is exactly 0

@@ -14,7 +14,8 @@ activations live as long as one call. A tied embedding and head have the same ad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -24,13 +25,18 @@ from torch import Tensor, nn
 from toolchain.errors import InputError
 from toolchain.kernels import CATALOGUE, candidates
 from toolchain.quantize.affine import Quantized, groups
-from toolchain.quantize.fake import codes, fake_quantise, fake_quantise_activation
+from toolchain.quantize.fake import codes, fake_quantise, fake_quantise_activation, fake_quantise_chosen
 from toolchain.spec import Kernel, Policy, Unit
 from toolchain.supernet.adapters import OWN, RANK, Adapters, started
 from toolchain.supernet.passes import Output, Pass, Trace
 from toolchain.supernet.starts import Frozen, bounded, frozen_start, search
 
 FROZEN = ("places", "low", "high")
+
+
+def _grid(kernel: Kernel) -> tuple[str, int]:
+    """What decides how a kernel quantises its input."""
+    return kernel.activation, kernel.group_size
 
 
 class Supernet:
@@ -221,15 +227,33 @@ class Supernet:
         hidden: bool = False,
     ) -> Trace:
         """The same, and the subnet's hidden states if they are asked for."""
+        effective = dict(self.weights(policy) if weights is None else weights)
+        with self.quantised_inputs(policy) if activations else nullcontext():
+            return self.passed(effective, input_ids, attention_mask, cache, hidden)
+
+    def passed(
+        self,
+        weights: Mapping[str, Tensor],
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: Any = None,
+        hidden: bool = False,
+    ) -> Trace:
+        """The model's pass with these weights in place of its own; inputs as they are, but within `quantised_inputs`."""
         from torch.func import functional_call
 
-        hooks = self._activation_hooks(policy) if activations else []
+        arguments = self.passes.arguments(input_ids, attention_mask, hidden)
+        if cache is not None:
+            arguments |= {"past_key_values": cache, "use_cache": True}
+        return self.passes.trace(functional_call(self.model, dict(weights), (), arguments, tie_weights=False), hidden)
+
+    @contextmanager
+    def quantised_inputs(self, policy: Mapping[str, str], compiled: bool = False) -> Iterator[None]:
+        """While this lasts, passes quantise inputs of layers as the policy's kernels do. compiled: a pass that torch compiles then serves
+        all policies."""
+        hooks = self._chosen_hooks(policy) if compiled else self._activation_hooks(policy)
         try:
-            arguments = self.passes.arguments(input_ids, attention_mask, hidden)
-            if cache is not None:
-                arguments |= {"past_key_values": cache, "use_cache": True}
-            effective = dict(self.weights(policy) if weights is None else weights)
-            return self.passes.trace(functional_call(self.model, effective, (), arguments, tie_weights=False), hidden)
+            yield
         finally:
             for hook in hooks:
                 hook.remove()
@@ -239,13 +263,11 @@ class Supernet:
         last: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
 
         def quantise(kernel: Kernel) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-            grid = (kernel.activation, kernel.group_size)
-
             def hook(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
                 x, *rest = inputs
-                seen = last.get(grid)
+                seen = last.get(_grid(kernel))
                 if seen is None or seen[0] is not x:
-                    seen = last[grid] = (x, fake_quantise_activation(x, kernel))
+                    seen = last[_grid(kernel)] = (x, fake_quantise_activation(x, kernel))
                 return (seen[1], *rest)
 
             return hook
@@ -254,6 +276,28 @@ class Supernet:
             self.model.get_submodule(module).register_forward_pre_hook(quantise(kernel))
             for unit in self.units
             if unit.op == "MatMul" and (kernel := CATALOGUE[policy[unit.name]]).activation != "fp32"
+            for module in unit.modules
+        ]
+
+    def _chosen_hooks(self, policy: Mapping[str, str]) -> list[Any]:
+        """One on every linear, told by a number how its kernel quantises; what compiles it takes care that equal work is done once."""
+        offered = (CATALOGUE[name] for unit in self.units for name in self.kernels[unit.name] if unit.op == "MatMul")
+        ways = {_grid(kernel): kernel for kernel in offered if kernel.activation != "fp32"}
+        places = {grid: place for place, grid in enumerate(ways)}
+        linears = [unit for unit in self.units if unit.op == "MatMul"]
+        chosen = [places.get(_grid(CATALOGUE[policy[unit.name]]), len(ways)) for unit in linears]
+        choices = torch.tensor(chosen, device=self.device)
+
+        def quantise(row: int) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+            def hook(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+                x, *rest = inputs
+                return (fake_quantise_chosen(x, tuple(ways.values()), choices[row]), *rest)
+
+            return hook
+
+        return [
+            self.model.get_submodule(module).register_forward_pre_hook(quantise(row))
+            for row, unit in enumerate(linears)
             for module in unit.modules
         ]
 

@@ -33,6 +33,7 @@ class Settings:
     cost_weight    pull of the expected cost under the budget; imitation_weight: of the exact solver's answers
     micro_batch    windows that go through the model at once, 0: all of the batch; gradients are accumulated
     precision      of the model's passes; weights are merged, quantised and stepped in fp32
+    compiled       the model's passes are compiled, once for all policies, which takes a minute
     """
 
     sampling: str = "sandwich"
@@ -60,6 +61,7 @@ class Settings:
     imitation_weight: float = 1.0
     micro_batch: int = 0
     precision: str = "fp32"
+    compiled: bool = False
     checkpoint_seconds: float = 30.0
 
     def __post_init__(self) -> None:

@@ -9,17 +9,22 @@ So accumulation costs no second merge or rounding; and ∂L/∂Ŵ stays at hand,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from toolchain.spec import Policy
 from toolchain.supernet.model import Supernet
-from toolchain.train.losses import Interference, Target, penalty
+from toolchain.train.losses import Interference, Target, pull
 from toolchain.train.settings import Settings
 from toolchain.train.team import Team
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -51,25 +56,52 @@ class Visit:
     handles: Mapping[str, Tensor]
 
 
+def _target(supernet: Supernet, ids: Tensor, mask: Tensor | None, settings: Settings) -> Target:
+    """What the teacher says of a micro-batch."""
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+        teacher = supernet.teacher_trace(ids, mask, settings.hidden_weight > 0)
+    return Target(supernet.kind, teacher.output.float(), mask, teacher.hidden)
+
+
+def _losses(
+    supernet: Supernet,
+    weights: Mapping[str, Tensor],
+    ids: Tensor,
+    mask: Tensor | None,
+    target: Target,
+    settings: Settings,
+    squared: bool,
+) -> tuple[Tensor, Tensor]:
+    """(distance, λ · apart) of the subnet with these weights."""
+    hidden = settings.hidden_weight > 0
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+        student = supernet.passed(weights, ids, mask, hidden=hidden)
+    distance = (target.squared if squared else target.distance)(student.output.float())
+    return distance, settings.hidden_weight * target.apart(student.hidden) if hidden else torch.zeros_like(distance)
+
+
+@cache
+def compiled(function: Callable[..., T]) -> Callable[..., T]:
+    """The same, compiled by torch at its first call."""
+    return torch.compile(function)
+
+
 def step_gradients(
     supernet: Supernet, policies: Sequence[Policy], batch: Batch, weights: Interference | None, settings: Settings, team: Team
 ) -> list[Visit]:
     """Accumulate into the supernet's parameters the gradient of Σ_π α(π)·(distance(π) + λ·apart(π)) + β(π)·penalty(π); weights None: plain
     MSE in the distance's place, α 1."""
-    hidden = settings.hidden_weight > 0
+    teach, hold = (compiled(_target), compiled(_losses)) if settings.compiled else (_target, _losses)
     made = [supernet.weights(policy) for policy in policies]
     # One handle per use: a tied embedding and head are one tensor but two choices of the meta-network.
     handles = [{name: weight.detach().requires_grad_() for name, weight in row.items()} for row in made]
     distances = [torch.zeros((), device=batch.ids.device) for _ in policies]
     for ids, mask, share in batch.shares(settings.micro_batch, team):
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-            teacher = supernet.teacher_trace(ids, mask, hidden)
-        target = Target(supernet.kind, teacher.output.float(), mask, teacher.hidden)
+        target = teach(supernet, ids, mask, settings)
         for place, policy in enumerate(policies):
-            with torch.autocast(ids.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-                student = supernet.trace(policy, ids, mask, settings.activations, handles[place], hidden=hidden)
-            distance = (target.distance if weights else target.squared)(student.output.float()) * share
-            beside = settings.hidden_weight * target.apart(student.hidden) * share if hidden else 0.0
+            with supernet.quantised_inputs(policy, settings.compiled) if settings.activations else nullcontext():
+                distance, beside = hold(supernet, handles[place], ids, mask, target, settings, weights is None)
+            distance, beside = distance * share, beside * share
             ((distance + beside) * (weights.alpha(policy) if weights else 1.0)).backward()
             distances[place] += distance.detach()
     for policy, row, ends in zip(policies, made, handles, strict=True):
@@ -79,5 +111,5 @@ def step_gradients(
         if trained:  # not for a policy that is fp32 everywhere
             torch.autograd.backward([weight for weight, _ in trained], [gradient for _, gradient in trained])
             if weights and team.main:
-                (weights.beta(policy) * penalty(supernet.parameters_of(policy))).backward()
+                pull(supernet.parameters_of(policy), weights.beta(policy))
     return [Visit(*row) for row in zip(policies, distances, handles, strict=True)]
