@@ -146,7 +146,7 @@ def report(arguments: argparse.Namespace) -> None:
         for name in POLICIES:
             losses = [seen([job_of(name, share, seed) for seed in seeds], name, figure) for share in SHARES]
             ours = [seen(wanted["supernet"], name, figure)]
-            ours.append(seen([f"polished {name} {seed}" for seed in seeds], name, figure))
+            ours.append(seen([f"polished {name} {seed}" for seed in seeds], name, figure) if arguments.polish else ours[0])
             for kind, loss in zip(needed, ours, strict=True):
                 needed[kind].append(as_long(loss, lengths, losses))
             cells = [f"{value:.4f}" if figure else f"{value:.2f}" for value in (*ours, *losses)]

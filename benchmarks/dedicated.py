@@ -7,7 +7,7 @@ mean 2.5 to 3.5, five of the same means that the exact solver chose by the untra
 with the same settings: `train` and `adapt` of this package, so a dedicated run has every trick the supernet has. A policy-step is one
 policy's forward and backward pass over a batch. The supernet has 3·S of them in all, and what its mixed subnets are polished with
 (--polish steps for each of the ten; 0: none) is counted in: less is left to train with. Uniform subnets, which the sandwich visits by
-themselves, gain nothing from it and are left alone. Unlike `export --polish`, what was polished is taken whether it helped or not.
+themselves, are left alone: 2 bits lose by it. Unlike `export --polish`, what was polished is taken whether it helped or not.
 
 Perplexity and KL to fp32 (nats per token) on held-out text, windows of 256 tokens, int8 activations as the kernels have them.
 Goals: uniform 2 bits at most 0.98 of the dedicated run's perplexity, 3 and 4 bits 1.00, every mixed policy 1.02.
@@ -115,7 +115,7 @@ def work(arguments: argparse.Namespace, job: str) -> None:
     name, _, seed = job.rpartition(" ")
     kind, _, policy = name.partition(" ")
     policies, heldout = prepared_policies(arguments, Graph.open(arguments.out / "graph")), jobs.heldout_windows(arguments)
-    run, trained = run_of(arguments, job, arguments.steps), arguments.out / f"supernet-{seed}.safetensors"
+    run, trained = run_of(arguments, job, arguments.steps), jobs.beside(arguments, f"supernet {seed}", ".safetensors")
     if kind == "supernet":
         supernet = jobs.started(arguments, KERNELS, int(seed))
         begin = time.monotonic()

@@ -67,7 +67,7 @@ def main() -> None:
 
 def untrained_policies(arguments: argparse.Namespace) -> dict[str, Policy]:
     """The exact solver's policy for every limit by the losses of untrained kernels, which are measured once; kept in --out."""
-    kept = arguments.out / "untrained.json"
+    kept = jobs.beside(arguments, "untrained policies", ".json")
     if not kept.is_file():
         costs = costs_of(arguments)
         policies = chosen(costs, losses_of(jobs.started(arguments, trained_kernels(costs), 0), arguments))

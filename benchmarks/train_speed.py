@@ -1,9 +1,9 @@
 """How fast does the supernet train, against plain fp32 training of the same model on the same machine?
 
-    python benchmarks/train_speed.py [MODEL] [--batch 4] [--window 256] [--rounds 15] [--on cpu] [--precision fp32]
+    python benchmarks/train_speed.py [MODEL] [--batch 4] [--window 256] [--rounds 15] [--on cpu] [--precision fp32] [--compile]
 
 Interleaved, one process: a plain step (forward, cross-entropy with the next token, backward, AdamW on every weight), and steps of the
-supernet with one policy and with two (teacher, merge, rounding, int8 activations, backward, AdamW on the policies' adapters).
+supernet with one policy, with two, and compiled (teacher, merge, rounding, int8 activations, backward, AdamW on the policies' adapters).
 A policy-step is one policy's share of a step. Goal on 2 cores: at least 0.5 policy-steps in the time of a plain step.
 Then the memory: what the supernet keeps beside the model, in bytes of parameters, gradients and moments, and the process's peak.
 """
@@ -15,6 +15,7 @@ import copy
 import resource
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from statistics import median
 
 import numpy as np
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--on", default="cpu")
     parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--compile", action="store_true", help="a compiled step too; the process's peak is then the compiler's")
     arguments = parser.parse_args()
     team, settings = Team(arguments.on), Settings(precision=arguments.precision)
     with opened(arguments.model) as source:
@@ -65,10 +67,12 @@ def main() -> None:
         torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten()).backward()
         theirs.step()
 
-    def supernet_step(policies: list[Policy]) -> Callable[[], None]:
+    def supernet_step(policies: list[Policy], compiled: bool = False) -> Callable[[], None]:
+        mode = replace(settings, compiled=compiled)
+
         def step() -> None:
             ours.zero_grad(set_to_none=True)
-            step_gradients(supernet, policies, Batch(ids, None), weights, settings, team)
+            step_gradients(supernet, policies, Batch(ids, None), weights, mode, team)
             ours.step()
 
         return step
@@ -80,6 +84,8 @@ def main() -> None:
         "supernet, two policies (w2g32, mixed)": (supernet_step([supernet.policy("w2g32"), mixed[0]]), 2),
         "supernet, two mixed policies": (supernet_step(mixed), 2),
     }
+    if arguments.compile:
+        subjects["supernet, two mixed policies, compiled"] = (supernet_step(mixed, compiled=True), 2)
     seconds: dict[str, list[float]] = {name: [] for name in subjects}
     for turn in range(arguments.rounds + 2):
         for name, (step, _) in subjects.items():

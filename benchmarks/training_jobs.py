@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from subprocess import PIPE
@@ -32,6 +31,7 @@ from toolchain import text as texts
 from toolchain.files import scratch, sha256, write_atomic
 from toolchain.graph.build import build, resolve
 from toolchain.graph.model import Graph
+from toolchain.kernels import CATALOGUE
 from toolchain.spec import Policy
 from toolchain.supernet.adapters import COMMON, KINDS, OWN, RANK, RANKS
 from toolchain.supernet.loading import load_model
@@ -150,10 +150,11 @@ def heldout_windows(arguments: argparse.Namespace) -> np.ndarray:
 
 @torch.no_grad()
 def quality(supernet: Supernet, policies: Mapping[str, Policy], windows: np.ndarray) -> dict[str, tuple[float, float]]:
-    """(perplexity, KL to fp32 in nats per token) of each. For kernels that quantise activations per row: windows share a batch."""
-    batch = (
-        32 if supernet.device.type == "cuda" else 4
-    )  # a CPU takes longer for large tensors, which it has to ask memory for each time
+    """(perplexity, KL to fp32 in nats per token) of each. Windows share a batch unless a kernel quantises activations per tensor."""
+    if any(CATALOGUE[name].activation == "int8_tensor" for policy in policies.values() for name in policy.values()):
+        batch = 1
+    else:  # a CPU takes longer for large tensors, which it has to ask memory for each time
+        batch = 32 if supernet.device.type == "cuda" else 4
     made = {name: supernet.weights(policy) for name, policy in policies.items()}
     sums = {name: torch.zeros(2, dtype=torch.float64) for name in policies}
     for ids in torch.from_numpy(windows).to(supernet.device).split(batch):
@@ -193,6 +194,12 @@ def place(out: Path, job: str) -> Path:
     return out / f"{job.replace(' ', '-')}.json"
 
 
+def beside(arguments: argparse.Namespace, job: str, suffix: str) -> Path:
+    """Where what a job leaves for others is kept: its name says of which set-up it is."""
+    digest = hashlib.sha256(json.dumps(setup(arguments, job), sort_keys=True).encode()).hexdigest()[:12]
+    return place(arguments.out, job).with_suffix(f".{digest}{suffix}")
+
+
 def setup(arguments: argparse.Namespace, job: str) -> dict[str, Any]:
     """What a job's result depends on; a dedicated run is not polished."""
     named = ["model", "text", "heldout", "steps", "batch", "windows", "precision", "lr", "adapters", "workload", "compile"]
@@ -223,33 +230,39 @@ def run_all(arguments: argparse.Namespace, jobs: Sequence[str]) -> None:
         gpus = given.split(",")
     wanted = [job for job in jobs if read(arguments, job) is None]
     left = iter(wanted)  # one for all threads
+    workers = min(arguments.workers, len(wanted))
 
     def attend(number: int) -> None:
         environment = dict(os.environ)
-        if arguments.workers > 1:
+        if workers > 1:
             environment["OMP_NUM_THREADS"] = "1"
         if len(gpus) > 1:
             environment["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
         log = arguments.out / f"worker-{number}.log"
-        with log.open("w") as errors:
+        with log.open("a") as errors:
             for first in left:
                 ours = {"stdin": PIPE, "stdout": PIPE, "stderr": errors, "env": environment, "text": True}
                 with subprocess.Popen([sys.executable, *sys.argv, "--serve"], **ours) as worker:
                     job: str | None = first
                     while job:
-                        print(job, file=worker.stdin, flush=True)
-                        done = worker.stdout.readline().rstrip() == job
+                        try:
+                            print(job, file=worker.stdin, flush=True)
+                            done = worker.stdout.readline().rstrip() == job
+                        except BrokenPipeError:  # it died after the job before
+                            done = False
                         print(f"{job}: {'done' if done else f'failed, see {log}'}", file=sys.stderr)
                         job = next(left, None) if done else None  # after a failure the next one gets a new process
 
-    with ThreadPoolExecutor(arguments.workers) as pool:
-        list(pool.map(attend, range(min(arguments.workers, len(wanted)))))
+    if wanted:
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(attend, range(workers)))
 
 
 def serve(arguments: argparse.Namespace, work: Callable[[argparse.Namespace, str], None]) -> None:
-    """Do the jobs that standard input names, one a line; each is answered with its name once it is done."""
-    for line in sys.stdin:
-        job = line.rstrip()
-        with redirect_stdout(sys.stderr):
-            work(arguments, job)
-        print(job, flush=True)
+    """Do the jobs that standard input names, one a line; each is answered with its name once it is done, and with nothing else: what a
+    compiler prints goes where errors go."""
+    with os.fdopen(os.dup(1), "w") as answers:
+        os.dup2(2, 1)
+        for line in sys.stdin:
+            work(arguments, line.rstrip())
+            print(line.rstrip(), file=answers, flush=True)

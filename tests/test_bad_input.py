@@ -388,6 +388,12 @@ def test_training_that_cannot_start_leaves_nothing(cli: Cli, tmp_path: Path) -> 
     assert not out.with_name("supernet.training").exists()
 
 
+def test_training_compiled_without_a_compiler(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    line = refused("train", "pocket-llama-6m", "--compile", "--out", "supernet")
+    assert "expected a C++ compiler for --compile, found none; install g++" in line
+
+
 def test_a_device_whose_provider_is_not_measured_is_refused(cli: Cli, models: Callable[..., Path], tmp_path: Path) -> None:
     file = tmp_path / "gpu.yaml"
     file.write_text("name: gpu\ntransport: local\nprovider: CUDAExecutionProvider\n")

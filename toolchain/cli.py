@@ -103,6 +103,9 @@ def _parser() -> argparse.ArgumentParser:
         "--micro-batch", type=int, default=0, metavar="N", help="windows that go through the model at once (default: all)"
     )
     sub.add_argument(
+        "--compile", action="store_true", help="compile the model's passes: takes a minute, worth it for long runs on a GPU"
+    )
+    sub.add_argument(
         "--on", choices=("auto", "cpu", "cuda"), default="auto", help="where to train (default: a GPU if torch has one)"
     )
     sub.add_argument(

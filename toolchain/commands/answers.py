@@ -151,7 +151,7 @@ def train(arguments: Namespace) -> Answer:
         Path(arguments.out),
         arguments.steps,
         arguments.seed,
-        training.Machine(arguments.on, arguments.precision, arguments.batch, arguments.micro_batch),
+        training.Machine(arguments.on, arguments.precision, arguments.batch, arguments.micro_batch, arguments.compile),
     )
     return Answer(data, f"{data['supernet']}: {data['steps']} steps on {data['text']}")
 

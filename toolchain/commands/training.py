@@ -37,16 +37,19 @@ _HELDOUT_MOST = 40
 @dataclass(frozen=True)
 class Machine:
     """Where and in what portions to train. on: "cpu", "cuda" or "auto"; precision: "fp32", "bf16" or "auto" (bf16 on a GPU);
-    batch: windows a step; micro_batch: windows that go through the model at once, 0: all."""
+    batch: windows a step; micro_batch: windows that go through the model at once, 0: all; compiled: the model's passes are."""
 
     on: str = "auto"
     precision: str = "auto"
     batch: int = BATCH
     micro_batch: int = 0
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.micro_batch < 0:
             raise InputError(f"expected one window a step or more, got {self.batch} and {self.micro_batch}")
+        if self.compiled and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+            raise InputError("expected a C++ compiler for --compile, found none", "install g++, or leave --compile out")
 
 
 LOCAL = Machine()
@@ -96,7 +99,7 @@ def train_supernet(
         texts.documents(text)  # unreadable text is found before the long work
     team = Team(machine.on)
     precision = machine.precision if machine.precision != "auto" else "bf16" if team.device.type == "cuda" else "fp32"
-    settings = Settings(micro_batch=machine.micro_batch, precision=precision)
+    settings = Settings(micro_batch=machine.micro_batch, precision=precision, compiled=machine.compiled)
     work = out.with_name(out.name + ".training")
     resumed = work.exists()
     try:

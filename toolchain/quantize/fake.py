@@ -195,4 +195,4 @@ def fake_quantise_chosen(x: Tensor, kernels: Sequence[Kernel], choice: Tensor) -
     value = seen
     for place, kernel in enumerate(kernels):
         value = torch.where(choice == place, _FakeQuantiseActivation.quantised(seen.float(), kernel).to(x.dtype), value)
-    return value + (x - seen)  # x − x is exactly 0
+    return value + (x - seen)  # x − x is exactly 0 where x is finite

@@ -15,7 +15,7 @@ activations live as long as one call. A tied embedding and head have the same ad
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -228,7 +228,7 @@ class Supernet:
     ) -> Trace:
         """The same, and the subnet's hidden states if they are asked for."""
         effective = dict(self.weights(policy) if weights is None else weights)
-        with self.quantised_inputs(policy) if activations else nullcontext():
+        with self.quantised_inputs(policy if activations else None):
             return self.passed(effective, input_ids, attention_mask, cache, hidden)
 
     def passed(
@@ -248,10 +248,11 @@ class Supernet:
         return self.passes.trace(functional_call(self.model, dict(weights), (), arguments, tie_weights=False), hidden)
 
     @contextmanager
-    def quantised_inputs(self, policy: Mapping[str, str], compiled: bool = False) -> Iterator[None]:
-        """While this lasts, passes quantise inputs of layers as the policy's kernels do. compiled: a pass that torch compiles then serves
-        all policies."""
-        hooks = self._chosen_hooks(policy) if compiled else self._activation_hooks(policy)
+    def quantised_inputs(self, policy: Mapping[str, str] | None, compiled: bool = False) -> Iterator[None]:
+        """While this lasts, passes quantise inputs of layers as the policy's kernels do (None: not at all). compiled: a pass that torch
+        compiles then serves all policies."""
+        plain = self._activation_hooks(policy) if policy and not compiled else []
+        hooks = self._chosen_hooks(policy) if compiled else plain
         try:
             yield
         finally:
@@ -279,13 +280,14 @@ class Supernet:
             for module in unit.modules
         ]
 
-    def _chosen_hooks(self, policy: Mapping[str, str]) -> list[Any]:
-        """One on every linear, told by a number how its kernel quantises; what compiles it takes care that equal work is done once."""
+    def _chosen_hooks(self, policy: Mapping[str, str] | None) -> list[Any]:
+        """One on every linear, told by a number how its kernel quantises; what compiles it takes care that equal work is done once. It does
+        not look at hooks again, so they are there also where nothing is quantised."""
         offered = (CATALOGUE[name] for unit in self.units for name in self.kernels[unit.name] if unit.op == "MatMul")
         ways = {_grid(kernel): kernel for kernel in offered if kernel.activation != "fp32"}
         places = {grid: place for place, grid in enumerate(ways)}
         linears = [unit for unit in self.units if unit.op == "MatMul"]
-        chosen = [places.get(_grid(CATALOGUE[policy[unit.name]]), len(ways)) for unit in linears]
+        chosen = [places.get(_grid(CATALOGUE[policy[unit.name]]), len(ways)) if policy else len(ways) for unit in linears]
         choices = torch.tensor(chosen, device=self.device)
 
         def quantise(row: int) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:

@@ -145,29 +145,21 @@ class Interference:
         return self.balance * mean_bits_of(policy, self.units) / self.most
 
 
-def penalty(parameters: Mapping[str, Tensor]) -> Tensor:
-    """R(θ_π): mean square over the adapter entries (names ending in /A or /B) of one subnet; 0 for none."""
-    adapters = _adapters(parameters)
-    if not adapters:
-        return torch.zeros(())
-    return torch.stack([tensor.square().sum() for tensor in adapters]).sum() / sum(tensor.numel() for tensor in adapters)
-
-
 @torch.no_grad()
 def pull(parameters: Mapping[str, Tensor], weight: float) -> None:
-    """Accumulate the gradient of weight · `penalty`: one launch for all, where autograd takes several for each of hundreds of tensors."""
-    adapters = _adapters(parameters)
+    """Accumulate the gradient of weight · R, R the mean square over the adapter entries (names ending in /A or /B) of one subnet.
+
+    In one launch for all: autograd takes several for each of hundreds of tensors.
+    """
+    adapters = [tensor for name, tensor in parameters.items() if name.endswith(("/A", "/B"))]
     if not adapters:
         return
     for tensor in adapters:
         if tensor.grad is None:
             tensor.grad = torch.zeros_like(tensor)
-    gradients = [tensor.grad for tensor in adapters if tensor.grad is not None]
-    torch._foreach_add_(gradients, adapters, alpha=2 * weight / sum(tensor.numel() for tensor in adapters))
-
-
-def _adapters(parameters: Mapping[str, Tensor]) -> list[Tensor]:
-    return [tensor for name, tensor in parameters.items() if name.endswith(("/A", "/B"))]
+    torch._foreach_add_(
+        [tensor.grad for tensor in adapters], adapters, alpha=2 * weight / sum(tensor.numel() for tensor in adapters)
+    )
 
 
 class ExpectedCost:

@@ -15,11 +15,11 @@ from toolchain.supernet.model import Supernet
 from toolchain.train.losses import Target
 
 TOGETHER = 4
-"""Windows that go through the model at once where they cannot disturb each other."""
+"""Windows that go through the model at once on a GPU, where they cannot disturb each other; a CPU gains nothing by it."""
 
 
 def scorer(supernet: Supernet, windows: np.ndarray, masks: np.ndarray | None = None) -> Callable[[Policy], float]:
-    """policy → mean distance to the teacher over windows [n, T] (decoder: KL in nats per token). The teacher is asked once.
+    """policy → mean distance to the teacher over windows [n, T] (decoder: KL in nats per token). What the teacher says of them is kept.
 
     Activations are quantised as the kernels do it; where one does it per tensor, one window at a time, so that w8a8 shows what its range
     loses on a device. So do windows with masks, which count alike whatever they hold.
@@ -36,7 +36,11 @@ def scorer(supernet: Supernet, windows: np.ndarray, masks: np.ndarray | None = N
     @torch.no_grad()
     def score(policy: Policy) -> float:
         weights = supernet.weights(policy)
-        alone = kept is not None or any(CATALOGUE[name].activation == "int8_tensor" for name in policy.values())
+        alone = (
+            ids.device.type == "cpu"
+            or kept is not None
+            or any(CATALOGUE[name].activation == "int8_tensor" for name in policy.values())
+        )
         rows = targets(1 if alone else TOGETHER)
         losses = [float(target.distance(supernet(policy, x, mask, True, weights))) * len(x) for x, mask, target in rows]
         return sum(losses) / len(ids)

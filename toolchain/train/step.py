@@ -2,7 +2,7 @@
 
     Ŵ = weights(policy), made once a step         handles: Ŵ cut from its graph, one per use of a weight
     for every micro-batch:  the teacher's output; for every policy:  α·(distance + λ·apart) backward, into the handles
-    then once:  the handles' gradients backward through quantiser and adapters;  β·penalty backward
+    then once:  the handles' gradients backward through quantiser and adapters, and β·penalty's
 
 So accumulation costs no second merge or rounding; and ∂L/∂Ŵ stays at hand, which is all the meta-network's gradient needs.
 """
@@ -10,7 +10,6 @@ So accumulation costs no second merge or rounding; and ∂L/∂Ŵ stays at hand,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import TypeVar
@@ -94,12 +93,12 @@ def step_gradients(
     teach, hold = (compiled(_target), compiled(_losses)) if settings.compiled else (_target, _losses)
     made = [supernet.weights(policy) for policy in policies]
     # One handle per use: a tied embedding and head are one tensor but two choices of the meta-network.
-    handles = [{name: weight.detach().requires_grad_() for name, weight in row.items()} for row in made]
+    handles = [{name: weight.detach().contiguous().requires_grad_() for name, weight in row.items()} for row in made]
     distances = [torch.zeros((), device=batch.ids.device) for _ in policies]
     for ids, mask, share in batch.shares(settings.micro_batch, team):
         target = teach(supernet, ids, mask, settings)
         for place, policy in enumerate(policies):
-            with supernet.quantised_inputs(policy, settings.compiled) if settings.activations else nullcontext():
+            with supernet.quantised_inputs(policy if settings.activations else None, settings.compiled):
                 distance, beside = hold(supernet, handles[place], ids, mask, target, settings, weights is None)
             distance, beside = distance * share, beside * share
             ((distance + beside) * (weights.alpha(policy) if weights else 1.0)).backward()
