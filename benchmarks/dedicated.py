@@ -160,28 +160,16 @@ def report(arguments: argparse.Namespace, graph: Graph, policies: dict[str, Poli
     print(
         f"{arguments.model}, S = {arguments.steps} {jobs.described(arguments)}; {arguments.polish} of them for polishing a subnet\n"
     )
-    heads = [
-        "policy",
-        "mean bits",
-        "subnet",
-        "KL",
-        "polished",
-        "KL",
-        "dedicated",
-        "KL",
-        "ratio as it is",
-        "polished",
-        "seeds",
-        "goal",
-    ]
-    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+    print("| policy | mean bits | subnet | KL | polished | KL | dedicated | KL | ratio as it is | polished | seeds | goal |")
+    print(f"|{'---|' * 12}")
     seconds: dict[str, list[float]] = {"supernet": [], "polishing a subnet": [], "dedicated run": []}
     for name, policy in policies.items():
         rows = []
         for seed in range(arguments.seeds):
             jobs_of = [f"{who} {seed}" for who in ("supernet", f"polished {name}", name)]
             found = [jobs.read(arguments, job) for job in jobs_of]
-            if found[0] and found[2]:
+            polished = arguments.polish and name in mixed(policies)
+            if found[0] and found[2] and (found[1] or not polished):  # a polished one that failed is no unpolished one
                 rows.append([(result or found[0])["quality"][name] for result in found])
                 for who, result in zip(seconds, found, strict=True):
                     seconds[who] += [result["seconds"]] if result else []
