@@ -57,6 +57,14 @@ def test_units_of_a_decoder(graphs: Graphs) -> None:
     assert (graph.hidden, graph.vocabulary, graph.context) == (HIDDEN, VOCABULARY, CONTEXT)
 
 
+def test_a_graph_folder_stands_for_its_model(graphs: Graphs, cli: Any) -> None:
+    """Where there is no torch, a supernet's own graph is what can be profiled."""
+    graph = graphs("llama")
+    again = cli("units", graph.directory, "--json")
+    assert again.code == 0
+    assert again.out == cli("units", graph.source, "--json").out
+
+
 @pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])
 def test_the_context_is_the_longest_sequence_that_runs(graphs: Graphs, name: str) -> None:
     """RoBERTa's position table is two longer than that."""

@@ -22,6 +22,7 @@ from toolchain.errors import DamagedFileError, InputError, MissingCostError
 from toolchain.files import scratch, write_atomic
 from toolchain.graph.assemble import Weights, package_bytes, round_to_nearest
 from toolchain.graph.build import build
+from toolchain.graph.model import DESCRIPTION as GRAPH_DESCRIPTION
 from toolchain.graph.model import Graph
 from toolchain.hardware import meter, named_budget, read_budget, shipped, thread_count
 from toolchain.kernels import CATALOGUE, parts, uniform, validate
@@ -48,12 +49,16 @@ class Source:
 
 @contextmanager
 def opened(source: str) -> Iterator[Source]:
-    """A SUPERNET folder, or a MODEL whose fp32 graph is built in a temporary folder and gone afterwards."""
+    """A SUPERNET folder, the graph folder inside one, or a MODEL whose fp32 graph is built in a temporary folder and gone afterwards."""
     if (Path(source) / "supernet.yaml").is_file():
         from toolchain.supernet.store import SupernetFolder
 
         supernet = SupernetFolder.open(Path(source))
         yield Source(Graph.open(supernet.graph_directory), supernet.quantized, supernet)
+        return
+    if (Path(source) / GRAPH_DESCRIPTION).is_file():  # needs no torch: what a machine without the training stack profiles
+        graph = Graph.open(Path(source))
+        yield Source(graph, round_to_nearest(graph), None)
         return
     with scratch() as folder:
         out = folder / "graph"
