@@ -19,15 +19,17 @@ import hashlib
 import json
 import os
 import platform
+import select
 import shutil
 import subprocess
 import sys
 import time
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any
 
 MARK = b"bittailor-reply"
-POLL_SECONDS = 0.1
+POLL_SECONDS, RECEIVED_SECONDS = 0.1, 10.0
 KEPT_SECONDS, KEPT_BYTES = 7 * 24 * 3600, 2 << 30
 _PIECE = 1 << 20
 
@@ -39,6 +41,7 @@ class Refused(Exception):
 def main() -> None:
     """One exchange. Everything that goes wrong on purpose is a reply, not an exit code."""
     source, out = sys.stdin.buffer, sys.stdout.buffer
+    assert isinstance(source, BufferedReader)
     header = json.loads(source.read(int(source.readline())))
     try:
         root = _root(header["folder"])
@@ -50,7 +53,7 @@ def main() -> None:
     data = json.dumps(reply).encode()
     out.write(b"\n%s %d\n%s" % (MARK, len(data), data))
     out.flush()
-    if "answer" in reply and source.readline() == b"received\n":
+    if "answer" in reply and select.select([source], [], [], RECEIVED_SECONDS)[0] and source.readline() == b"received\n":
         _remove_job(root, header["job"])
         out.write(b"settled\n")
 
@@ -70,14 +73,14 @@ def _from_home(path: str) -> Path:
     return Path(os.path.expanduser("~"), os.path.expanduser(path))
 
 
-def hello(root: Path, header: dict[str, Any], source: IO[bytes]) -> dict[str, Any]:
+def hello(root: Path, header: dict[str, Any], source: BufferedReader) -> dict[str, Any]:
     """What can be told without onnxruntime; sweeps what nobody came back for."""
     _sweep(root, time.time())
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {"python": platform.python_version(), "machine": platform.machine(), "cpus": cpus, "folder": str(root)}
 
 
-def put(root: Path, header: dict[str, Any], source: IO[bytes]) -> dict[str, Any]:
+def put(root: Path, header: dict[str, Any], source: BufferedReader) -> dict[str, Any]:
     """Receive files [{sha256, size, offset}], each from `offset` on. One that came out wrong is dropped: the job will find it missing."""
     for item in header["files"]:
         part = root / "files" / (_digest_name(item["sha256"]) + ".part")
@@ -86,7 +89,7 @@ def put(root: Path, header: dict[str, Any], source: IO[bytes]) -> dict[str, Any]
             stream.seek(item["offset"])
             left = item["size"] - item["offset"]
             while left:
-                piece = source.read(min(left, _PIECE))
+                piece = source.read1(min(left, _PIECE))  # what has come, not what may never come
                 if not piece:
                     raise Refused("the link was cut")  # into the void: what has come stays, the next exchange goes on from there
                 stream.write(piece)
@@ -96,7 +99,7 @@ def put(root: Path, header: dict[str, Any], source: IO[bytes]) -> dict[str, Any]
     return {"stored": len(header["files"])}
 
 
-def adopt(root: Path, header: dict[str, Any], source: IO[bytes]) -> dict[str, Any]:
+def adopt(root: Path, header: dict[str, Any], source: BufferedReader) -> dict[str, Any]:
     """Take over files that something else has put into incoming/ (`adb push`)."""
     for item in header["files"]:
         _adopt(root, root / "incoming" / _digest_name(item["sha256"]), item["sha256"])
@@ -111,14 +114,14 @@ def _adopt(root: Path, part: Path, digest: str) -> None:
     os.replace(part, root / "files" / digest)
 
 
-def settle(root: Path, header: dict[str, Any], source: IO[bytes]) -> dict[str, Any]:
+def settle(root: Path, header: dict[str, Any], source: BufferedReader) -> dict[str, Any]:
     """Remove the jobs whose answers the desk has."""
     for name in header["settled"]:
         _remove_job(root, name)
     return {}
 
 
-def job(root: Path, header: dict[str, Any], source: IO[bytes]) -> dict[str, Any]:
+def job(root: Path, header: dict[str, Any], source: BufferedReader) -> dict[str, Any]:
     """Start the job unless it runs or has run, and wait for its answer: {"answer", "of_another", "age_s"}, {"running"},
     {"missing": {sha256: bytes here}} or {"died": last line}. A death is told to the caller it happened to; the next starts anew."""
     settle(root, header, source)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import toolchain
-from toolchain.errors import BittailorError, LostLinkError, UnreachableError
+from toolchain.errors import BittailorError, InputError, LostLinkError, UnreachableError
 from toolchain.files import scratch, sha256, write_atomic
 from toolchain.profiler.bundle import agent_bytes, agent_sha256
 from toolchain.profiler.transports import transport_of
@@ -193,17 +193,14 @@ def _described(request: Mapping[str, Any], files: dict[str, Path]) -> dict[str, 
         return [walk(item) for item in value] if isinstance(value, list | tuple) else value
 
     def named(folder: Any) -> str:
-        if str(folder) not in names:
-            names[str(folder)] = f"inputs/{len(names)}"
-            root = Path(folder)
-            files.update(
-                {
-                    f"{names[str(folder)]}/{path.relative_to(root).as_posix()}": path
-                    for path in sorted(root.rglob("*"))
-                    if path.is_file()
-                }
-            )
-        return names[str(folder)]
+        root = Path(folder)
+        if str(root) not in names:
+            there = names[str(root)] = f"inputs/{len(names)}"
+            found = [path for path in sorted(root.rglob("*")) if path.is_file()]
+            if not found:
+                raise InputError(f"expected a folder with a graph, got {root}, where there is no file")
+            files.update({f"{there}/{path.relative_to(root).as_posix()}": path for path in found})
+        return names[str(root)]
 
     return walk(request)
 

@@ -46,12 +46,15 @@ class Ssh(Pipe):
     def failure(self, code: int, said: str) -> UnreachableError:
         device = self.device
         place = f"{device.host}:{device.port}" if device.port else device.host
+        known = f"'[{device.host}]:{device.port}'" if device.port else device.host
+        if device.known_hosts:
+            known = f"{known} -f {device.known_hosts}"
         by_hand = f"ssh {f'-p {device.port} ' if device.port else ''}{f'{device.user}@' if device.user else ''}{device.host}"
         if "HOST IDENTIFICATION HAS CHANGED" in said:
             return UnreachableError(
                 f"expected {place} to have the host key that known_hosts holds, got another: it is not the same machine, or somebody "
                 "is in between; nothing was sent",
-                f"if it was set up anew, type: ssh-keygen -R HOST, then {by_hand}, and compare the fingerprint",
+                f"if it was set up anew, type: ssh-keygen -R {known}, then {by_hand}, and compare the fingerprint",
             )
         if "Host key verification failed" in said:
             return UnreachableError(
