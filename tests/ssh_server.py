@@ -24,7 +24,7 @@ def _key(path: Path) -> Path:
     return path
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -57,7 +57,7 @@ def serving(folder: Path) -> Iterator[Server]:
     """An sshd that lets USER in with one key, until the block ends."""
     assert SSHD
     folder.chmod(0o755)
-    host, identity, port = _key(folder / "host_key"), _key(folder / "identity"), _free_port()
+    host, identity, port = _key(folder / "host_key"), _key(folder / "identity"), free_port()
     authorized = folder / "authorized_keys"
     shutil.copy(identity.with_suffix(".pub"), authorized)
     lines = {
@@ -101,7 +101,7 @@ class Cable:
     says yes, the connection is cut without a word. `cuts` counts them."""
 
     def __init__(self, to: int, when: Callable[[int, int, float], bool]) -> None:
-        self.port, self.connections, self.cuts = _free_port(), 0, 0
+        self.port, self.connections, self.cuts = free_port(), 0, 0
         self._to, self._when = to, when
         self._socket = socket.create_server(("127.0.0.1", self.port))
         threading.Thread(target=self._accept, daemon=True).start()
