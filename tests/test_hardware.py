@@ -196,7 +196,7 @@ TEMPLATES = sorted((ROOT / "hardware" / "templates").glob("*.yaml"))
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.stem)
 def test_a_template_lacks_only_what_its_owner_knows(template, tmp_path):
     """As it stands it says what is missing; with that it is a device. It is not listed."""
-    with pytest.raises(InputError, match="expected (host|python): beside transport") as caught:
+    with pytest.raises(InputError, match=r"expected (host|python): beside transport") as caught:
         hardware.load(str(template))
     missing = "host: board.lan" if "expected host:" in str(caught.value) else "python: /data/local/tmp/python"
     content = template.read_text().replace(f"name: {template.stem}", "name: board")

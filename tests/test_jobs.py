@@ -209,7 +209,7 @@ def test_what_nobody_came_back_for_goes_after_a_week(board: Device, subject: dic
 def test_another_python_and_machine_are_what_the_device_says(board: Device) -> None:
     link, _ = _link(board)
     assert link.machine["cpus"] == len(os.sched_getaffinity(0))
-    assert link.identity["protocol"] == agent.PROTOCOL
+    assert link.identify()["protocol"] == agent.PROTOCOL
     with pytest.raises(UnreachableError, match=r"expected the Python '/no/such/python' on 'board', got: .*not found; set python:"):
         _link(Device("board", folder=board.folder, python="/no/such/python"))[0].ask({"action": "identify"})
 
@@ -235,7 +235,7 @@ def _another_version(tmp_path: Path, version: str) -> Path:
 def test_an_installed_agent_must_be_of_the_desks_version(board: Device, tmp_path: Path) -> None:
     (tmp_path / "mine.pyz").write_bytes(bundle.agent_bytes())
     mine = Device("board", folder=board.folder, agent=str(tmp_path / "mine.pyz"))
-    assert _link(mine)[0].identity["protocol"] == agent.PROTOCOL
+    assert _link(mine)[0].identify()["protocol"] == agent.PROTOCOL
     old = Device("board", folder=board.folder, agent=str(_another_version(tmp_path, "0.0.1")))
     with pytest.raises(
         BittailorError, match=f"expected an agent of version {toolchain.__version__}, the desk's, got 0.0.1"

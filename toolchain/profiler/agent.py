@@ -119,7 +119,7 @@ def identify(request: dict[str, Any]) -> dict[str, Any]:
         "runtime": f"onnxruntime {onnxruntime.__version__}",
         "protocol": PROTOCOL,
         "providers": onnxruntime.get_available_providers(),
-        "meters": {name: [state.usable, state.reason] for name, state in meter_states().items()},
+        "meters": {name: state.reason for name, state in meter_states().items()},
     }
 
 

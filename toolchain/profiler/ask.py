@@ -16,7 +16,7 @@ from typing import Any
 from toolchain.errors import BittailorError, InputError
 from toolchain.files import scratch
 from toolchain.hardware import TRANSPORTS, Availability, meter, meter_states, thread_count
-from toolchain.profiler.transports.jobs import RECONNECT_SECONDS, Link
+from toolchain.profiler.transports.jobs import IDENTIFY, RECONNECT_SECONDS, Link
 from toolchain.spec import Device
 
 TIMEOUT_SECONDS = 1800
@@ -57,13 +57,13 @@ class Host:
         """`hardware.meter`, with the meters of the device's machine."""
 
         def there() -> Mapping[str, Availability]:
-            return {name: Availability(*state) for name, state in self.identify()["meters"].items()}
+            return {name: Availability(not reason, reason) for name, reason in self.identify()["meters"].items()}
 
         return meter(self.device, meter_states if self.device.at_hand else there)
 
     def identify(self) -> dict[str, Any]:
-        """{"cpu", "cache_bytes", "runtime", "protocol", "providers", "meters"}."""
-        return self._ask({"action": "identify"})
+        """{"cpu", "cache_bytes", "runtime", "protocol", "providers", "meters": {name: why it cannot be read there, or ""}}."""
+        return self._ask(IDENTIFY)
 
     def time(self, subjects: Sequence[dict[str, Any]], windows: int) -> dict[str, Any]:
         """{"trials": {name: [{phase_ns}]}, "reference_ns": {work: [...]}, "dropped", "valid"}, all subjects in rotation in one process."""
@@ -85,7 +85,7 @@ class Host:
                 "this version measures no other",
             )
         if not self.device.at_hand:
-            return self.link.ask(request)
+            return self.link.ask(request, IDENTIFY)
         with scratch() as folder:
             path = folder / "request.json"
             path.write_text(json.dumps({**request, "host": os.getpid()}))

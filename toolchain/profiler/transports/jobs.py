@@ -37,6 +37,7 @@ FIRST_DELAY, LONGEST_DELAY = 1.0, 15.0
 HELLO_SECONDS, WAIT_SECONDS = 30.0, 20.0
 LIMIT_SECONDS, IDENTIFY_SECONDS = 1800.0, 60.0
 """How long a job may take on the device, once it is its turn there."""
+IDENTIFY = {"action": "identify"}
 _SENDING_ROUNDS = 5
 """So often in a row may the same bytes be missing."""
 _OLDEST_PYTHON = (3, 11)
@@ -60,6 +61,7 @@ class Link:
         self._caller = uuid.uuid4().hex
         self._asked: Counter[str] = Counter()
         self._owed: list[str] = []
+        self._identities: dict[str, dict[str, Any]] = {}
         self._digests: dict[tuple[Path, int, int], str] = {}
 
     @cached_property
@@ -75,18 +77,24 @@ class Link:
             raise BittailorError(problem, f"set python: in the file of {self.device.name!r}")
         return found
 
-    @cached_property
-    def identity(self) -> dict[str, Any]:
-        """What the agent there says of its machine and runtime (`agent.identify`)."""
-        return self._job({"action": "identify"}, {}, {}, IDENTIFY_SECONDS)
+    def identify(self, request: Mapping[str, Any] = IDENTIFY) -> dict[str, Any]:
+        """What the agent there says of its machine and runtime (`agent.identify`); asked once."""
+        words = json.dumps(request, sort_keys=True)
+        if words not in self._identities:
+            self._identities[words] = self._job(request, {}, {}, IDENTIFY_SECONDS)
+        return self._identities[words]
 
-    def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """The agent's answer to a request. Raises UnreachableError, or BittailorError for what the agent refuses or dies of."""
+    def ask(self, request: Mapping[str, Any], identify: Mapping[str, Any] = IDENTIFY) -> dict[str, Any]:
+        """The agent's answer to a request. Raises UnreachableError, or BittailorError for what the agent refuses or dies of.
+
+        identify: how the device is asked who it is, so that what it measured under another runtime is not taken for the answer.
+        """
         if request["action"] == "identify":
-            return self.identity
+            return self.identify(request)
+        machine = self.identify(identify)
         files: dict[str, Path] = {}
         described = _described(request, files)
-        return self._job(described, files, {name: self.identity.get(name) for name in ("cpu", "runtime", "protocol")})
+        return self._job(described, files, {name: machine.get(name) for name in ("cpu", "runtime", "protocol")})
 
     def _job(
         self, request: Mapping[str, Any], files: Mapping[str, Path], machine: Mapping[str, Any], limit_s: float = LIMIT_SECONDS
