@@ -7,17 +7,22 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import environment
 
 import toolchain
+from toolchain.costs.table import open_table
 from toolchain.errors import BittailorError, UnreachableError
-from toolchain.profiler import agent, bundle
+from toolchain.profiler import agent, bundle, probe
+from toolchain.profiler.ask import Host
+from toolchain.profiler.probe import working_kernels
 from toolchain.profiler.transports import jobs
 from toolchain.profiler.transports.jobs import Link
 from toolchain.profiler.transports.local import Local
@@ -85,10 +90,10 @@ def _kept(board: Device) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("place", "cut"), [*((place, REPLY_LOST) for place in range(1, 7)), (4, REPLY_HALVED), (6, REPLY_HALVED), (6, WAITING_CUT)]
+    ("place", "cut"), [*((place, REPLY_LOST) for place in range(7)), (4, REPLY_HALVED), (6, REPLY_HALVED), (6, WAITING_CUT)]
 )
 def test_a_job_runs_once_wherever_the_link_is_cut(board: Device, subject: dict[str, Any], place: int, cut: str) -> None:
-    """Exchanges: hello, identify, its agent sent, identify, the job, its files sent, the job. Two in a row are cut."""
+    """Exchanges, from 0 on: hello, identify, its agent sent, identify, the job, its files sent, the job. Two in a row are cut."""
     link, cable = _link(board, [WHOLE] * place + [cut] * 2)
     answer = link.ask(_peak(subject))
     assert answer["peak_bytes"] >= 0
@@ -237,9 +242,7 @@ def test_an_installed_agent_must_be_of_the_desks_version(board: Device, tmp_path
     mine = Device("board", folder=board.folder, agent=str(tmp_path / "mine.pyz"))
     assert _link(mine)[0].identify()["protocol"] == agent.PROTOCOL
     old = Device("board", folder=board.folder, agent=str(_another_version(tmp_path, "0.0.1")))
-    with pytest.raises(
-        BittailorError, match=f"expected an agent of version {toolchain.__version__}, the desk's, got 0.0.1"
-    ) as caught:
+    with pytest.raises(BittailorError, match=rf"version {toolchain.__version__} \(.*\), the desk's, got 0\.0\.1 \(") as caught:
         _link(old)[0].ask({"action": "identify"})
     assert "\n" not in str(caught.value)
 
@@ -274,3 +277,81 @@ def test_the_agent_runs_alone_with_onnxruntime_and_numpy(cli: Any, tmp_path: Pat
         assert done.returncode == 0, f"{name}: {done.stdout} {done.stderr}"
         assert set(json.loads(done.stdout)) & {"peak_bytes", "trials", "cpu"}
     assert list(run.glob("bittailor*")) == [], "the unpacked agent stayed behind"
+
+
+# ---- several devices
+
+
+def _device_file(tmp_path: Path, name: str, **fields: object) -> Path:
+    path = tmp_path / f"{name}.yaml"
+    lines = {"name": name, "folder": tmp_path / name, "threads": 1, **fields}
+    path.write_text("".join(f"{key}: {value}\n" for key, value in lines.items()))
+    return path
+
+
+def test_devices_are_profiled_at_once_and_one_that_fails_stops_no_other(
+    tiny_bert: Path, tmp_path: Path, cli: Any, fast: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The times are made up, and no device has its answer before all are asked; identity and kernels are really asked of each."""
+    together = threading.Barrier(2, timeout=120)
+    monkeypatch.setattr("toolchain.profiler.model_rows.SESSIONS", 1)
+    asked: set[str] = set()
+    answered = Host.time
+
+    def time_of(host: Host, *words: Any) -> dict[str, Any]:
+        if host.device.name not in asked:
+            asked.add(host.device.name)
+            together.wait()
+        return answered(host, *words)
+
+    monkeypatch.setattr(Host, "time", time_of)
+    good = [_device_file(tmp_path, "one"), _device_file(tmp_path, "two", threads=2)]
+    bad = [_device_file(tmp_path, "three", python="/no/such/python")]
+    words = [word for path in (*bad, *good) for word in ("--device", path)]
+    result = cli("profile", tiny_bert, "--profiles", tmp_path / "profiles", "--json", *words)
+    assert result.code == 2
+    assert set(result.json["devices"]) == {"one", "two"}
+    assert set(result.json["failed"]) == {"three"}
+    assert "'/no/such/python' on 'three'" in result.json["failed"]["three"]
+    tables = {name: open_table(tmp_path / "profiles" / name / "table.jsonl") for name in ("one", "two")}
+    assert [table.header.threads for table in tables.values()] == [1, 2]
+    assert {table.header.device for table in tables.values()} == {"one", "two"}
+    assert set(tables["one"].rows) == set(tables["two"].rows)
+    assert tables["one"].header.kernels == working_kernels()
+    text = cli("profile", tiny_bert, "--profiles", tmp_path / "profiles", *words)
+    assert "three: failed: expected the Python" in text.out
+    assert text.out.splitlines()[-1] == "2 of 3 devices profiled, 1 failed"
+    assert not (tmp_path / "profiles" / "three").exists()
+
+
+def test_two_devices_of_one_name_are_refused(tiny_bert: Path, tmp_path: Path, cli: Any) -> None:
+    path = _device_file(tmp_path, "one")
+    assert "expected each device once, got 'one'" in cli("profile", tiny_bert, "--device", path, "--device", path).error
+
+
+def test_kernels_are_those_that_work_on_the_device(board: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runtime there computes one kernel wrong and refuses another."""
+    real = Host.outputs
+
+    def outputs(host: Host, subjects: Sequence[dict[str, Any]]) -> dict[str, list[Any] | None]:
+        made = real(host, subjects)
+        for name, seen in made.items():
+            if name.startswith("w4g32 ") and seen:
+                seen[1] = (1.01 * np.array(seen[1])).tolist()
+            if name.startswith("w2g128 "):
+                made[name] = None
+        return made
+
+    monkeypatch.setattr(Host, "outputs", outputs)
+    wrong = {"w4g32", "w4g32+w8a8", "w2g128"}
+    assert probe.working_kernels_of(Host(board, 1)) == tuple(name for name in working_kernels() if name not in wrong)
+
+
+def test_all_threads_are_the_devices_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter there sees one CPU, whatever this machine has."""
+    if shutil.which("taskset") is None:
+        pytest.skip("needs taskset")
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec taskset -c 0 {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    assert Host.of(Device("board", folder=str(tmp_path / "board"), python=str(python))).threads == 1

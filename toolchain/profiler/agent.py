@@ -73,18 +73,20 @@ def main(arguments: list[str]) -> int:
 
 
 def _answer(request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    """(exit code, answer). A desk of another version is refused: its requests may mean something else."""
+    """(exit code, answer). A desk of another version or protocol is refused: its requests may mean something else."""
     actions: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
         "identify": identify,
         "time": time_subjects,
         "peak": peak,
         "outputs": outputs,
     }
-    mine, desk = toolchain.__version__, request.get("desk", {}).get("version", toolchain.__version__)
+    mine = {"version": toolchain.__version__, "protocol": PROTOCOL}
+    desk = request.get("desk", mine)
     try:
         if desk != mine:
+            expected, got = (f"{one.get('version')} ({one.get('protocol')})" for one in (desk, mine))
             raise InputError(
-                f"expected an agent of version {desk}, the desk's, got {mine} on the device",
+                f"expected an agent of version {expected}, the desk's, got {got} on the device",
                 "install that version there, or leave agent: out of the device's file and it is sent",
             )
         return 0, actions[request["action"]](request)

@@ -12,7 +12,7 @@ from toolchain.profiler.ask import Host
 from toolchain.spec import Device
 
 AT_ONCE = 32
-PATIENCE_SECONDS = 5.0
+PATIENCE_SECONDS = 0.0
 
 
 @dataclass(frozen=True)

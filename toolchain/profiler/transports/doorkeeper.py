@@ -161,7 +161,7 @@ def _missing(root: Path, header: dict[str, Any]) -> dict[str, int]:
 
 def _start(root: Path, place: Path, header: dict[str, Any], alive: int) -> None:
     """Run the agent on this job, detached, with `alive` locked for as long as it lives."""
-    agent = _agent(root, header["agent"])
+    agent, python = _agent(root, header["agent"]), header["python"]
     for name, digest in header["inputs"].items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise Refused(f"expected a file inside the job's folder, got {name!r}")
@@ -174,7 +174,7 @@ def _start(root: Path, place: Path, header: dict[str, Any], alive: int) -> None:
         journal.write(f"{now} {place.name} {header['request'].get('action')}\n")
     with open(place / "stderr.txt", "wb") as errors:
         subprocess.Popen(
-            [header["python"], str(agent), "request.json", "answer.json"],
+            [str(_from_home(python)) if "/" in python else python, str(agent), "request.json", "answer.json"],
             cwd=place,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

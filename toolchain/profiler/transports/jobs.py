@@ -2,7 +2,7 @@
 
     request + digests of its files + agent + what runs there + how often it was asked before  →  the job's id
     ask      sent files that are missing → the agent started, detached → its answer awaited, 20 s at a time
-    cut      ask again, after 1, 2, 4, ... at most 15 s, for 300 s without a word from the device
+    cut      asked again, after 1, 2, 4, ... at most 15 s, for 300 s without a word from the device
     answered the device is told, and forgets the job; the next request of the same words is a measurement of its own
 
 A desk that is killed finds what it had started when the same command comes again. The device's half is `doorkeeper.py`.
@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import toolchain
 from toolchain.errors import BittailorError, InputError, LostLinkError, UnreachableError
 from toolchain.files import scratch, sha256, write_atomic
+from toolchain.profiler.agent import PROTOCOL
 from toolchain.profiler.bundle import agent_bytes, agent_sha256
 from toolchain.profiler.transports import transport_of
 from toolchain.profiler.transports.pipe import Piece, Transport
@@ -32,7 +33,7 @@ from toolchain.spec import Device
 FOLDERS = {"adb": "/data/local/tmp/bittailor"}
 DEFAULT_FOLDER = ".cache/bittailor"
 """Of the agent on the device, from the home folder, where the device's file names none."""
-RECONNECT_SECONDS = 300.0
+RECONNECT_SECONDS, FIRST_PATIENCE_SECONDS = 300.0, 3.0
 FIRST_DELAY, LONGEST_DELAY = 1.0, 15.0
 HELLO_SECONDS, WAIT_SECONDS = 30.0, 20.0
 LIMIT_SECONDS, IDENTIFY_SECONDS = 1800.0, 60.0
@@ -66,11 +67,12 @@ class Link:
 
     @cached_property
     def machine(self) -> dict[str, Any]:
-        """{"python", "machine", "cpus", "folder"}: the first exchange, which is not tried twice.
+        """{"python", "machine", "cpus", "folder"}: the first exchange, which is not tried for long.
 
         Raises UnreachableError where nobody answers, BittailorError where the Python there is too old.
         """
-        found = self._transport.exchange(self._header("hello"), HELLO_SECONDS)
+        patience = min(self._patience_s, FIRST_PATIENCE_SECONDS)
+        found = self._patiently(lambda: self._transport.exchange(self._header("hello"), HELLO_SECONDS), patience, first=True)
         if tuple(int(part) for part in found["python"].split(".")[:2]) < _OLDEST_PYTHON:
             wanted = ".".join(map(str, _OLDEST_PYTHON))
             problem = f"expected Python {wanted} or newer on {self.device.name!r}, got {found['python']}"
@@ -103,7 +105,7 @@ class Link:
         digests = {name: self._sha256(path) for name, path in files.items()}
         sources = {digests[name]: path for name, path in files.items()}
         agent = {"path": self.device.agent} if self.device.agent else {"sha256": agent_sha256()}
-        desk = {"version": toolchain.__version__}
+        desk = {"version": toolchain.__version__, "protocol": PROTOCOL}
         words = json.dumps([request, digests, agent, desk, machine], sort_keys=True)
         turn = self._asked[words]
         self._asked[words] += 1
@@ -120,7 +122,7 @@ class Link:
         deadline = time.monotonic() + 2 * limit_s
         lacking: list[Mapping[str, int]] = []
         while time.monotonic() < deadline:
-            reply = self._patiently(lambda: self._exchange(header))
+            reply = self._patiently(lambda: self._exchange(header), self._patience_s)
             if missing := reply.get("missing"):
                 lacking.append(missing)
                 if lacking[-_SENDING_ROUNDS:].count(missing) == _SENDING_ROUNDS:  # not one byte more each time
@@ -158,14 +160,16 @@ class Link:
             except LostLinkError as error:
                 note(f"bittailor: {self.device.name}: {error.problem}")
 
-    def _patiently(self, step: Callable[[], T]) -> T:
-        """`step()`, again after every cut, until the device was silent for `patience_s`."""
+    def _patiently(self, step: Callable[[], T], patience_s: float, first: bool = False) -> T:
+        """`step()`, again after every cut, until the device was silent for `patience_s`. first: it has not been heard of yet."""
         waited, delay = 0.0, FIRST_DELAY
         while True:
             try:
                 return step()
             except LostLinkError as error:
-                if waited >= self._patience_s:
+                if waited >= patience_s:
+                    if first:
+                        raise
                     problem = f"{error.problem}: {self.device.name!r} did not answer again for {waited:.0f} s"
                     raise UnreachableError(problem, "what it measured is kept there; type the same command again") from error
                 note(f"bittailor: {self.device.name}: {error.problem}; trying again in {delay:.0f} s")
