@@ -5,8 +5,8 @@
 Simulated: each is an agent in processes and a folder of its own on this machine (`transport: local` with `folder:`), with 1, 2 or all
 threads. All of them share its CPUs, so that next to no window is undisturbed: rows are there and say that they are not valid, and the
 command's exit code would be 3 without the failures. The model is a random BERT of one layer; fewer mixed policies, sessions and windows
-than a real table has. The three: an installed agent of another version; an interpreter that ends the agent after two seconds of CPU
-time, every time; an ssh host where nobody listens.
+than a real table has. The three: an installed agent of another version; an interpreter that is killed two seconds into
+every timing; an ssh host where nobody listens.
 """
 
 from __future__ import annotations
@@ -36,7 +36,12 @@ FEWER = "model_rows.MIXED, model_rows.SESSIONS, model_rows.WINDOWS, unit_rows.WI
 _COMMAND = (
     f"import sys; from toolchain.profiler import model_rows, unit_rows; {FEWER}; from toolchain.cli import main; sys.exit(main())"
 )
-CPU_SECONDS = 2
+SECONDS = 2
+_TIRED = """#!/bin/sh
+if [ -f request.json ] && grep -q '"action": "time"' request.json; then (sleep {seconds}; kill -9 $$) & fi
+exec {python} "$@"
+"""
+"""The process keeps its number when it becomes Python: two seconds into every timing it is killed."""
 
 
 def main() -> None:
@@ -51,11 +56,23 @@ def main() -> None:
         files = devices(work, arguments.devices)
         words = [word for path in files for word in ("--device", str(path))]
         start = time.monotonic()
-        command = [sys.executable, "-c", _COMMAND, "profile", str(model), "--profiles", str(work / "profiles"), "--json", *words]
+        command = [
+            sys.executable,
+            "-X",
+            "faulthandler",
+            "-c",
+            _COMMAND,
+            "profile",
+            str(model),
+            "--profiles",
+            str(work / "profiles"),
+            "--json",
+            *words,
+        ]
         done = subprocess.run(command, stdout=subprocess.PIPE)
         seconds = time.monotonic() - start
         if not done.stdout:
-            raise SystemExit(done.returncode)
+            raise SystemExit(f"the command ended without a result: exit code {done.returncode}")
         said = json.loads(done.stdout)
         graph = build(str(model), _empty(work / "graph"))
         print("\n| device | threads | rows | of them valid | missing | jobs | more than once | failed because |\n|" + "---|" * 8)
@@ -81,7 +98,7 @@ def devices(work: Path, count: int) -> list[Path]:
         {"transport": "local", "folder": work / f"device-{place:02}", "threads": (1, 2, 0)[place % 3]} for place in range(count)
     ]
     tired = work / "tired-python"
-    tired.write_text(f'#!/bin/sh\nulimit -t {CPU_SECONDS}\nexec {sys.executable} "$@"\n')
+    tired.write_text(_TIRED.format(seconds=SECONDS, python=sys.executable))
     tired.chmod(0o755)
     fields[-3]["agent"] = old_agent(work)
     fields[-2]["python"] = tired
