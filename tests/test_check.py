@@ -174,7 +174,7 @@ def test_a_slow_machine_is_no_proof_against_a_package(tmp_path, monkeypatch, nam
     (tmp_path / "model.onnx").write_bytes(b"")
     here = {"cpu": "this", "threads": 2, "runtime": "one", "provider": "CPUExecutionProvider", "protocol": "p"}
     monkeypatch.setattr(acceptance, "measure_package", lambda *_: _seen(trials, valid))
-    monkeypatch.setattr(acceptance, "thread_count", lambda _: 2)
+    monkeypatch.setattr(acceptance.Host, "of", lambda device: acceptance.Host(device, 2))
     monkeypatch.setattr(acceptance.Host, "identify", lambda _: here)
     budget = {"name": name, "latency_ms": 1.0, "peak_memory_bytes": 6e6}
     manifest = {

@@ -47,8 +47,12 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="print one JSON object on stdout")
         return sub
 
-    def common(sub: argparse.ArgumentParser, workload: bool = True) -> None:
-        sub.add_argument("--device", default="local", help="a device of hardware/ (default: local)")
+    def common(sub: argparse.ArgumentParser, workload: bool = True, several: bool = False) -> None:
+        if several:
+            what = "a device of hardware/ (default: local); repeated, all are measured at once"
+            sub.add_argument("--device", action="append", help=what)
+        else:
+            sub.add_argument("--device", default="local", help="a device of hardware/ (default: local)")
         sub.add_argument("--profiles", metavar="DIR", help="folder of cost tables (default: profiles/ here, then those shipped)")
         if workload:
             sub.add_argument("--workload", help="generate:P+N or encode:BxT (default: generate:64+32, encode:1x128)")
@@ -61,7 +65,18 @@ def _parser() -> argparse.ArgumentParser:
         for name in ("latency-ms", "first-token-ms", "memory-mb", "energy-mj", "gflop"):
             sub.add_argument(f"--{name}", type=float, metavar="X", help="limit for one inference")
 
-    command("devices", answers.devices, "what hardware/ describes, what is reachable, which meter it has", "bittailor devices")
+    sub = command(
+        "devices", answers.devices, "what hardware/ describes, what is reachable, which meter it has", "bittailor devices"
+    )
+    sub.add_argument("--device", action="append", metavar="DEVICE", help="only this one (may be repeated)")
+
+    sub = command(
+        "agent",
+        answers.agent,
+        "write the on-device agent as one file, for a device where it is to be installed",
+        "bittailor agent --out bittailor-agent.pyz",
+    )
+    sub.add_argument("--out", default="bittailor-agent.pyz", metavar="FILE")
 
     sub = command(
         "units", answers.units, "every unit: name, op, K, N, parameters, candidate kernels", "bittailor units pocket-llama-6m"
@@ -75,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         "bittailor profile pocket-llama-6m --device local",
     )
     sub.add_argument("model", metavar="MODEL")
-    common(sub)
+    common(sub, several=True)
     sub.add_argument("--missing", action="store_true", default=True, help="measure only what is missing (the default)")
     sub.add_argument("--renew", action="store_true", help="start a stale table over")
 

@@ -8,6 +8,8 @@ BittailorError                 base: one line for the user, exit code 2
 │   └── DamagedFileError       a file of ours does not read back as it was written
 ├── MissingCostError           the cost table lacks a row; the command that measures it
 ├── StaleTableError            the table was measured with another runtime, provider, thread count or CPU
+├── UnreachableError           a device does not answer, does not let us in, or is not who it was; what to look at
+│   └── LostLinkError          the link was cut: the device may answer again
 ├── InfeasibleBudgetError      no subnet can meet the budget; which limit binds and by how much
 └── MissingPackageError        an optional dependency is not installed; the pip line
 """
@@ -53,6 +55,14 @@ class MissingCostError(BittailorError):
 
 class StaleTableError(BittailorError):
     """The cost table describes another runtime, provider, thread count or CPU."""
+
+
+class UnreachableError(BittailorError):
+    """A device does not answer, does not let us in, or is not who it was."""
+
+
+class LostLinkError(UnreachableError):
+    """The link was cut: the device may answer again."""
 
 
 class InfeasibleBudgetError(BittailorError):

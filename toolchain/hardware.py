@@ -1,12 +1,15 @@
 """The one reader of `hardware/`: devices, named budgets, what is reachable and which energy meter works. Cannot measure anything.
 
-hardware/<device>.yaml         name, title, transport, provider, threads, meter, budgets
-hardware/presets/<name>.yaml   budgets that belong to no device: `--budget sources/low`
+hardware/<device>.yaml             name, title, transport and how it finds the device, provider, threads, meter, budgets
+hardware/templates/<board>.yaml    a device's file but for what only its owner knows; copied, not listed
+hardware/presets/<name>.yaml       budgets that belong to no device: `--budget sources/low`
 """
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +18,21 @@ from typing import Any
 from toolchain.errors import InputError
 from toolchain.spec import Budget, Device
 
-TRANSPORTS = ("local",)
+TRANSPORTS = ("local", "ssh", "adb")
 METERS = ("none", "auto", "rapl", "nvml")
 _DEPTH = 3  # of nested mappings in our files: budgets, name, limit
+_REACHED_BY = {
+    "host": ("ssh",),
+    "user": ("ssh",),
+    "port": ("ssh",),
+    "identity": ("ssh",),
+    "known_hosts": ("ssh",),
+    "serial": ("adb",),
+    "python": TRANSPORTS,
+    "folder": TRANSPORTS,
+    "agent": TRANSPORTS,
+}
+"""Keys that say how a device is reached, and the transports that read them."""
 _POWERCAP = Path("/sys/class/powercap")
 
 
@@ -57,12 +72,19 @@ def load(name: str, directory: Path | None = None) -> Device:
     path = folder / f"{name}.yaml"
     if Path(name).name != name or not path.is_file():
         known = ", ".join(sorted(found.stem for found in folder.glob("*.yaml"))) or "none"
-        raise InputError(f"expected a device among {known}, got {name!r}", f"type: bittailor devices; or describe it in {path}")
+        remedy = f"type: bittailor devices; or describe it in {path}"
+        template = folder / "templates" / f"{name}.yaml"
+        if Path(name).name == name and template.is_file():
+            remedy = f"{template} is a template: copy it to {path}, and fill in what it says is missing"
+        raise InputError(f"expected a device among {known}, got {name!r}", remedy)
     return _read_device(path)
 
 
 def thread_count(device: Device) -> int:
-    """Threads a session on this device uses: what its file says, or every CPU that this process may use."""
+    """Threads a session on this device uses: what its file says, or every CPU that this process may use.
+
+    Of a device that is not at hand only its file's word counts: how many CPUs it has, `profiler.ask.Host.of` asks it.
+    """
     if device.threads:
         return device.threads
     affinity = getattr(os, "sched_getaffinity", None)  # Linux only
@@ -91,7 +113,10 @@ def read_budget(path: Path) -> Budget:
 
 
 def reachable(device: Device) -> Availability:
-    """Whether a session could be opened on this device now: its transport is there and its runtime has the provider."""
+    """Whether a session could be opened here now: whether this machine's runtime has the device's provider.
+
+    Devices that are not at hand are asked by `profiler.reach`.
+    """
     try:
         import onnxruntime
     except ImportError as error:
@@ -208,6 +233,15 @@ def _read_device(path: Path) -> Device:
         "threads": ("a number of threads from 0 (all) to 1024", lambda value: type(value) is int and 0 <= value <= 1024),
         "meter": (f"one of {', '.join(METERS)}", lambda value: value in METERS),
         "budgets": ("a mapping of names to limits", lambda value: isinstance(value, dict)),
+        "host": ("a host name, an address or an alias of ssh's configuration", _is_host),
+        "user": ("a user's name", _matches(r"[A-Za-z_][A-Za-z0-9._-]{0,31}")),
+        "port": ("a port from 1 to 65535", lambda value: type(value) is int and 1 <= value <= 65535),
+        "identity": ("an absolute path here, or one from ~/, of a private key", _is_path_here),
+        "known_hosts": ("an absolute path here, or one from ~/", _is_path_here),
+        "serial": ("a serial number as `adb devices` shows it", _matches(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")),
+        "python": ("the name or path of an interpreter on the device", _is_path_there),
+        "folder": ("a path on the device, absolute or from the home folder", _is_path_there),
+        "agent": ("the path of an installed agent on the device", _is_path_there),
     }
     for key, value in data.items():
         if key not in checks:
@@ -217,8 +251,56 @@ def _read_device(path: Path) -> Device:
             raise source.error((key,), f"expected {key} to be {wanted}, got {value!r}")
     if "name" not in data:
         raise source.error((), f"expected name: {path.stem}, got no name")
+    _check_transport(source)
     budgets = _budgets(source, data.get("budgets", {}), inside=("budgets",))
     return Device(**{**data, "budgets": budgets})
+
+
+def _check_transport(source: _Source) -> None:
+    """Raise InputError for a key that this transport does not read, or one that it needs and does not find."""
+    transport = source.data.get("transport", "local")
+    for key, transports in _REACHED_BY.items():
+        if key in source.data and transport not in transports:
+            raise source.error(
+                (key,), f"expected {key}: only beside transport: {' or '.join(transports)}, got transport: {transport}"
+            )
+    if transport == "ssh" and "host" not in source.data:
+        problem = "expected host: beside transport: ssh, the name or address that ssh reaches the device by, got none"
+        raise source.error(("transport",), problem, "add for example: host: board.lan")
+    if transport == "adb" and "python" not in source.data:
+        problem = "expected python: beside transport: adb, an interpreter on the phone with onnxruntime and numpy, got none"
+        raise source.error(("transport",), problem, "Android has none of its own; see hardware/README.md")
+    if transport == "adb" and not source.data.get("folder", "/").startswith("/"):
+        raise source.error(("folder",), f"expected folder: to be absolute beside transport: adb, got {source.data['folder']!r}")
+    if transport == "local" and "folder" not in source.data:
+        for key in ("python", "agent"):
+            if key in source.data:
+                problem = f"expected folder: beside {key}: and transport: local, got none"
+                raise source.error((key,), problem, "without a folder the agent is a child of this very Python")
+
+
+def _matches(pattern: str) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, str) and re.fullmatch(pattern, value) is not None
+
+
+_is_path_here = _matches(r"(~|~?(/[A-Za-z0-9_.+@,][A-Za-z0-9_.+@,-]*)+)")
+"""ssh expands % and ${} in its options, and splits them at spaces."""
+_is_plain_path = _matches(r"(~?/)?[A-Za-z0-9_.+@,][A-Za-z0-9_.+@,-]*(/[A-Za-z0-9_.+@,][A-Za-z0-9_.+@,-]*)*")
+
+
+def _is_path_there(value: Any) -> bool:
+    return _is_plain_path(value) and ".." not in Path(value).parts
+
+
+def _is_host(value: Any) -> bool:
+    """Neither an option of ssh's (-oProxyCommand=...) nor user@host nor anything that ssh expands."""
+    if not isinstance(value, str) or "%" in value:
+        return False
+    try:
+        ipaddress.ip_address(value)
+    except ValueError:
+        return len(value) <= 253 and re.fullmatch(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?", value) is not None
+    return True
 
 
 def _is_provider(value: Any) -> bool:

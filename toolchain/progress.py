@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -17,7 +18,7 @@ def note(text: str) -> None:
 
 def track(iterable: Iterable[T], total: int, label: str) -> Iterator[T]:
     """Yield from `iterable`, showing `label done/total elapsed left` on stderr: a redrawn line on a terminal, else one line every 10 s."""
-    terminal = sys.stderr.isatty()
+    terminal = sys.stderr.isatty() and threading.current_thread() is threading.main_thread()  # several cannot redraw one line
     start = shown = time.monotonic()
     done = 0
     for item in iterable:

@@ -321,7 +321,12 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Device:
-    """One file in `hardware/`: how to reach a device, what runs there, what measures its energy. Says nothing about models."""
+    """One file in `hardware/`: how to reach a device, what runs there, what measures its energy. Says nothing about models.
+
+    host, user, port, identity, known_hosts   what `ssh` is told; 0 and "" leave it to ssh's own configuration
+    serial                                    which of several devices `adb` is to take
+    python, folder, agent                     on the device: interpreter, the agent's folder, an agent that is installed there; "" = usual
+    """
 
     name: str
     title: str = ""
@@ -330,6 +335,20 @@ class Device:
     threads: int = 0
     meter: str = "none"
     budgets: Mapping[str, Budget] = field(default_factory=dict)
+    host: str = ""
+    user: str = ""
+    port: int = 0
+    identity: str = ""
+    known_hosts: str = ""
+    serial: str = ""
+    python: str = ""
+    folder: str = ""
+    agent: str = ""
 
     def __hash__(self) -> int:
         return hash((self.name, self.transport, self.provider, self.threads, self.meter))
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether it is this very process's machine and Python: nothing needs to be sent, and the agent is a child process."""
+        return self.transport == "local" and not self.folder

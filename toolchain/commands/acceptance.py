@@ -12,7 +12,6 @@ from typing import Any
 
 from toolchain import check
 from toolchain.errors import InputError
-from toolchain.hardware import meter, thread_count
 from toolchain.package.manifest import Package, open_package
 from toolchain.profiler.ask import Host
 from toolchain.profiler.measure import Observation, measure_package
@@ -68,9 +67,10 @@ def check_package(directory: Path, device: Device, limits: Mapping[str, float]) 
     if budget is None:
         raise InputError("expected a package with a budget or limits, got neither", "type for example: --latency-ms 20")
     note(f"measuring {directory} for {package.workload}: some ten seconds")
-    seen = measure_package(directory, package.workload, device, thread_count(device), package.vocabulary)
-    measurements = {**seen.measurements, **_counted(package, device)}
-    slowness = _slowness(package, seen, device) if not limits else {}
+    host = Host.of(device)
+    seen = measure_package(directory, package.workload, device, host.threads, package.vocabulary)
+    measurements = {**seen.measurements, **_counted(package, host)}
+    slowness = _slowness(package, seen, host) if not limits else {}
     verdicts = tuple(
         _judge(verdict, measurements, slowness.get(verdict.name), budget) for verdict in check.decide(budget, measurements)
     )
@@ -108,21 +108,21 @@ def _judge(verdict: Verdict, measurements: Mapping[str, Measurement], ratio: flo
     return replace(held, reason=f"{slower}: {seen.value:.4g} ms corrected by that")
 
 
-def _slowness(package: Package, seen: Observation, device: Device) -> dict[str, float]:
+def _slowness(package: Package, seen: Observation, host: Host) -> dict[str, float]:
     """By latency, how much slower this machine is than when it measured the cost table; empty on another machine: slower is no excuse."""
     measured_on = package.data.get("measured_on")
     if not package.reference_ns or not isinstance(measured_on, Mapping):
         return {}
-    here = {**Host(device, thread_count(device)).identify(), "threads": thread_count(device), "provider": device.provider}
+    here = {**host.identify(), "threads": host.threads, "provider": host.device.provider}
     same = all(here.get(name) == value for name, value in measured_on.items())
     return {name: seen.reference_ns[work] / then for name, (work, then) in package.reference_ns.items()} if same else {}
 
 
-def _counted(package: Package, device: Device) -> dict[str, Measurement]:
+def _counted(package: Package, host: Host) -> dict[str, Measurement]:
     """What is not sampled: operations are counted, energy needs a meter."""
     flop = package.predicted.get("compute_flop", {}).get("value")
     why = "counted from the graph's shapes at export, not sampled" if flop else "not counted at export"
     counted = Measurement(flop, 0.0, 1, flop is not None, (flop,) if flop else (), why)
-    name, reason = meter(device)
+    name, reason = host.meter()
     why = reason or f"the meter {name} is there, but this version does not read it"
     return {"compute_flop": counted, "energy_mj": Measurement(None, reason=why)}

@@ -6,7 +6,6 @@ Owns the words; refuses to parse and to print. Each command's modules are import
 from __future__ import annotations
 
 import json
-import shlex
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,21 +37,21 @@ def _workload(arguments: Namespace) -> Any:
 
 def devices(arguments: Namespace) -> Answer:
     from toolchain import hardware
+    from toolchain.profiler.reach import reach_all
     from toolchain.report import table
 
-    rows = []
-    for device in hardware.list_devices():
-        state, (meter, reason) = hardware.reachable(device), hardware.meter(device)
-        rows.append(
-            {
-                "device": device.name,
-                "transport": device.transport,
-                "provider": device.provider,
-                "threads": hardware.thread_count(device),
-                "reachable": "yes" if state.usable else f"no: {state.reason}",
-                "meter": meter if not reason else f"none: {reason}",
-            }
-        )
+    named = [hardware.load(name) for name in arguments.device or []]
+    rows = [
+        {
+            "device": found.device.name,
+            "transport": found.device.transport,
+            "provider": found.device.provider,
+            "threads": found.threads,
+            "reachable": "yes" if found.state.usable else f"no: {found.state.reason}",
+            "meter": found.meter,
+        }
+        for found in reach_all(named or hardware.list_devices())
+    ]
     return Answer({"devices": rows}, table(rows, list(rows[0]) if rows else []))
 
 
@@ -80,16 +79,37 @@ def units(arguments: Namespace) -> Answer:
 
 def profile(arguments: Namespace) -> Answer:
     from toolchain import hardware
-    from toolchain.commands import workflow
+    from toolchain.commands import fleet, workflow
+
+    names = arguments.device or ["local"]
+    devices = [hardware.load(name) for name in names]
+    folder = Path(arguments.profiles or "profiles")
+    with workflow.opened(arguments.model) as source:
+        model = Path(arguments.model).name
+        profiled = fleet.profile_all(source.graph, devices, folder, _workload(arguments), model, arguments.renew)
+    if len(devices) == 1:
+        return _profiled(profiled[0].costs(), source.graph.fingerprint)
+    answers = {one.device.name: _profiled(one.costs(), source.graph.fingerprint) for one in profiled if not one.failure}
+    failures = {one.device.name: one.failure for one in profiled if one.failure}
+    lines = [
+        f"{name}: failed: {failures[name]}" if name in failures else f"{name}: {answers[name].text.partition(', measured')[0]}"
+        for name in (device.name for device in devices)
+    ]
+    invalid = [name for name, answer in answers.items() if answer.exit_code]
+    if invalid:
+        lines.append(
+            f"rows of {', '.join(invalid)} are not valid: others used the CPU. Type the same command again to repeat them."
+        )
+    lines.append(f"{len(answers)} of {len(devices)} devices profiled, {len(failures)} failed")
+    data = {"devices": {name: answer.data for name, answer in answers.items()}, "failed": failures}
+    return Answer(data, "\n".join(lines), 2 if failures else 3 if invalid else 0)
+
+
+def _profiled(costs: Any, fingerprint: str) -> Answer:
     from toolchain.costs.rows import ModelRow, UnitRow
     from toolchain.report import table
 
-    device = hardware.load(arguments.device)
-    folder = Path(arguments.profiles or "profiles")
-    with workflow.opened(arguments.model) as source:
-        command = "bittailor " + shlex.join(["profile", Path(arguments.model).name, "--device", device.name])
-        costs = workflow.measure_costs(source.graph, device, folder, _workload(arguments), command, arguments.renew)
-    rows = [row for row in costs.table.of(ModelRow) if row.model == source.graph.fingerprint]
+    rows = [row for row in costs.table.of(ModelRow) if row.model == fingerprint]
     timed = [*costs.table.of(UnitRow), *rows]
     invalid = sum(not row.valid for row in timed)
     columns = ("phase", "batch", "tokens", "past", "layers", "policy", "latency_ms", "spread_ms", "valid")
@@ -107,14 +127,32 @@ def profile(arguments: Namespace) -> Answer:
     return Answer(data, text, 3 if invalid else 0)
 
 
+def agent(arguments: Namespace) -> Answer:
+    import toolchain
+    from toolchain.files import write_atomic
+    from toolchain.profiler.bundle import agent_bytes, agent_sha256, modules
+
+    path = Path(arguments.out)
+    write_atomic(path, agent_bytes())
+    data = {
+        "agent": str(path),
+        "version": toolchain.__version__,
+        "sha256": agent_sha256(),
+        "bytes": len(agent_bytes()),
+        "modules": modules(),
+    }
+    text = f"{path}: agent {data['version']}, {data['bytes']} bytes, {len(modules())} modules, sha256 {data['sha256']}"
+    return Answer(data, text)
+
+
 def predict(arguments: Namespace) -> Answer:
     from toolchain import hardware
     from toolchain.commands import workflow
 
     with workflow.opened(arguments.model) as source:
-        policy = workflow.read_policy(arguments.policy, source)
         device = hardware.load(arguments.device)
         folders, workload = workflow.profile_folders(arguments.profiles), _workload(arguments)
+        policy = workflow.read_policy(arguments.policy, source, workflow.kernels_of(device, folders))
         costs = workflow.find_costs(source.graph, device, folders, workload, arguments.allow_predicted)
         data = workflow.predicted(source.graph, costs, policy).to_json()
     return Answer(data, _cost_lines(data))
@@ -178,7 +216,8 @@ def export(arguments: Namespace) -> Answer:
         raise InputError(f"expected --policy or a --method that finds one, got both ({arguments.method})", "leave one of them out")
     with workflow.opened(arguments.model) as source:
         workload = _workload(arguments) or workflow.trained_workload(source) or default_workload(source.graph)
-        policy = workflow.read_policy(arguments.policy, source) if arguments.policy else None
+        available = workflow.kernels_of(device, folders) if arguments.policy else ()
+        policy = workflow.read_policy(arguments.policy, source, available) if arguments.policy else None
         unpredicted = ""
         try:
             costs = workflow.find_costs(source.graph, device, folders, workload, arguments.allow_predicted)

@@ -24,11 +24,12 @@ from toolchain.graph.assemble import Weights, package_bytes, round_to_nearest
 from toolchain.graph.build import build
 from toolchain.graph.model import DESCRIPTION as GRAPH_DESCRIPTION
 from toolchain.graph.model import Graph
-from toolchain.hardware import meter, named_budget, read_budget, shipped, thread_count
+from toolchain.hardware import named_budget, read_budget, shipped, thread_count
 from toolchain.kernels import CATALOGUE, parts, uniform, validate
 from toolchain.package.export import export_package
 from toolchain.package.manifest import Package
 from toolchain.policy import budgets, proposal
+from toolchain.profiler.ask import Host
 from toolchain.profiler.probe import working_kernels
 from toolchain.profiler.profile import check_workload, current_header, default_workload, profile
 from toolchain.progress import note
@@ -98,7 +99,7 @@ def find_costs(
     check_workload(graph, workload)
     paths = find_tables(device.name, folders)
     path, table = paths[0], open_table(paths[0])
-    if device.transport == "local":
+    if device.at_hand:  # of another the table alone is needed
         refuse_if_stale(table, current_header(device, thread_count(device)))
     predictor = ShapePredictor.of([table, *map(open_table, paths[1:])]) if allow_predicted else None
     try:
@@ -119,8 +120,9 @@ def measure_costs(graph: Graph, device: Device, folder: Path, workload: Workload
     """Profile what is missing into `folder`/<device>/ and write the derived budgets beside the table."""
     path = folder / device.name / "table.jsonl"
     workload = workload or default_workload(graph)
-    name, reason = meter(device)
-    header = current_header(device, thread_count(device), f"none: {reason}" if reason else name, command)
+    host = Host.of(device)
+    name, reason = host.meter()
+    header = current_header(device, host.threads, f"none: {reason}" if reason else name, command)
     table = profile(graph, header, device, workload, path, renew)
     costs = Costs(cost_model(graph, table, workload), table, path)
     derived = {name: budget.to_json() for name, budget in budgets.derive(costs.model).items()}
@@ -177,12 +179,24 @@ def _stored_budget(path: Path, name: str) -> Budget:
         ) from error
 
 
-def read_policy(text: str, source: Source) -> Policy:
-    """--policy: a kernel name, or a JSON/YAML file {"units": {name: kernel}}. Raises PolicyError or InputError.
+def kernels_of(device: Device, folders: Sequence[Path]) -> tuple[str, ...]:
+    """Kernels that a policy for this device may name: those that work here, or worked on the device when its table was measured. The
+    whole catalogue for a device without a table."""
+    if device.at_hand:
+        return working_kernels()
+    try:
+        return open_table(find_tables(device.name, folders)[0]).header.kernels
+    except MissingCostError:
+        return tuple(CATALOGUE)
+
+
+def read_policy(text: str, source: Source, available: tuple[str, ...]) -> Policy:
+    """--policy: a kernel name, or a JSON/YAML file {"units": {name: kernel}}, of the kernels that are available (`kernels_of`).
+    Raises PolicyError or InputError.
 
     Of a supernet only kernels that it was trained with: those that worked where its table was made.
     """
-    graph, available = source.graph, working_kernels()
+    graph = source.graph
     if source.supernet:
         own = {*source.supernet.kernels, "fp32"}
         available = tuple(name for name in available if all(part.name in own for part in parts(CATALOGUE[name])))

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import os
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 Values = Mapping[str, Mapping[str, float]]
 """unit → kernel → number."""
 
+_STDOUT = threading.Lock()
 _OPTIMAL, _STOPPED, _INFEASIBLE = 0, 1, 2  # scipy's status codes
 _ROOM = 1e-9  # a limit counts as kept up to this relative excess: sums of floats in another order differ by that much
 _UNITS = {
@@ -143,19 +145,21 @@ class _Programme:
 def _stdout_to_nowhere() -> Iterator[None]:
     """HiGHS leaves a debugging line on the process's stdout now and then, where commands write their one JSON object.
 
-    C's own buffer is flushed while stdout leads nowhere: its lines would otherwise come out when the process ends.
+    C's own buffer is flushed while stdout leads nowhere: its lines would otherwise come out when the process ends. One thread at a time:
+    the second would keep the first one's nowhere, and stdout would stay there.
     """
     library = ctypes.CDLL(None)
-    sys.stdout.flush()
-    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    try:
-        yield
-    finally:
-        library.fflush(None)
-        os.dup2(kept, 1)
-        os.close(kept)
-        os.close(nowhere)
+    with _STDOUT:
+        sys.stdout.flush()
+        kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        try:
+            yield
+        finally:
+            library.fflush(None)
+            os.dup2(kept, 1)
+            os.close(kept)
+            os.close(nowhere)
 
 
 def measured_limits(cost_model: CostModel, budget: Budget) -> tuple[dict[str, float], tuple[str, ...]]:

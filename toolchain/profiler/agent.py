@@ -1,4 +1,5 @@
 """The on-device agent: `python -m toolchain.profiler.agent REQUEST.json` → one JSON object on stdout. onnxruntime and numpy only.
+With a second file name it is a job: the answer appears there, whole, after one job at a time has been carried out (`transports/`).
 
     settle          warm-up         windows of ≥ 200 ms: rounds R A B C   R B C A   R C A B     valid or not
     |--------------|---------------|-----------|-----------|--- ... ---|-----------------------|------------|
@@ -16,6 +17,7 @@ Refuses to know budgets and policies.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -28,9 +30,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from toolchain.errors import BittailorError, InputError
+import numpy as np
+
+import toolchain
+from toolchain.errors import BittailorError, DamagedFileError, InputError
+from toolchain.files import write_atomic
 from toolchain.profiler.contention import Watch
 from toolchain.profiler.subjects import GRAPHS, SUBJECTS, References, Subject, Unit
+from toolchain.session import open_session
 from toolchain.spec import WORKS
 
 PROTOCOL = "interleaved windows, drift-corrected, 4"
@@ -46,17 +53,53 @@ BARE = GRAPHS / "bare"
 
 def main(arguments: list[str]) -> int:
     """Carry out one request file. Exit code 0, or 2 with {"error": line} for a request or model that is no good."""
-    actions: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"identify": identify, "time": time_subjects, "peak": peak}
+    if arguments == ["--version"]:
+        sys.stdout.write(f"bittailor agent {toolchain.__version__}\n")
+        return 0
+    request = json.loads(Path(arguments[0]).read_text())
+    if host := request.get("host"):
+        threading.Thread(target=_leave_with, args=(host,), daemon=True).start()
+    if len(arguments) < 2:
+        code, answer = _answer(request)
+        sys.stdout.write(json.dumps(answer))
+        return code
+    with open("../../busy", "a") as busy:
+        if request["action"] != "identify":  # which disturbs nobody for long
+            fcntl.flock(busy, fcntl.LOCK_EX)
+        threading.Thread(target=_leave_after, args=(request["limit_s"],), daemon=True).start()
+        code, answer = _answer(request)
+        write_atomic(Path(arguments[1]), json.dumps(answer))
+    return code
+
+
+def _answer(request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """(exit code, answer). A desk of another version or protocol is refused: its requests may mean something else."""
+    actions: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+        "identify": identify,
+        "time": time_subjects,
+        "peak": peak,
+        "outputs": outputs,
+    }
+    mine = {"version": toolchain.__version__, "protocol": PROTOCOL}
+    desk = request.get("desk", mine)
     try:
-        request = json.loads(Path(arguments[0]).read_text())
-        if host := request.get("host"):
-            threading.Thread(target=_leave_with, args=(host,), daemon=True).start()
-        answer = actions[request["action"]](request)
+        if desk != mine:
+            expected, got = (f"{one.get('version')} ({one.get('protocol')})" for one in (desk, mine))
+            raise InputError(
+                f"expected an agent of version {expected}, the desk's, got {got} on the device",
+                "install that version there, or leave agent: out of the device's file and it is sent",
+            )
+        return 0, actions[request["action"]](request)
     except BittailorError as error:
-        sys.stdout.write(json.dumps({"error": str(error)}))
-        return 2
-    sys.stdout.write(json.dumps(answer))
-    return 0
+        return 2, {"error": str(error)}
+
+
+def _leave_after(seconds: float) -> None:
+    """End this process when it took longer than a desk waits."""
+    time.sleep(seconds)
+    sys.stderr.write(f"it took longer than {seconds:.0f} s; try a shorter --workload\n")
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _leave_with(host: int) -> None:
@@ -67,15 +110,34 @@ def _leave_with(host: int) -> None:
 
 
 def identify(request: dict[str, Any]) -> dict[str, Any]:
-    """What a table's header says of the machine: CPU, cache, runtime."""
+    """What a table's header says of the machine: CPU, cache, runtime; and what only this machine knows: providers and meters."""
     import onnxruntime
+
+    from toolchain.hardware import meter_states
 
     return {
         "cpu": cpu_name(),
         "cache_bytes": last_level_cache_bytes(),
         "runtime": f"onnxruntime {onnxruntime.__version__}",
         "protocol": PROTOCOL,
+        "providers": onnxruntime.get_available_providers(),
+        "meters": {name: state.reason for name, state in meter_states().items()},
     }
+
+
+def outputs(request: dict[str, Any]) -> dict[str, Any]:
+    """{"outputs": {name: [first output of each run] or null where the runtime refuses the graph}} of subjects [{name, folder, inputs}]:
+    an input "x" is a list of numbers as deep as its shape. For asking whether this runtime computes right, not for timing."""
+    made: dict[str, list[Any] | None] = {}
+    for subject in request["subjects"]:
+        try:
+            session = open_session(Path(subject["folder"]), threads=1)
+        except DamagedFileError:
+            made[subject["name"]] = None
+            continue
+        dtype = {"tensor(int64)": np.int64, "tensor(float16)": np.float16}.get(session.get_inputs()[0].type, np.float32)
+        made[subject["name"]] = [session.run(None, {"x": np.array(x, dtype)})[0].tolist() for x in subject["inputs"]]
+    return {"outputs": made}
 
 
 def cpu_name() -> str:

@@ -1,4 +1,5 @@
-"""Host side of the agent: one request, one fresh process, one answer. The transport "local" starts the process here."""
+"""Host side of the agent: one request, one fresh process, one answer. Here it is a child process; on a device it is a job
+(`transports/jobs.py`)."""
 
 from __future__ import annotations
 
@@ -8,11 +9,14 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from toolchain.errors import BittailorError, InputError
 from toolchain.files import scratch
+from toolchain.hardware import TRANSPORTS, Availability, meter, meter_states, thread_count
+from toolchain.profiler.transports.jobs import IDENTIFY, RECONNECT_SECONDS, Link
 from toolchain.spec import Device
 
 TIMEOUT_SECONDS = 1800
@@ -29,9 +33,37 @@ class Host:
     device: Device
     threads: int
 
+    @classmethod
+    def of(cls, device: Device, patience_s: float = RECONNECT_SECONDS) -> Host:
+        """The device with the threads its file says, or as many as it has CPUs: it is asked, if it is another machine.
+
+        patience_s: for how long a cut link is tried again.
+        """
+        if device.at_hand:
+            return cls(device, thread_count(device))
+        link = Link(device, patience_s=patience_s)
+        host = cls(device, device.threads or int(link.machine["cpus"]))
+        host.__dict__["link"] = link
+        return host
+
+    @cached_property
+    def link(self) -> Link:
+        """The way to a device that is not at hand."""
+        if self.device.transport not in TRANSPORTS:
+            raise InputError(f"expected a transport among {', '.join(TRANSPORTS)}, got {self.device.transport!r}")
+        return Link(self.device)
+
+    def meter(self) -> tuple[str, str]:
+        """`hardware.meter`, with the meters of the device's machine."""
+
+        def there() -> Mapping[str, Availability]:
+            return {name: Availability(not reason, reason) for name, reason in self.identify()["meters"].items()}
+
+        return meter(self.device, meter_states if self.device.at_hand else there)
+
     def identify(self) -> dict[str, Any]:
-        """{"cpu", "cache_bytes", "runtime", "protocol"}."""
-        return self._ask({"action": "identify"})
+        """{"cpu", "cache_bytes", "runtime", "protocol", "providers", "meters": {name: why it cannot be read there, or ""}}."""
+        return self._ask(IDENTIFY)
 
     def time(self, subjects: Sequence[dict[str, Any]], windows: int) -> dict[str, Any]:
         """{"trials": {name: [{phase_ns}]}, "reference_ns": {work: [...]}, "dropped", "valid"}, all subjects in rotation in one process."""
@@ -41,17 +73,19 @@ class Host:
         """{"peak_bytes", "running_bytes"}: rise of a fresh process's resident set, highest and after the runs."""
         return self._ask({"action": "peak", "threads": self.threads, "subject": subject})
 
+    def outputs(self, subjects: Sequence[dict[str, Any]]) -> dict[str, list[Any] | None]:
+        """{name: [what the graph makes of each of its inputs]}, or None where the runtime there refuses the graph."""
+        return self._ask({"action": "outputs", "subjects": list(subjects)})["outputs"]
+
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Raises InputError for a transport we do not have, BittailorError for what the agent refuses or dies of."""
-        if self.device.transport != "local":
-            raise InputError(
-                f"expected a device with transport 'local', got {self.device.transport!r}", "this version reaches no other"
-            )
+        """Raises InputError for a transport we do not have, UnreachableError, BittailorError for what the agent refuses or dies of."""
         if self.device.provider != "CPUExecutionProvider":
             raise InputError(
                 f"expected provider CPUExecutionProvider for {self.device.name!r}, got {self.device.provider}",
                 "this version measures no other",
             )
+        if not self.device.at_hand:
+            return self.link.ask(request, IDENTIFY)
         with scratch() as folder:
             path = folder / "request.json"
             path.write_text(json.dumps({**request, "host": os.getpid()}))

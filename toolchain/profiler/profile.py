@@ -24,14 +24,15 @@ from toolchain.graph.model import Graph
 from toolchain.kernels import candidates, runs_as
 from toolchain.profiler import model_rows, unit_rows
 from toolchain.profiler.ask import Host, References
-from toolchain.profiler.probe import working_kernels
+from toolchain.profiler.probe import working_kernels_of
 from toolchain.progress import track
 from toolchain.spec import WORKS, Device, Unit, Workload
 
 
 def current_header(device: Device, threads: int, meter: str = "", command: str = "") -> Header:
     """The header of a table measured now: what the agent says of its machine, and the kernels that work there."""
-    answer = Host(device, threads).identify()
+    host = Host(device, threads)
+    answer = host.identify()
     return Header(
         device=device.name,
         cpu=answer["cpu"],
@@ -42,7 +43,7 @@ def current_header(device: Device, threads: int, meter: str = "", command: str =
         meter=meter,
         date=datetime.now(UTC).strftime("%Y-%m-%d"),
         command=command,
-        kernels=working_kernels(),
+        kernels=working_kernels_of(host),
         cache_bytes=answer["cache_bytes"],
     )
 
@@ -81,7 +82,7 @@ def profile(graph: Graph, header: Header, device: Device, workload: Workload, pa
     with scratch() as folder:
         packages = model_rows.Packages(graph, folder)
         jobs = list(_jobs(graph, Host(device, header.threads), workload, table, packages))
-        for job in track(jobs, len(jobs), f"profile {Path(graph.source).name}"):
+        for job in track(jobs, len(jobs), f"profile {Path(graph.source).name} on {device.name}"):
             rows, references = job.measure()
             table = _adding(table, rows, references)
             if job.unit:

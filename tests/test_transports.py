@@ -1,0 +1,141 @@
+"""What is run for a device: the command lines, whatever its file says; adb with a real server and no phone, and with a phone played by
+a program that runs, pushes and pulls here."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ssh_server import free_port
+
+from toolchain.errors import UnreachableError
+from toolchain.profiler import agent, bundle
+from toolchain.profiler.transports import transport_of
+from toolchain.profiler.transports.adb import Adb
+from toolchain.profiler.transports.jobs import Link
+from toolchain.profiler.transports.pipe import COMMAND
+from toolchain.profiler.transports.ssh import Ssh
+from toolchain.spec import Device
+
+DEVICES = (
+    Device("a", transport="ssh", host="pi"),
+    Device(
+        "b", transport="ssh", host="10.0.0.7", user="me", port=2222, identity=__file__, known_hosts="/known", python="p", folder="f"
+    ),
+)
+
+
+def test_a_transport_is_what_the_file_names() -> None:
+    kinds = [type(transport_of(Device("x", transport=name))).__name__ for name in ("local", "ssh", "adb")]
+    assert kinds == ["Local", "Ssh", "Adb"]
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
+def test_ssh_is_told_to_check_and_never_to_ask(device: Device) -> None:
+    """What it does with the options is seen by asking it (-G prints what they come to)."""
+    words = Ssh(device).words()
+    assert words[-3:] == ["--", device.host, COMMAND], "the host is never read as an option, the command is always the same"
+    if shutil.which("ssh") is None:
+        pytest.skip("needs ssh: apt-get install openssh-client")
+    printed = subprocess.run([words[0], "-G", "-F", "none", *words[1:-1]], capture_output=True, text=True, check=True).stdout
+    seen = dict(line.split(" ", 1) for line in printed.splitlines() if " " in line)
+    assert (seen["batchmode"], seen["stricthostkeychecking"], seen["forwardagent"]) == ("yes", "true", "no")
+    assert (seen["serveraliveinterval"], seen["serveralivecountmax"], seen["connecttimeout"]) == ("5", "3", "10")
+    if device.user:
+        assert (seen["user"], seen["port"], seen["userknownhostsfile"]) == ("me", "2222", "/known")
+        assert f"identityfile {__file__}" in printed.splitlines()
+
+
+@pytest.mark.parametrize("python", ["$(touch mark)", "`touch mark`", "x; touch mark", "sh -c 'touch mark'", "x' || touch mark '"])
+def test_what_a_file_says_is_never_read_by_a_shell(python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a file is refused where it is read; here it gets through all the same."""
+    monkeypatch.chdir(tmp_path)
+    for field in ({"python": python}, {"python": "python3", "folder": f"{tmp_path}/{python}"}):
+        device = Device("board", **{"folder": str(tmp_path / "board"), **field})
+        if field["python"] == python:
+            with pytest.raises(UnreachableError, match="expected the Python"):
+                Link(device).ask({"action": "identify"})
+        else:
+            assert Link(device).machine["folder"] == f"{tmp_path}/{python}"
+    assert not (tmp_path / "mark").exists()
+
+
+# ---- adb
+
+
+@pytest.fixture
+def adb_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A real adb server of our own, which no phone is plugged into."""
+    if shutil.which("adb") is None:
+        pytest.skip("needs adb: apt-get install adb")
+    monkeypatch.setenv("ANDROID_ADB_SERVER_PORT", str(free_port()))
+    yield
+    subprocess.run(["adb", "kill-server"], capture_output=True)
+
+
+PHONE = Device("phone", transport="adb", python="/data/local/tmp/python/bin/python3")
+
+
+@pytest.mark.parametrize(("serial", "words"), [("", "one device"), ("R58M12ABCDE", "serial R58M12ABCDE")])
+@pytest.mark.usefixtures("adb_server")
+def test_without_a_phone_adb_says_so_in_one_line(serial: str, words: str, tmp_path: Path, cli: Any) -> None:
+    serials = f"serial: {serial}\n" if serial else ""
+    (tmp_path / "phone.yaml").write_text(f"name: phone\ntransport: adb\npython: /data/local/tmp/p\n{serials}")
+    (row,) = cli("devices", "--device", tmp_path / "phone.yaml", "--json").json["devices"]
+    assert f"no: expected {words} behind adb for 'phone', got: " in row["reachable"]
+    assert "type: adb devices" in row["reachable"]
+    assert "daemon" not in row["reachable"]
+
+
+def test_without_adb_the_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UnreachableError, match="expected the program adb on this machine, found none; type: apt-get install adb"):
+        Link(PHONE).ask({"action": "identify"})
+
+
+_PLAYED = """#!/bin/sh
+# adb with a phone whose shell and files are this machine's.
+printf '%s\\n' "$@" '' >>"$ADB_LOG"
+[ "$1" = -s ] && shift 2
+case "$1" in
+shell) exec sh -c "$3" ;;
+push) mkdir -p "$(dirname "$3")" && cp "$2" "$3" ;;
+pull) cp "$2" "$3" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("serial", ["", "R58M12ABCDE"])
+def test_a_job_behind_adb_is_pushed_run_and_pulled(serial: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "adb").write_text(_PLAYED)
+    (tools / "adb").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    monkeypatch.setenv("ADB_LOG", str(tmp_path / "log"))
+    phone = Device("phone", transport="adb", python=sys.executable, folder=str(tmp_path / "phone"), threads=1, serial=serial)
+    answer = Link(phone).ask(
+        {
+            "action": "peak",
+            "threads": 1,
+            "subject": {"name": "x", "kind": "unit", "folder": str(agent.BARE), "tokens": 1, "rows": 1},
+        }
+    )
+    assert answer["peak_bytes"] >= 0
+    assert os.listdir(tmp_path / "phone" / "jobs") == []
+    calls = [call.splitlines() for call in (tmp_path / "log").read_text().split("\n\n") if call.strip()]
+    before = ["-s", serial] if serial else []
+    assert all(call[: len(before)] == before for call in calls)
+    calls = [call[len(before) :] for call in calls]
+    assert {call[0] for call in calls} == {"push", "shell", "pull"}
+    assert all(call[1:] == ["-T", COMMAND] for call in calls if call[0] == "shell")
+    pushed = [call[2] for call in calls if call[0] == "push"]
+    assert pushed[0] == f"{tmp_path}/phone/incoming/{bundle.agent_sha256()}"
+    assert len(pushed) == len(set(pushed)) == 2
+    assert [Adb(phone).words()[-3:]] == [["shell", "-T", COMMAND]]

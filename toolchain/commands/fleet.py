@@ -1,0 +1,68 @@
+"""One model on several devices at once, each with a table of its own: one that fails does not stop the others."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from toolchain.commands.workflow import Costs, measure_costs
+from toolchain.errors import BittailorError, InputError
+from toolchain.graph.model import Graph
+from toolchain.progress import note
+from toolchain.spec import Device, Workload
+
+AT_ONCE = 32
+"""Devices. The desk builds graphs and waits; what is measured is measured on them."""
+
+
+@dataclass(frozen=True)
+class Profiled:
+    """What became of one device."""
+
+    device: Device
+    done: Future[Costs]
+
+    @property
+    def failure(self) -> str:
+        """Why it failed, in one line; empty if it did not. Raises what is nobody's fault but ours."""
+        error = self.done.exception()
+        if error is None:
+            return ""
+        if isinstance(error, BittailorError | OSError):
+            return " ".join(str(error).split())
+        raise error
+
+    def costs(self) -> Costs:
+        """Raises what stopped it."""
+        return self.done.result()
+
+
+def profile_all(
+    graph: Graph, devices: Sequence[Device], folder: Path, workload: Workload | None, model: str, renew: bool
+) -> list[Profiled]:
+    """Profile the graph on every device; the tables are in `folder`/<device>/. model: its name in the tables' headers.
+
+    Raises InputError, before anything is measured, for two devices of one name: they would share a table.
+    """
+    names = [device.name for device in devices]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"expected each device once, got {twice[0]!r} {names.count(twice[0])} times")
+
+    def measure(device: Device) -> Costs:
+        command = "bittailor " + shlex.join(["profile", model, "--device", device.name])
+        try:
+            return measure_costs(graph, device, folder, workload, command, renew)
+        except BittailorError as error:
+            if len(devices) > 1:
+                note(f"bittailor: {device.name} failed: {error}")
+            raise
+
+    if len(devices) == 1:  # in the main thread: its progress line is redrawn, and Ctrl-C stops it
+        done: Future[Costs] = Future()
+        done.set_result(measure(devices[0]))
+        return [Profiled(devices[0], done)]
+    with ThreadPoolExecutor(min(AT_ONCE, len(devices))) as pool:
+        return [Profiled(device, future) for device, future in [(device, pool.submit(measure, device)) for device in devices]]

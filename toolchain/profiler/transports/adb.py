@@ -1,0 +1,66 @@
+"""Devices behind Android's adb: files are pushed, the agent is run, its answer is pulled.
+
+    adb [-s serial] push FILE FOLDER/incoming/<sha256>
+    adb [-s serial] shell -T COMMAND
+    adb [-s serial] pull FOLDER/jobs/<id>/answer.json FILE
+
+`python` of the device's file is an interpreter on the phone that finds onnxruntime and numpy; Android has none of its own.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from toolchain.errors import LostLinkError, UnreachableError
+from toolchain.files import scratch, sha256
+from toolchain.profiler.transports.pipe import COMMAND, Piece, Pipe, last_line, missing_program
+
+
+class Adb(Pipe):
+    """One adb process for each step; adb's own server keeps the connection."""
+
+    def words(self) -> list[str]:
+        return [*self._adb(), "shell", "-T", COMMAND]
+
+    def exchange(self, header: Mapping[str, Any], patience_s: float) -> dict[str, Any]:
+        reply = super().exchange({**header, "pull": True}, patience_s)
+        if "done" not in reply:
+            return reply
+        with scratch() as folder:
+            path = folder / "answer.json"
+            self._run("pull", str(reply["done"]), str(path))
+            if sha256(path) != reply["sha256"]:
+                raise LostLinkError(f"expected the answer of {self.device.name!r} as it was written, got it cut short")
+            return {**reply, "answer": path.read_text(), "settled": False}
+
+    def send(self, header: Mapping[str, Any], pieces: Sequence[Piece]) -> dict[str, Any]:
+        for piece in pieces:
+            self._run("push", str(Path(piece.path)), f"{header['root']}/incoming/{piece.sha256}")
+        return super().exchange({**header, "op": "adopt", "files": [piece.described() for piece in pieces]}, patience_s=600)
+
+    def failure(self, code: int, said: str) -> UnreachableError:
+        name, wanted = self.device.name, f"serial {self.device.serial}" if self.device.serial else "one device"
+        line = last_line(said, code)
+        if "unauthorized" in said:
+            return UnreachableError(f"expected {name!r} to trust this machine, got: {line}", "allow USB debugging on its screen")
+        if "more than one device" in said:
+            return UnreachableError(
+                f"expected one device behind adb, got several ({line})", f"set serial: for {name!r}; see: adb devices"
+            )
+        if "no devices" in said or "not found" in said or "offline" in said:
+            return LostLinkError(f"expected {wanted} behind adb for {name!r}, got: {line}", "type: adb devices")
+        return LostLinkError(f"expected adb to reach {name!r}, got: {line}", "type: adb devices")
+
+    def _adb(self) -> list[str]:
+        return ["adb", *(["-s", self.device.serial] if self.device.serial else [])]
+
+    def _run(self, *words: str) -> None:
+        try:
+            done = subprocess.run([*self._adb(), *words], capture_output=True, text=True, errors="replace", check=False)
+        except FileNotFoundError:
+            raise missing_program("adb") from None
+        if done.returncode:
+            raise self.failure(done.returncode, done.stderr or done.stdout)

@@ -1,0 +1,284 @@
+"""What answers on the device: its source goes down the link with every exchange, so that it is always the desk's own version.
+
+stdin    length of the header, the header (JSON), then the bytes of the files it names
+stdout   `bittailor-reply LENGTH` and a JSON object. After one with an answer: `received` comes on stdin, and `settled` goes back
+
+    FOLDER/files/<sha256>       graphs, packages and the agent, read-only; <sha256>.part while half of it is here
+    FOLDER/jobs/<id>/           request.json, inputs/, stderr.txt, answer.json; `alive` is locked for as long as the job's agent lives
+    FOLDER/journal.txt          one line for each agent that was started
+
+A job is started once, however often it is asked for, and goes on without the link. Its folder goes when the desk says it has the
+answer. What nobody came back for goes after a week, and files beyond 2 GiB that no job names sooner, the longest unused first.
+Standard library only, Python 3.8 or newer; imports nothing of ours, because nothing of ours need be here.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import select
+import shutil
+import subprocess
+import sys
+import time
+from io import BufferedReader
+from pathlib import Path
+from typing import IO, Any
+
+MARK = b"bittailor-reply"
+POLL_SECONDS, RECEIVED_SECONDS = 0.1, 10.0
+KEPT_SECONDS, KEPT_BYTES = 7 * 24 * 3600, 2 << 30
+_PIECE = 1 << 20
+
+
+class Refused(Exception):
+    """One line that the desk shows."""
+
+
+def main() -> None:
+    """One exchange. Everything that goes wrong on purpose is a reply, not an exit code."""
+    source, out = sys.stdin.buffer, sys.stdout.buffer
+    assert isinstance(source, BufferedReader)
+    header = json.loads(source.read(int(source.readline())))
+    try:
+        root = _root(header["folder"])
+        reply = {"hello": hello, "put": put, "adopt": adopt, "job": job, "settle": settle}[header["op"]](root, header, source)
+    except Refused as error:
+        reply = {"error": str(error)}
+    except OSError as error:
+        reply = {"error": f"expected to read and write in {header['folder']}, got: {error}"}
+    data = json.dumps(reply).encode()
+    out.write(b"\n%s %d\n%s" % (MARK, len(data), data))
+    out.flush()
+    if "answer" in reply and select.select([source], [], [], RECEIVED_SECONDS)[0] and source.readline() == b"received\n":
+        _remove_job(root, header["job"])
+        out.write(b"settled\n")
+
+
+def _root(folder: str) -> Path:
+    """The agent's folder, of the user who logged in and closed to others: what lies there is run."""
+    root = _from_home(folder)
+    for place in (root, root / "files", root / "incoming", root / "jobs"):
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    state = root.stat()
+    if state.st_uid != os.getuid() or state.st_mode & 0o022:
+        raise Refused(f"expected {root} to belong to this user alone, others may write there; type there: chmod go-w {root}")
+    return root
+
+
+def _from_home(path: str) -> Path:
+    return Path(os.path.expanduser("~"), os.path.expanduser(path))
+
+
+def hello(root: Path, header: dict[str, Any], source: BufferedReader) -> dict[str, Any]:
+    """What can be told without onnxruntime; sweeps what nobody came back for."""
+    _sweep(root, time.time())
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {"python": platform.python_version(), "machine": platform.machine(), "cpus": cpus, "folder": str(root)}
+
+
+def put(root: Path, header: dict[str, Any], source: BufferedReader) -> dict[str, Any]:
+    """Receive files [{sha256, size, offset}], each from `offset` on. One that came out wrong is dropped: the job will find it missing."""
+    for item in header["files"]:
+        part = root / "files" / (_digest_name(item["sha256"]) + ".part")
+        with open(part, "r+b" if item["offset"] else "wb") as stream:
+            stream.truncate(item["offset"])
+            stream.seek(item["offset"])
+            left = item["size"] - item["offset"]
+            while left:
+                piece = source.read1(min(left, _PIECE))  # what has come, not what may never come
+                if not piece:
+                    raise Refused("the link was cut")  # into the void: what has come stays, the next exchange goes on from there
+                stream.write(piece)
+                stream.flush()
+                left -= len(piece)
+        _adopt(root, part, item["sha256"])
+    return {"stored": len(header["files"])}
+
+
+def adopt(root: Path, header: dict[str, Any], source: BufferedReader) -> dict[str, Any]:
+    """Take over files that something else has put into incoming/ (`adb push`)."""
+    for item in header["files"]:
+        _adopt(root, root / "incoming" / _digest_name(item["sha256"]), item["sha256"])
+    return {"stored": len(header["files"])}
+
+
+def _adopt(root: Path, part: Path, digest: str) -> None:
+    if _sha256(part) != digest:
+        part.unlink()
+        return
+    os.chmod(part, 0o444)
+    os.replace(part, root / "files" / digest)
+
+
+def settle(root: Path, header: dict[str, Any], source: BufferedReader) -> dict[str, Any]:
+    """Remove the jobs whose answers the desk has."""
+    for name in header["settled"]:
+        _remove_job(root, name)
+    return {}
+
+
+def job(root: Path, header: dict[str, Any], source: BufferedReader) -> dict[str, Any]:
+    """Start the job unless it runs or has run, and wait for its answer: {"answer", "of_another", "age_s"}, {"running"},
+    {"missing": {sha256: bytes here}} or {"died": last line}. A death is told to the caller it happened to; the next starts anew."""
+    settle(root, header, source)
+    place = root / "jobs" / _digest_name(header["job"])
+    place.mkdir(exist_ok=True)
+    answer = place / "answer.json"
+    with open(place / "alive", "a") as alive:
+        if not answer.exists() and _taken(alive) and not answer.exists():
+            if _caller(place) == header["caller"]:
+                return {"died": _last_words(place)}
+            missing = _missing(root, header)
+            if missing:
+                return {"missing": missing}
+            _start(root, place, header, alive.fileno())
+    deadline = time.monotonic() + header["wait_s"]
+    while not answer.exists():
+        if not _running(place) and not answer.exists():
+            return {"died": _last_words(place)}
+        if time.monotonic() > deadline:
+            return {"running": True}
+        time.sleep(POLL_SECONDS)
+    of_another = _caller(place) != header["caller"]
+    made = {"of_another": of_another, "age_s": max(0.0, time.time() - answer.stat().st_mtime)}
+    if header.get("pull"):
+        return {"done": str(answer), "sha256": _sha256(answer), **made}
+    return {"answer": answer.read_text(), **made}
+
+
+def _missing(root: Path, header: dict[str, Any]) -> dict[str, int]:
+    wanted = dict.fromkeys(header["inputs"].values())
+    if "sha256" in header["agent"]:
+        wanted[header["agent"]["sha256"]] = None
+    absent = [digest for digest in wanted if not (root / "files" / _digest_name(digest)).is_file()]
+    parts = {digest: root / "files" / (digest + ".part") for digest in absent}
+    return {digest: part.stat().st_size if part.is_file() else 0 for digest, part in parts.items()}
+
+
+def _start(root: Path, place: Path, header: dict[str, Any], alive: int) -> None:
+    """Run the agent on this job, detached, with `alive` locked for as long as it lives."""
+    agent, python = _agent(root, header["agent"]), header["python"]
+    for name, digest in header["inputs"].items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise Refused(f"expected a file inside the job's folder, got {name!r}")
+        _place(root / "files" / digest, place / name)
+    (place / "tmp").mkdir(exist_ok=True)
+    (place / "request.json").write_text(json.dumps(header["request"]))
+    (place / "caller").write_text(header["caller"])
+    with open(root / "journal.txt", "a") as journal:
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        journal.write(f"{now} {place.name} {header['request'].get('action')}\n")
+    with open(place / "stderr.txt", "wb") as errors:
+        subprocess.Popen(
+            [str(_from_home(python)) if "/" in python else python, str(agent), "request.json", "answer.json"],
+            cwd=place,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            env=dict(os.environ, TMPDIR=str(place / "tmp")),
+            start_new_session=True,
+            pass_fds=(alive,),
+        )
+
+
+def _agent(root: Path, agent: dict[str, str]) -> Path:
+    """The agent's file. One that was sent is run only if its bytes are still those that were sent."""
+    if "path" in agent:
+        path = _from_home(agent["path"])
+        if not path.is_file():
+            raise Refused(f"expected the installed agent {path}, found no such file")
+        return path
+    path = root / "files" / _digest_name(agent["sha256"])
+    found = _sha256(path)
+    if found != agent["sha256"]:
+        raise Refused(
+            f"expected the agent in {path} to have the sha256 it was sent with, got {found}: somebody changed it, it was not run; "
+            "look who can write there, and delete it"
+        )
+    return path
+
+
+def _place(source: Path, target: Path) -> None:
+    """The file under the name that the graph's reader expects: a link, or a copy where the file system has none."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.utime(source)  # when it was used last
+    if target.exists():
+        return
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _taken(alive: IO[str]) -> bool:
+    """Whether we got the job's lock: nobody runs it. Who only looks at the lock holds it for an instant."""
+    for _ in range(5):
+        try:
+            fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            time.sleep(0.02)
+    return False
+
+
+def _running(place: Path) -> bool:
+    with open(place / "alive", "a") as alive:
+        try:
+            fcntl.flock(alive, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
+def _caller(place: Path) -> str:
+    path = place / "caller"
+    return path.read_text() if path.is_file() else ""
+
+
+def _last_words(place: Path) -> str:
+    path = place / "stderr.txt"
+    lines = path.read_text(errors="replace").strip().splitlines() if path.is_file() else []
+    return lines[-1][:300] if lines else "it left no word (killed from outside, or out of memory)"
+
+
+def _remove_job(root: Path, name: str) -> None:
+    shutil.rmtree(root / "jobs" / _digest_name(name), ignore_errors=True)
+
+
+def _sweep(root: Path, now: float) -> None:
+    """The rule of the module's docstring."""
+    for place in (root / "jobs").iterdir():
+        if now - place.stat().st_mtime > KEPT_SECONDS and not ((place / "alive").exists() and _running(place)):
+            shutil.rmtree(place, ignore_errors=True)
+    files = [path for folder in ("files", "incoming") for path in (root / folder).iterdir()]
+    files.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    kept = 0
+    for path in files:
+        state = path.stat()
+        if state.st_nlink > 1:
+            continue
+        kept += state.st_size
+        if kept > KEPT_BYTES or now - state.st_mtime > KEPT_SECONDS:
+            path.unlink()
+
+
+def _digest_name(text: str) -> str:
+    if len(text) != 64 or set(text) - set("0123456789abcdef"):
+        raise Refused(f"expected a sha256, got {text!r}")
+    return text
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        for piece in iter(lambda: stream.read(_PIECE), b""):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    main()
