@@ -9,6 +9,7 @@ BittailorError                 base: one line for the user, exit code 2
 ├── MissingCostError           the cost table lacks a row; the command that measures it
 ├── StaleTableError            the table was measured with another runtime, provider, thread count or CPU
 ├── InfeasibleBudgetError      no subnet can meet the budget; which limit binds and by how much
+├── MeterError                 an energy meter cannot tell: there is no number, and this is the reason
 └── MissingPackageError        an optional dependency is not installed; the pip line
 """
 
@@ -57,6 +58,10 @@ class StaleTableError(BittailorError):
 
 class InfeasibleBudgetError(BittailorError):
     """No subnet can meet the budget."""
+
+
+class MeterError(BittailorError):
+    """An energy meter cannot tell. `str(error)` is the reason that stands where a number would."""
 
 
 class MissingPackageError(BittailorError):
