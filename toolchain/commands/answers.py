@@ -38,11 +38,12 @@ def _workload(arguments: Namespace) -> Any:
 
 def devices(arguments: Namespace) -> Answer:
     from toolchain import hardware
+    from toolchain.profiler import meters
     from toolchain.report import table
 
-    rows = []
+    rows, readable = [], meters.states(Path("/sys"))
     for device in hardware.list_devices():
-        state, (meter, reason) = hardware.reachable(device), hardware.meter(device)
+        state, (meter, reason) = hardware.reachable(device), hardware.meter(device, readable)
         rows.append(
             {
                 "device": device.name,

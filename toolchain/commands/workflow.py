@@ -23,7 +23,7 @@ from toolchain.files import scratch, write_atomic
 from toolchain.graph.assemble import Weights, package_bytes, round_to_nearest
 from toolchain.graph.build import build
 from toolchain.graph.model import Graph
-from toolchain.hardware import meter, named_budget, read_budget, shipped, thread_count
+from toolchain.hardware import named_budget, read_budget, shipped, thread_count
 from toolchain.kernels import CATALOGUE, parts, uniform, validate
 from toolchain.package.export import export_package
 from toolchain.package.manifest import Package
@@ -114,8 +114,7 @@ def measure_costs(graph: Graph, device: Device, folder: Path, workload: Workload
     """Profile what is missing into `folder`/<device>/ and write the derived budgets beside the table."""
     path = folder / device.name / "table.jsonl"
     workload = workload or default_workload(graph)
-    name, reason = meter(device)
-    header = current_header(device, thread_count(device), f"none: {reason}" if reason else name, command)
+    header = current_header(device, thread_count(device), command=command)
     table = profile(graph, header, device, workload, path, renew)
     costs = Costs(cost_model(graph, table, workload), table, path)
     derived = {name: budget.to_json() for name, budget in budgets.derive(costs.model).items()}

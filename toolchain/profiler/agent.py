@@ -11,6 +11,7 @@ A window, not a run, is a trial, because neighbouring runs share the machine's m
 All sessions share one thread pool (pools spin after work: with one each, subjects would steal each other's cores). R tells how fast
 the machine is now: rows are scaled by (R when the table began) / (R in these windows). A neighbour slows different work differently, so
 R is three small graphs, and a row is scaled by those that were seen to slow down as it does (`References`, `benchmarks/references.py`).
+Energy has a protocol of its own (`energy.py`): a meter needs seconds where a clock needs milliseconds.
 Refuses to know budgets and policies.
 """
 
@@ -28,7 +29,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from toolchain.errors import BittailorError, InputError
+from toolchain.errors import BittailorError, InputError, MeterError
+from toolchain.profiler import energy, meters
 from toolchain.profiler.contention import Watch
 from toolchain.profiler.subjects import GRAPHS, SUBJECTS, References, Subject, Unit
 from toolchain.spec import WORKS
@@ -46,7 +48,12 @@ BARE = GRAPHS / "bare"
 
 def main(arguments: list[str]) -> int:
     """Carry out one request file. Exit code 0, or 2 with {"error": line} for a request or model that is no good."""
-    actions: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"identify": identify, "time": time_subjects, "peak": peak}
+    actions: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+        "identify": identify,
+        "time": time_subjects,
+        "peak": peak,
+        "energy": energy_of_subjects,
+    }
     try:
         request = json.loads(Path(arguments[0]).read_text())
         if host := request.get("host"):
@@ -67,7 +74,7 @@ def _leave_with(host: int) -> None:
 
 
 def identify(request: dict[str, Any]) -> dict[str, Any]:
-    """What a table's header says of the machine: CPU, cache, runtime."""
+    """What a table's header says of the machine: CPU, cache, runtime; and the meters, with why one cannot be read or ""."""
     import onnxruntime
 
     return {
@@ -75,6 +82,7 @@ def identify(request: dict[str, Any]) -> dict[str, Any]:
         "cache_bytes": last_level_cache_bytes(),
         "runtime": f"onnxruntime {onnxruntime.__version__}",
         "protocol": PROTOCOL,
+        "meters": meters.states(Path(request["sysfs"])),
     }
 
 
@@ -171,6 +179,29 @@ def _settle() -> None:
         others = watch.usage().others
         if others is None or others < BUSY:
             return
+
+
+def energy_of_subjects(request: dict[str, Any]) -> dict[str, Any]:
+    """What `energy.measure` answers for the subjects, each phase by itself; {"reason"} where the meter cannot tell.
+
+    request: threads, subjects as for `time_subjects`, meter (a name of `meters.METERS`), sysfs, windows, window_s (0: the meter's least).
+    """
+    import onnxruntime
+
+    threads = int(request["threads"])
+    onnxruntime.set_global_thread_pool_sizes(threads, 1)
+    subjects = {item["name"]: SUBJECTS[item["kind"]](item, threads, True).runs() for item in request["subjects"]}
+    try:
+        meter = meters.open_meter(request["meter"], Path(request["sysfs"]))
+    except MeterError as error:
+        return {"reason": str(error)}
+    try:
+        _settle()
+        return {"reason": "", **energy.measure(meter, subjects, int(request["windows"]), float(request["window_s"]))}
+    except MeterError as error:
+        return {"reason": str(error)}
+    finally:
+        meter.close()
 
 
 def peak(request: dict[str, Any]) -> dict[str, Any]:

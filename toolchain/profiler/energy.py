@@ -2,10 +2,10 @@
 
     settle          step            idle             turn 1: A.prefill  A.decode  B.prefill ...     turn 2 ...     valid or not
     |--------------|---------------|----------------|------------|===========|------------|=====|------------ ... |-----------|
-    wait until      watch how often one window in    twice untimed,  window: runs back to back,                    ≥ 2 clean
-    others use      a counter       which nothing    then on until   ≥ the meter's least and                       trials of
-    < 15% of the    steps           runs: idle power the counter     ≥ 50 of its steps, and on                     each phase
-    CPUs (≤ 10 s)                                    steps           until it steps again
+    wait until      watch how often one window in    half a second,  window: runs back to back,                    ≥ 2 clean
+    others use      a counter       which nothing    twice at least, ≥ the meter's least and                       trials of
+    < 15% of the    steps           runs: idle power on until the    ≥ 50 of its steps, and on                     each phase
+    CPUs (≤ 10 s)                                    counter steps   until it steps again
 
 A window, not a run, is a trial: total = energy of the window / executions, above idle = total − idle power × seconds / executions. Because
 it opens and closes on a step, what a counter holds back at one end is what it held back at the other. A window in which others used
@@ -29,6 +29,8 @@ from toolchain.profiler.meters import Meter, Reading
 STEPS = 50
 """Steps of a counter, or samples, that a window holds at least: one more or less at an end is 2% of it."""
 LEAST_TRIALS = 2
+WARM_S = 0.5
+"""Clocks that fell at rest have risen again."""
 BUSY = 0.15
 _WATCHED = 4  # steps that tell how often a counter steps
 _LOOK_S = 0.00025  # between two looks at it
@@ -111,7 +113,7 @@ def _goes_on(clean: list[Window], disturbed: list[Window], trials: int) -> bool:
 
 
 def _told(clean: list[Window], disturbed: list[Window], idle_mw: float, gone: str) -> dict[str, Any]:
-    """The answer for one phase: where it is not valid, all windows, so that somebody can see how disturbed; where the meter is gone, none."""
+    """The answer for one phase. Not valid: all windows, so that somebody can see how disturbed; none where the meter is gone."""
     valid = len(clean) >= LEAST_TRIALS
     if not valid and gone:
         return {
@@ -182,8 +184,10 @@ class _Taking:
 
     def window(self, run: Run) -> Window:
         """Raises MeterError if the meter does not move under this load, or vanishes."""
-        for _ in range(2):
+        start, warm = self.clock.now(), 0
+        while warm < 2 or self.clock.now() - start < WARM_S:
             run()
+            warm += 1
         return self._window(run, loaded=True)
 
     def _window(self, run: Run, loaded: bool = False) -> Window:
@@ -196,7 +200,9 @@ class _Taking:
                 read_at = now
         after, end, more = self._at_step(run)
         if loaded and after.changes == before.changes:  # at rest, a coarse sensor may well show one number
-            raise MeterError(f"{self.meter.name} ({self.meter.reads}) showed one and the same power for {end - start:.3g} s under load")
+            raise MeterError(
+                f"{self.meter.name} ({self.meter.reads}) showed one and the same power for {end - start:.3g} s under load"
+            )
         energy = after.energy_mj - before.energy_mj
         return Window(energy, end - start, executions + more, self._error(before, after, end - start))
 

@@ -26,9 +26,11 @@ from toolchain.profiler.meters.meter import Meter, Reading
 from toolchain.profiler.meters.nvml import Nvml
 from toolchain.profiler.meters.rapl import Rapl
 
-__all__ = ["METERS", "Meter", "Reading", "open_meter", "states"]
+__all__ = ["LEAST_WINDOW_S", "METERS", "Meter", "Reading", "open_meter", "states"]
 
 METERS: dict[str, Callable[[Path], Meter]] = {"rapl": Rapl, "nvml": Nvml, "hwmon": Hwmon, "battery": Battery}
+LEAST_WINDOW_S = {kind.name: kind.least_window_s for kind in (Rapl, Nvml, Hwmon, Battery)}
+"""What a row takes of each, known before the meter is seen."""
 
 
 def open_meter(name: str, sysfs: Path) -> Meter:
