@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def _trace(seconds: float, idle_ends: float = IDLE_ENDS, step: float = STEP) -> 
 
 
 class _Quiet:
-    others: list[float] = []
+    others: ClassVar[list[float]] = []
 
     def usage(self) -> Usage:
         return Usage(1.0, self.others.pop(0) if self.others else 0.0)

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,7 +53,7 @@ def test_whatever_is_used_between_two_reads_is_told_if_it_is_less_than_the_range
     shown = [start]
     for energy in used:  # the counter as the hardware has it: it takes every number from 0 to the range
         shown.append((shown[-1] + energy) % (range_uj + 1))
-    assert [rise(before, after, range_uj) for before, after in zip(shown, shown[1:], strict=False)] == used
+    assert [rise(before, after, range_uj) for before, after in pairwise(shown)] == used
 
 
 def test_packages_are_added_and_parts_of_them_are_not(tmp_path: Path) -> None:
@@ -72,7 +73,7 @@ def test_packages_are_added_and_parts_of_them_are_not(tmp_path: Path) -> None:
 
 
 def test_a_machine_without_counters_says_so(tmp_path: Path) -> None:
-    with pytest.raises(MeterError, match="no RAPL counter in .*virtual machines"):
+    with pytest.raises(MeterError, match=r"no RAPL counter in .*virtual machines"):
         Rapl(tmp_path)
     with pytest.raises(MeterError, match="no RAPL counter"):
         Rapl(write(tmp_path, package(0, 0, name="psys")))
@@ -115,7 +116,7 @@ def test_a_counter_that_may_have_wrapped_unseen_gives_no_number(tmp_path: Path) 
     write(tmp_path, _counter(0, 4_000))
     assert meter.read().energy_mj == 4
     clock.seconds += 0.010
-    with pytest.raises(MeterError, match="not read for .* wraps every .* cannot be told"):
+    with pytest.raises(MeterError, match=r"not read for .* wraps every .* cannot be told"):
         meter.read()
 
 
@@ -210,7 +211,7 @@ def test_a_sensor_that_vanishes_while_it_is_sampled_gives_no_number(tmp_path: Pa
 
 
 def test_a_board_without_power_sensors_says_what_was_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(MeterError, match="no power sensor in .*INA"):
+    with pytest.raises(MeterError, match=r"no power sensor in .*INA"):
         Hwmon(write(tmp_path, {"class/hwmon/hwmon0/name": "cpu_thermal", "class/hwmon/hwmon0/temp1_input": 40_000}))
 
 

@@ -154,8 +154,10 @@ def _energy_jobs(
     jobs += [_Job(partial(energy_rows.measure_model, host, meter, graph, item, packages), energy=True) for item in models]
     if not jobs:
         return [], ""
-    minutes = energy_rows.windows(units, models) * (LEAST_WINDOW_S[meter] + WARM_S) / 60
-    return jobs, f" (energy by {meter} takes {max(1, round(minutes))} min of it, or longer)"
+    windows = energy_rows.windows(units, models)
+    minutes = max(1, round(windows * (LEAST_WINDOW_S[meter] + WARM_S) / 60))
+    note(f"bittailor: energy by {meter} takes {windows} windows, {minutes} min or longer")
+    return jobs, f" (of it energy: {minutes} min or longer)"
 
 
 def _weigh(
