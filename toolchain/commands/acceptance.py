@@ -12,7 +12,7 @@ from typing import Any
 
 from toolchain import check
 from toolchain.errors import InputError
-from toolchain.hardware import meter, thread_count
+from toolchain.hardware import thread_count
 from toolchain.package.manifest import Package, open_package
 from toolchain.profiler.ask import Host
 from toolchain.profiler.measure import Observation, measure_energy, measure_package
@@ -131,7 +131,7 @@ def _energy(package: Package, device: Device, budget: Budget) -> Measurement:
     if budget.energy_mj is None:
         return Measurement(None, reason="not measured: no limit on energy was set; type for example: --energy-mj 1000")
     host = Host(device, thread_count(device))
-    name, reason = meter(device, host.identify()["meters"])
+    name, reason = host.meter()
     if reason:
         return Measurement(None, reason=reason)
     return measure_energy(host, package.directory, package.workload, package.vocabulary, name).total

@@ -82,7 +82,7 @@ def units(arguments: Namespace) -> Answer:
 def profile(arguments: Namespace) -> Answer:
     from toolchain import hardware
     from toolchain.commands import workflow
-    from toolchain.costs.rows import ModelRow, UnitRow
+    from toolchain.costs.rows import Energy, ModelRow, UnitRow
     from toolchain.report import table
 
     device = hardware.load(arguments.device)
@@ -91,7 +91,7 @@ def profile(arguments: Namespace) -> Answer:
         command = "bittailor " + shlex.join(["profile", Path(arguments.model).name, "--device", device.name])
         costs = workflow.measure_costs(source.graph, device, folder, _workload(arguments), command, arguments.renew)
     rows = [row for row in costs.table.of(ModelRow) if row.model == source.graph.fingerprint]
-    timed = [*costs.table.of(UnitRow), *rows]
+    timed = [*costs.table.of(UnitRow), *rows, *costs.table.of(Energy)]
     invalid = sum(not row.valid for row in timed)
     columns = ("phase", "batch", "tokens", "past", "layers", "policy", "latency_ms", "spread_ms", "valid")
     shown = [{name: getattr(row, name) for name in columns} for row in rows]

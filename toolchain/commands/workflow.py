@@ -28,6 +28,7 @@ from toolchain.kernels import CATALOGUE, parts, uniform, validate
 from toolchain.package.export import export_package
 from toolchain.package.manifest import Package
 from toolchain.policy import budgets, proposal
+from toolchain.profiler.ask import Host
 from toolchain.profiler.probe import working_kernels
 from toolchain.profiler.profile import check_workload, current_header, default_workload, profile
 from toolchain.progress import note
@@ -114,7 +115,9 @@ def measure_costs(graph: Graph, device: Device, folder: Path, workload: Workload
     """Profile what is missing into `folder`/<device>/ and write the derived budgets beside the table."""
     path = folder / device.name / "table.jsonl"
     workload = workload or default_workload(graph)
-    header = current_header(device, thread_count(device), command=command)
+    host = Host(device, thread_count(device))
+    name, reason = host.meter()
+    header = current_header(device, host.threads, f"none: {reason}" if reason else name, command)
     table = profile(graph, header, device, workload, path, renew)
     costs = Costs(cost_model(graph, table, workload), table, path)
     derived = {name: budget.to_json() for name, budget in budgets.derive(costs.model).items()}

@@ -13,6 +13,7 @@ from typing import Any
 
 from toolchain.errors import BittailorError, InputError
 from toolchain.files import scratch
+from toolchain.hardware import meter
 from toolchain.spec import Device
 
 TIMEOUT_SECONDS = 1800
@@ -30,6 +31,10 @@ class Host:
 
     device: Device
     threads: int
+
+    def meter(self) -> tuple[str, str]:
+        """`hardware.meter`, with the meters of the device's machine."""
+        return meter(self.device, self.identify()["meters"])
 
     def identify(self) -> dict[str, Any]:
         """{"cpu", "cache_bytes", "runtime", "protocol", "meters": {name: why it cannot be read there, or ""}}."""

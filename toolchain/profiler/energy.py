@@ -62,13 +62,18 @@ class Window:
 
 
 def measure(
-    meter: Meter, subjects: Mapping[str, Mapping[str, Run]], trials: int, window_s: float = 0.0, clock: Clock | None = None
+    meter: Meter,
+    subjects: Mapping[str, Mapping[str, Run]],
+    trials: int,
+    window_s: float = 0.0,
+    clock: Clock | None = None,
+    busy: float = BUSY,
 ) -> dict[str, Any]:
     """{"meter", "step_s", "window_s", "idle_mw", "measured": {name: {phase: {"energy_mj": [...], "above_idle_mj": [...], "run_ms": [...],
     "error", "dropped", "valid", "reason"}}}}.
 
-    window_s: seconds of a window; 0: the meter's least. Raises MeterError where it cannot tell even the idle power; later on, what was
-    measured stays, and the phases that were not say why.
+    window_s: seconds of a window; 0: the meter's least. busy: the share of the CPUs from which on others disturb. Raises MeterError where
+    it cannot tell even the idle power; later on, what was measured stays, and the phases that were not say why.
     """
     clock = clock or Clock()
     step_s = meter.step_s or step_seconds(meter, clock)
@@ -78,7 +83,7 @@ def measure(
             f"a window of {window_s:g} s is too short for {meter.name}, which moves every {step_s * 1e3:.3g} ms:"
             f" {least_s:.3g} s are the least"
         )
-    taking = _Taking(meter, step_s, window_s or least_s, clock)
+    taking = _Taking(meter, step_s, window_s or least_s, clock, busy)
     idle_mw = taking.idle_mw()
     phases = {(name, phase): run for name, runs in subjects.items() for phase, run in runs.items()}
     trials = max(LEAST_TRIALS, trials)
@@ -94,7 +99,7 @@ def measure(
                 gone = str(error)
                 break
             others = watch.usage().others
-            (disturbed if others is not None and others > BUSY else clean)[key].append(window)
+            (disturbed if others is not None and others > busy else clean)[key].append(window)
     measured: dict[str, dict[str, Any]] = {name: {} for name in subjects}
     for key in phases:
         name, phase = key
@@ -162,6 +167,7 @@ class _Taking:
     step_s: float
     seconds: float
     clock: Clock
+    busy: float
 
     def idle_mw(self) -> float:
         """Power while nothing of ours runs, from one undisturbed window, or the quietest of three."""
@@ -171,7 +177,7 @@ class _Taking:
             window = self._window(self._rest)
             others = watch.usage().others
             seen.append((others or 0.0, window.energy_mj / window.seconds))
-            if others is None or others < BUSY:
+            if others is None or others < self.busy:
                 break
         power = min(seen)[1]
         if power <= 0:

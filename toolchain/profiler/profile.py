@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-from toolchain import hardware
 from toolchain.costs.borrowed import describe
 from toolchain.costs.rows import Header, Row, at_speed
 from toolchain.costs.table import CostTable, open_table, refuse_if_stale
@@ -32,14 +31,8 @@ from toolchain.spec import WORKS, Device, Unit, Workload
 
 
 def current_header(device: Device, threads: int, meter: str = "", command: str = "") -> Header:
-    """The header of a table measured now: what the agent says of its machine, and the kernels that work there.
-
-    meter: "" asks the agent which one works for this device.
-    """
+    """The header of a table measured now: what the agent says of its machine, and the kernels that work there."""
     answer = Host(device, threads).identify()
-    if not meter:
-        name, reason = hardware.meter(device, answer["meters"])
-        meter = f"none: {reason}" if reason else name
     return Header(
         device=device.name,
         cpu=answer["cpu"],
