@@ -22,7 +22,7 @@ from toolchain.quantize.packing import packed_bytes
 from toolchain.spec import WORKS, Unit, Workload
 
 OVERHEAD_MS, OVERHEAD_BYTES = 0.3, 2e6
-OVERHEAD_MJ, BUSY_MW, IDLE_MW = 4.0, 25_000.0, 5_000.0
+OVERHEAD_MJ, BUSY_MW, IDLE_MW = 0.01, 25_000.0, 5_000.0
 MS_PER_POSITION, BYTES_PER_TOKEN = 0.001, 1e3
 
 

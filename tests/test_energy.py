@@ -60,13 +60,16 @@ def test_without_its_rows_energy_is_a_reason_and_the_rest_stays(kind: type) -> N
     assert cost.latency_ms.value
 
 
-def test_rows_of_another_meter_are_not_mixed_in() -> None:
-    """A GPU's energy and a CPU's are not the same thing."""
-    table = with_energy(GRAPH, board_table(), WORKLOAD, "hwmon")
-    table = replace(table, header=replace(table.header, meter="rapl"))
-    assert board_model(table).predict(uniform("w4g32", GRAPH.units)).energy_mj.value is None
-    assert energy_rows.missing_units(GRAPH, WORKLOAD, table, "rapl")
-    assert not energy_rows.missing_units(GRAPH, WORKLOAD, table, "hwmon")
+@pytest.mark.parametrize("kind", [UnitEnergyRow, ModelEnergyRow])
+def test_rows_of_another_meter_are_not_mixed_in(kind: type) -> None:
+    """A board's energy and a CPU's are not the same thing."""
+    table, other = _powered(), with_energy(GRAPH, board_table(), WORKLOAD, "hwmon")
+    mixed = table.adding(other.of(kind))
+    assert board_model(table).predict(uniform("w4g32", GRAPH.units)).energy_mj.value
+    assert board_model(mixed).predict(uniform("w4g32", GRAPH.units)).energy_mj.value is None
+    missing = energy_rows.missing_units if kind is UnitEnergyRow else energy_rows.missing_models
+    assert missing(GRAPH, WORKLOAD, mixed, "rapl")
+    assert not missing(GRAPH, WORKLOAD, mixed, "hwmon")
 
 
 def test_a_meter_that_did_not_work_is_the_reason() -> None:
