@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -252,3 +254,29 @@ def test_profile_and_check_by_a_constructed_counter(
                 assert "other processes used the CPU" in seen["reason"]  # a busy machine is no reason to fail
             else:
                 assert seen["verdict"] == expected
+
+
+def test_the_benchmark_goes_as_far_as_it_can_without_a_meter_of_this_machines_own(
+    profiled: Profiled, profiles: Path, tmp_path: Path, fast: FastHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The agent's numbers are made up, 20 mJ for whatever runs; the windows beside Zeus are real, on a constructed counter of 30 W."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    energy = importlib.import_module("energy")
+    monkeypatch.setitem(sys.modules, "zeus", None)  # as on a machine without it
+    monkeypatch.setitem(sys.modules, "zeus.monitor", None)
+    words = [str(profiled.model), "--policies", "3", "--repeats", "2", "--zeus", "2", "--work", str(profiles)]
+    with advancing(tmp_path / "sys", watts=30.0) as tree:
+        monkeypatch.setattr(ask, "SYSFS", str(tree))
+        energy.main([*words, "--json", str(tmp_path / "out.json")])
+        measured = len(fast.powered)
+        energy.main(words)
+        assert len(fast.powered) == measured  # a run goes on where it was, and measures nothing twice
+    written = json.loads((tmp_path / "out.json").read_text())
+    said, beside = written["summary"], written["measured"]["zeus"]
+    assert (said["policies"], said["repeats"], said["zeus_windows"]) == (3, 2, 0)
+    assert said["largest_distance_of_repeats"] == 0
+    assert said["within_10_percent"] in (0, 1 / 3, 2 / 3, 1)
+    assert "type: pip install zeus" in said["zeus_reason"]
+    assert [row["zeus_mj"] for row in beside] == [None, None]
+    for row in beside:
+        assert row["ours_mj"] == pytest.approx(30_000 * row["seconds"], rel=0.1)
