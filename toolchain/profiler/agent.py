@@ -82,7 +82,7 @@ def identify(request: dict[str, Any]) -> dict[str, Any]:
         "cache_bytes": last_level_cache_bytes(),
         "runtime": f"onnxruntime {onnxruntime.__version__}",
         "protocol": PROTOCOL,
-        "meters": meters.states(Path(request["sysfs"])),
+        "meters": meters.states(Path(request.get("sysfs", "/sys"))),
     }
 
 
