@@ -13,12 +13,14 @@ from constructed_sysfs import Hand
 from tiny_graphs import attention
 
 from toolchain.errors import MeterError
-from toolchain.profiler import energy
+from toolchain.profiler import energy, model_rows
 from toolchain.profiler.contention import Usage
 from toolchain.profiler.energy import Clock, measure
+from toolchain.profiler.measure import subject as measure_subject
 from toolchain.profiler.meters import Reading
 from toolchain.profiler.meters.replay import Replay
-from toolchain.profiler.subjects import Generate
+from toolchain.profiler.subjects import SUBJECTS, Generate
+from toolchain.spec import Workload
 
 STEP = 0.1
 IDLE_MW, BUSY_MW = 20_000.0, 100_000.0
@@ -174,3 +176,23 @@ def test_one_phase_of_a_model_runs_without_the_other(tmp_path: Path) -> None:
     assert decoder.used == 9
     assert runs["prefill"]() == 1
     assert decoder.used == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "workload"),
+    [("llama", "generate:8+6"), ("bert", "encode:2x8"), ("t5", "generate:8+6")],
+    ids=["decoder", "encoder", "both"],
+)
+def test_what_runs_for_energy_is_what_is_timed(name: str, workload: str, graphs: Any) -> None:
+    """Every phase of a whole model, as the profiler runs it phase by phase and as a package serves it; each can be repeated for ever."""
+    graph, wanted = graphs(name), Workload.parse(workload)
+    alone = SUBJECTS[f"{graph.kind} phases"](model_rows.subject(graph, "m", graph.directory, wanted.phases), 1, False)
+    whole = SUBJECTS[wanted.kind](measure_subject("m", graph.directory, wanted, graph.vocabulary), 1, False)
+    assert set(alone.runs()) == set(alone.trial()) == {model_rows.label(phase) for phase in wanted.phases}
+    assert set(whole.runs()) == {phase.name for phase in wanted.phases} == {key.removesuffix("_ns") for key in whole.trial()}
+    executions = {"prefill": 1, "encode": 1, "decode": wanted.new_tokens}
+    for _ in range(3):
+        assert {name: run() for name, run in whole.runs().items()} == {
+            phase.name: executions[phase.name] for phase in wanted.phases
+        }
+        assert all(run() >= 1 for run in alone.runs().values())
