@@ -96,6 +96,15 @@ def test_there_are_as_few_rows_as_predict() -> None:
     assert all(len(item.phases) == 2 and item.anchor.layers == GRAPH.layers for item in models)
 
 
+def test_a_slow_gauge_is_asked_for_less_at_once() -> None:
+    """A battery's window is a minute, of some gauges three: what one process measures must end before the desk gives up."""
+    table = board_table()
+    quick, slow = (energy_rows.missing_units(GRAPH, WORKLOAD, table, meter) for meter in ("nvml", "battery"))
+    assert len(quick) == len({unit.shape for unit in UNITS})
+    assert max(len(item.cases) for item in slow) * energy_rows.UNIT_WINDOWS * 180 < ask.TIMEOUT_SECONDS
+    assert sorted(case.label for item in slow for case in item.cases) == sorted(case.label for item in quick for case in item.cases)
+
+
 def test_energy_rows_read_back_and_damaged_ones_do_not(tmp_path: Path) -> None:
     table, path = _powered(), tmp_path / "table.jsonl"
     table.save(path)

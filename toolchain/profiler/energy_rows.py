@@ -1,7 +1,7 @@
 """Energy rows: every kernel of each unit shape and a few whole models, at the token counts of the workload's phases and at no others.
 
 A window of a counter lasts seconds where one of a clock lasts a fifth of one, so there are as few of them as predict: no grid of token
-counts, no kernel that is made of two others, six whole models. Owns which those are. Refuses to know meters.
+counts, no kernel that is made of two others, six whole models. Owns which those are. Refuses to know how meters are read.
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ from toolchain.kernels import CATALOGUE, candidates, runs_as, uniform
 from toolchain.profiler import unit_rows
 from toolchain.profiler.ask import Host, References
 from toolchain.profiler.measure import summarise
+from toolchain.profiler.meters import LEAST_WINDOW_S
 from toolchain.profiler.model_rows import EVERYWHERE, Anchor, Packages, label, subject
 from toolchain.profiler.unit_rows import Case
 from toolchain.spec import Phase, Policy, Unit, Workload
 
 UNIT_WINDOWS, MODEL_WINDOWS = 2, 3
 MIXED, UNIFORM = 4, 2
+LONGEST_SECONDS = 300
+"""Of windows in one process: the desk waits for half an hour (`ask.TIMEOUT_SECONDS`), and a gauge may ask for three times its least."""
 
 
 def policies(graph: Graph, available: Sequence[str]) -> list[Anchor]:
@@ -43,7 +46,7 @@ def policies(graph: Graph, available: Sequence[str]) -> list[Anchor]:
 
 @dataclass(frozen=True)
 class UnitsWanted:
-    """The energy rows that a unit's shape lacks."""
+    """Energy rows that a unit's shape lacks, as many as one process measures."""
 
     unit: Unit
     cases: tuple[Case, ...]
@@ -72,8 +75,8 @@ def missing_units(graph: Graph, workload: Workload, table: CostTable, meter: str
             and not CATALOGUE[case.kernel].prefill
             and not _held(table, ("unit energy", *unit.shape, case.working_set, case.tokens, case.kernel), meter)
         )
-        if cases:
-            wanted.append(UnitsWanted(unit, cases))
+        at_once = max(1, int(LONGEST_SECONDS / (UNIT_WINDOWS * LEAST_WINDOW_S[meter])))
+        wanted += [UnitsWanted(unit, cases[start : start + at_once]) for start in range(0, len(cases), at_once)]
     return wanted
 
 
