@@ -134,6 +134,7 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> FastHost:
     monkeypatch.setattr(model_rows, "MIXED", FEWER_MIXED)  # the policies of `profiled`
     monkeypatch.setattr(Host, "time", lambda self, *words: made.time(self, *words))
     monkeypatch.setattr(Host, "peak", lambda self, subject: made.peak(self, subject))
+    monkeypatch.setattr(Host, "energy", lambda self, *words: made.energy(self, *words))
     return made
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 from toolchain.costs.borrowed import describe
 from toolchain.costs.operations import tokens_in_flight, working_set
-from toolchain.costs.rows import Header, MemoryRow, ModelMemoryRow, ModelRow, UnitRow
+from toolchain.costs.rows import Header, MemoryRow, ModelEnergyRow, ModelMemoryRow, ModelRow, UnitEnergyRow, UnitRow
 from toolchain.costs.table import CostTable
 from toolchain.graph.layers import units_within
 from toolchain.graph.model import Graph
 from toolchain.hardware import load, thread_count
 from toolchain.kernels import CATALOGUE, candidates, parts, runs_as
+from toolchain.profiler import energy_rows
 from toolchain.profiler.model_rows import missing
 from toolchain.profiler.profile import current_header, default_workload
 from toolchain.profiler.unit_rows import token_counts
@@ -20,6 +22,7 @@ from toolchain.quantize.packing import packed_bytes
 from toolchain.spec import WORKS, Unit, Workload
 
 OVERHEAD_MS, OVERHEAD_BYTES = 0.3, 2e6
+OVERHEAD_MJ, BUSY_MW, IDLE_MW = 0.01, 25_000.0, 5_000.0
 MS_PER_POSITION, BYTES_PER_TOKEN = 0.001, 1e3
 
 
@@ -66,4 +69,53 @@ def complete_table(graph: Graph, workload: Workload | None = None, header: Heade
             peak = OVERHEAD_BYTES + BYTES_PER_TOKEN * tokens + 1.5 * weight + anchor.layers * graph.cache_bytes_per_layer(capacity)
             key_ = (graph.fingerprint, workload.batch, tokens, capacity, anchor.layers, anchor.name)
             table = table.adding([ModelMemoryRow(*key_, dict(anchor.policy), peak, peak)])
+    return table
+
+
+def unit_mj(unit: Unit, kernel: str, tokens: int) -> float:
+    """All of its time at full power, and a tenth more for kernels that multiply in int8 with several tokens in flight."""
+    part = parts(CATALOGUE[kernel])[-1 if tokens > 1 else 0]
+    return unit_ms(unit, part.name, tokens) * BUSY_MW / 1e3 * (1.1 if part.activation == "int8_tensor" else 1.0)
+
+
+def energy_values(energy_mj: float, meter: str = "rapl: package-0") -> dict[str, Any]:
+    """The fields that both kinds of energy rows share: so much at full power."""
+    run_ms = energy_mj / BUSY_MW * 1e3
+    above = energy_mj - IDLE_MW * run_ms / 1e3
+    spreads = {
+        "spread_mj": energy_mj / 1e3,
+        "above_idle_spread_mj": above / 1e3,
+        "meter_error": 0.001,
+        "step_s": 0.001,
+        "window_s": 1.0,
+    }
+    return {
+        "energy_mj": energy_mj,
+        "above_idle_mj": above,
+        "idle_mw": IDLE_MW,
+        "run_ms": run_ms,
+        "n": 3,
+        "valid": True,
+        "meter": meter,
+    } | spreads
+
+
+def with_energy(graph: Graph, table: CostTable, workload: Workload, meter: str = "rapl") -> CostTable:
+    """The table with every energy row that a profile by this meter measures; a model costs its units' sum and a constant per phase."""
+    table = replace(table, header=replace(table.header, meter=meter))
+    values = f"{meter}: package-0"
+    for wanted in energy_rows.missing_units(graph, workload, table, meter):
+        op, K, N = wanted.unit.shape
+        for case in wanted.cases:
+            energy = energy_values(unit_mj(wanted.unit, case.kernel, case.tokens), values)
+            row = UnitEnergyRow(op=op, K=K, N=N, kernel=case.kernel, tokens=case.tokens, working_set=case.working_set, **energy)
+            table = table.adding([row])
+    for whole in energy_rows.missing_models(graph, workload, table, meter):
+        policy = whole.anchor.policy
+        for phase in whole.phases:
+            running = [(unit, tokens) for unit in graph.units if (tokens := tokens_in_flight(unit, phase))]
+            energy_mj = OVERHEAD_MJ + sum(unit_mj(unit, policy[unit.name], tokens) for unit, tokens in running)
+            at = {"phase": phase.name, "batch": phase.batch, "tokens": phase.tokens, "past": phase.past}
+            named = {"model": graph.fingerprint, "layers": graph.layers, "policy": whole.anchor.name, "units": dict(policy)}
+            table = table.adding([ModelEnergyRow(**named, **at, **energy_values(energy_mj, values))])
     return table

@@ -122,37 +122,33 @@ def test_a_provider_that_the_runtime_lacks_is_not_reachable():
     assert "CPUExecutionProvider" in found.reason
 
 
-def test_rapl_is_usable_only_where_its_counter_can_be_read(tmp_path):
-    absent = hardware.meter_states(tmp_path)["rapl"]
-    assert not absent.usable
-    assert "no RAPL counter" in absent.reason
-    counter = tmp_path / "intel-rapl:0" / "energy_uj"
-    counter.mkdir(parents=True)  # a folder cannot be read as a file, not even by root
-    unreadable = hardware.meter_states(tmp_path)["rapl"]
-    assert not unreadable.usable
-    assert "sudo chmod" in unreadable.reason
-    counter.rmdir()
-    counter.write_text("123456\n")
-    assert hardware.meter_states(tmp_path)["rapl"].usable
-
-
 @pytest.mark.parametrize(
-    ("meter", "provider", "expected", "words"),
+    ("meter", "provider", "works", "expected", "words"),
     [
-        ("none", "CPUExecutionProvider", "none", "says meter: none"),
-        ("auto", "CPUExecutionProvider", "rapl", ""),
-        ("rapl", "CPUExecutionProvider", "rapl", ""),
-        ("auto", "CUDAExecutionProvider", "none", "no energy meter: no driver"),
-        ("rapl", "CUDAExecutionProvider", "none", "cannot see"),
-        ("nvml", "CPUExecutionProvider", "none", "cannot see"),
+        ("none", "CPUExecutionProvider", ["rapl"], "none", "says meter: none"),
+        ("auto", "CPUExecutionProvider", ["rapl", "hwmon"], "rapl", ""),
+        ("auto", "CPUExecutionProvider", ["nvml", "battery"], "battery", ""),
+        ("rapl", "CPUExecutionProvider", ["rapl"], "rapl", ""),
+        ("rapl", "CPUExecutionProvider", ["hwmon"], "none", "no energy meter: no rapl here"),
+        ("auto", "CUDAExecutionProvider", ["rapl"], "none", "no nvml here; no hwmon here; no battery here"),
+        ("auto", "CUDAExecutionProvider", ["nvml", "hwmon"], "nvml", ""),
+        ("hwmon", "CUDAExecutionProvider", ["nvml", "hwmon"], "hwmon", ""),  # a board's sensors see its GPU too
+        ("rapl", "CUDAExecutionProvider", ["rapl"], "none", "cannot see"),
+        ("nvml", "CPUExecutionProvider", ["nvml"], "none", "cannot see"),
     ],
 )
-def test_a_meter_is_taken_only_for_what_it_sees(meter, provider, expected, words):
-    states = {"rapl": Availability(True), "nvml": Availability(False, "no driver")}
-    name, reason = hardware.meter(Device("board", provider=provider, meter=meter), lambda: states)
+def test_a_meter_is_taken_only_for_what_it_sees(meter, provider, works, expected, words):
+    states = {name: "" if name in works else f"no {name} here" for name in ("rapl", "nvml", "hwmon", "battery")}
+    name, reason = hardware.meter(Device("board", provider=provider, meter=meter), states)
     assert name == expected
     assert words in reason
     assert bool(reason) == (expected == "none")
+
+
+def test_every_meter_that_a_device_file_may_name_exists():
+    from toolchain.profiler.meters import METERS
+
+    assert set(hardware.METERS) == {"none", "auto", *METERS}
 
 
 def test_an_installed_package_finds_what_the_checkout_has_beside_it(tmp_path):

@@ -9,15 +9,19 @@ from typing import Any
 
 import pytest
 import yaml
-from small_tables import complete_table
+from small_tables import complete_table, with_energy
 
 import toolchain
 from toolchain.cli import main
-from toolchain.commands.choosing import METHODS
+from toolchain.commands.choosing import METHODS, restricted
 from toolchain.commands.training import CALIBRATION
+from toolchain.costs.from_table import cost_model
+from toolchain.costs.table import open_table
 from toolchain.graph.build import build
+from toolchain.graph.model import Graph
 from toolchain.kernels import CATALOGUE
 from toolchain.package.manifest import open_package
+from toolchain.spec import Workload
 from toolchain.supernet.store import SupernetFolder
 from toolchain.text import documents, load_tokenizer, separator_id, windows
 
@@ -66,6 +70,31 @@ def test_every_method_keeps_the_budget(method: str, supernet: Path, profiles: Pa
     assert done.json["gap_to_optimum"] >= -1e-9
     if method == "solver":
         assert done.json["gap_to_optimum"] == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("method", ["solver", "meta-network"])
+def test_a_limit_on_energy_is_kept_or_said_to_be_out_of_reach(
+    method: str, supernet: Path, profiles: Path, tmp_path: Path, cli: Any
+) -> None:
+    """The table is the other tests' with made-up energy rows of a meter."""
+    graph = SupernetFolder.open(supernet)
+    table = open_table(profiles / "local" / "table.jsonl")
+    opened, workload = Graph.open(graph.graph_directory), Workload.parse("generate:64+32")
+    powered = with_energy(opened, table, workload)
+    powered.save(tmp_path / "profiles" / "local" / "table.jsonl")
+    least, most = restricted(cost_model(opened, powered, workload), graph).bounds("energy_mj")
+    limit = least + 0.4 * (most - least)
+    words = ("export", supernet, "--method", method, "--profiles", tmp_path / "profiles", "--out", tmp_path / "out", "--json")
+    done = cli(*words, "--energy-mj", limit)
+    assert done.code == 0, done.err
+    assert done.json["budget"]["energy_mj"] == limit
+    assert least <= done.json["predicted"]["energy_mj"]["value"] <= limit
+    assert len(set(done.json["policy"]["units"].values())) > 1  # neither the cheapest everywhere nor the best
+    line = cli(*words, "--energy-mj", 0.9 * least).error
+    assert "energy_mj must be at least" in line
+    done = cli(*words[:-5], "--profiles", profiles, "--out", tmp_path / "other", "--energy-mj", limit)  # no meter was read there
+    assert done.code == 0
+    assert "energy_mj is not measured" in done.err
 
 
 def test_an_unknown_method_is_refused(supernet: Path, profiles: Path, tmp_path: Path, cli: Any) -> None:

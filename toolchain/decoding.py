@@ -23,7 +23,14 @@ DEFAULT_CONTEXT = 2048
 
 
 class Generator(Protocol):
-    """What makes tokens one by one: `prefill` starts a sequence, `step` adds a token, both return logits [V] for the next one."""
+    """What makes tokens one by one: `prefill` starts a sequence, `step` adds a token, both return logits [V] for the next one.
+
+    used: positions that are filled; `seek` goes on as if so many were."""
+
+    @property
+    def used(self) -> int: ...
+
+    def seek(self, used: int) -> None: ...
 
     def prefill(self, ids: np.ndarray) -> np.ndarray: ...
 

@@ -11,6 +11,7 @@ BittailorError                 base: one line for the user, exit code 2
 ├── UnreachableError           a device does not answer, does not let us in, or is not who it was; what to look at
 │   └── LostLinkError          the link was cut: the device may answer again
 ├── InfeasibleBudgetError      no subnet can meet the budget; which limit binds and by how much
+├── MeterError                 an energy meter cannot tell: there is no number, and this is the reason
 └── MissingPackageError        an optional dependency is not installed; the pip line
 """
 
@@ -67,6 +68,10 @@ class LostLinkError(UnreachableError):
 
 class InfeasibleBudgetError(BittailorError):
     """No subnet can meet the budget."""
+
+
+class MeterError(BittailorError):
+    """An energy meter cannot tell. `str(error)` is the reason that stands where a number would."""
 
 
 class MissingPackageError(BittailorError):

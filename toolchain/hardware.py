@@ -1,4 +1,4 @@
-"""The one reader of `hardware/`: devices, named budgets, what is reachable and which energy meter works. Cannot measure anything.
+"""The one reader of `hardware/`: devices, named budgets, what is reachable and which energy meter fits. Cannot measure anything.
 
 hardware/<device>.yaml             name, title, transport and how it finds the device, provider, threads, meter, budgets
 hardware/templates/<board>.yaml    a device's file but for what only its owner knows; copied, not listed
@@ -19,7 +19,7 @@ from toolchain.errors import InputError
 from toolchain.spec import Budget, Device
 
 TRANSPORTS = ("local", "ssh", "adb")
-METERS = ("none", "auto", "rapl", "nvml")
+METERS = ("none", "auto", "rapl", "nvml", "hwmon", "battery")
 _DEPTH = 3  # of nested mappings in our files: budgets, name, limit
 _REACHED_BY = {
     "host": ("ssh",),
@@ -33,7 +33,6 @@ _REACHED_BY = {
     "agent": TRANSPORTS,
 }
 """Keys that say how a device is reached, and the transports that read them."""
-_POWERCAP = Path("/sys/class/powercap")
 
 
 @dataclass(frozen=True)
@@ -129,52 +128,24 @@ def reachable(device: Device) -> Availability:
     return Availability(True)
 
 
-def meter_states(powercap: Path = _POWERCAP) -> dict[str, Availability]:
-    """Every energy meter we know, and whether it can be read here: {"rapl": ..., "nvml": ...}."""
-    return {"rapl": _rapl(powercap), "nvml": _nvml()}
-
-
-def meter(device: Device, states: Callable[[], Mapping[str, Availability]] = meter_states) -> tuple[str, str]:
+def meter(device: Device, states: Mapping[str, str]) -> tuple[str, str]:
     """(name of the meter that measures this device's energy or "none", why none does).
 
-    "auto" takes the meter of what the provider runs on. A meter that does not belong to the provider is refused: RAPL does not
-    see a GPU's energy, and NVML sees nothing else.
+    states: by meter, why it cannot be read on the device, or "" (`profiler.meters.states`, the agent's `identify`). "auto" takes the first
+    that works of those that see what the provider runs on. One that does not is refused: RAPL does not see a GPU's energy, and NVML sees
+    nothing else; a board's sensors and its battery see both.
     """
     if device.meter == "none":
         return "none", f"hardware/{device.name}.yaml says meter: none"
-    fitting = "nvml" if device.provider in ("CUDAExecutionProvider", "TensorrtExecutionProvider") else "rapl"
-    if device.meter not in ("auto", fitting):
+    own = "nvml" if device.provider in ("CUDAExecutionProvider", "TensorrtExecutionProvider") else "rapl"
+    fitting = (own, "hwmon", "battery")
+    if device.meter not in ("auto", *fitting):
         return "none", f"{device.meter} cannot see the energy of {device.provider}"
-    state = states()[fitting]
-    return (fitting, "") if state.usable else ("none", f"no energy meter: {state.reason}")
-
-
-def _rapl(powercap: Path) -> Availability:
-    counters = sorted(powercap.glob("intel-rapl:*/energy_uj"))  # AMD's counters have Intel's name too
-    if not counters:
-        return Availability(False, f"no RAPL counter in {powercap} (virtual machines and most ARM boards have none)")
-    try:
-        int(counters[0].read_text())
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or str(error)
-        return Availability(False, f"{counters[0]} is not readable ({why}); type: sudo chmod a+r {powercap}/intel-rapl:*/energy_uj")
-    return Availability(True)
-
-
-def _nvml() -> Availability:
-    try:
-        import pynvml
-    except ImportError:
-        return Availability(False, "no NVML: the Python package nvidia-ml-py is not installed; type: pip install nvidia-ml-py")
-    try:
-        pynvml.nvmlInit()
-        try:
-            pynvml.nvmlDeviceGetTotalEnergyConsumption(pynvml.nvmlDeviceGetHandleByIndex(0))
-        finally:
-            pynvml.nvmlShutdown()
-    except pynvml.NVMLError as error:
-        return Availability(False, f"NVML does not answer ({error})")
-    return Availability(True)
+    asked = fitting if device.meter == "auto" else (device.meter,)
+    reasons = {name: states.get(name, "not known to the agent there") for name in asked}
+    if works := next((name for name, reason in reasons.items() if not reason), ""):
+        return works, ""
+    return "none", f"no energy meter: {'; '.join(reasons.values())}"
 
 
 @dataclass(frozen=True)

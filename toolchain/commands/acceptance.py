@@ -14,7 +14,7 @@ from toolchain import check
 from toolchain.errors import InputError
 from toolchain.package.manifest import Package, open_package
 from toolchain.profiler.ask import Host
-from toolchain.profiler.measure import Observation, measure_package
+from toolchain.profiler.measure import Observation, measure_energy, measure_package
 from toolchain.progress import note
 from toolchain.spec import DERIVED_BUDGETS, Budget, Device, Measurement, Verdict
 
@@ -66,10 +66,10 @@ def check_package(directory: Path, device: Device, limits: Mapping[str, float]) 
     budget = Budget.from_json(limits) if limits else package.budget
     if budget is None:
         raise InputError("expected a package with a budget or limits, got neither", "type for example: --latency-ms 20")
-    note(f"measuring {directory} for {package.workload}: some ten seconds")
+    note(f"measuring {directory} for {package.workload}: some ten seconds{' and energy: minutes' if budget.energy_mj else ''}")
     host = Host.of(device)
     seen = measure_package(directory, package.workload, device, host.threads, package.vocabulary)
-    measurements = {**seen.measurements, **_counted(package, host)}
+    measurements = {**seen.measurements, **_counted(package), "energy_mj": _energy(package, host, budget)}
     slowness = _slowness(package, seen, host) if not limits else {}
     verdicts = tuple(
         _judge(verdict, measurements, slowness.get(verdict.name), budget) for verdict in check.decide(budget, measurements)
@@ -118,11 +118,19 @@ def _slowness(package: Package, seen: Observation, host: Host) -> dict[str, floa
     return {name: seen.reference_ns[work] / then for name, (work, then) in package.reference_ns.items()} if same else {}
 
 
-def _counted(package: Package, host: Host) -> dict[str, Measurement]:
-    """What is not sampled: operations are counted, energy needs a meter."""
+def _counted(package: Package) -> dict[str, Measurement]:
+    """What is not sampled: operations are counted."""
     flop = package.predicted.get("compute_flop", {}).get("value")
     why = "counted from the graph's shapes at export, not sampled" if flop else "not counted at export"
     counted = Measurement(flop, 0.0, 1, flop is not None, (flop,) if flop else (), why)
+    return {"compute_flop": counted}
+
+
+def _energy(package: Package, host: Host, budget: Budget) -> Measurement:
+    """Total energy of one inference, idle power included, as the cost model predicts it; not measured where nothing limits it."""
+    if budget.energy_mj is None:
+        return Measurement(None, reason="not measured: no limit on energy was set; type for example: --energy-mj 1000")
     name, reason = host.meter()
-    why = reason or f"the meter {name} is there, but this version does not read it"
-    return {"compute_flop": counted, "energy_mj": Measurement(None, reason=why)}
+    if reason:
+        return Measurement(None, reason=reason)
+    return measure_energy(host, package.directory, package.workload, package.vocabulary, name).total

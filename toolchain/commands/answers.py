@@ -106,11 +106,11 @@ def profile(arguments: Namespace) -> Answer:
 
 
 def _profiled(costs: Any, fingerprint: str) -> Answer:
-    from toolchain.costs.rows import ModelRow, UnitRow
+    from toolchain.costs.rows import Energy, ModelRow, UnitRow
     from toolchain.report import table
 
     rows = [row for row in costs.table.of(ModelRow) if row.model == fingerprint]
-    timed = [*costs.table.of(UnitRow), *rows]
+    timed = [*costs.table.of(UnitRow), *rows, *costs.table.of(Energy)]
     invalid = sum(not row.valid for row in timed)
     columns = ("phase", "batch", "tokens", "past", "layers", "policy", "latency_ms", "spread_ms", "valid")
     shown = [{name: getattr(row, name) for name in columns} for row in rows]

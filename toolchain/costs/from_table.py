@@ -2,6 +2,7 @@
 
     latency(π) = Σ_units a_k · t(shape, k, tokens) + remainder(layers, tokens, past)
     memory(π)  = Σ_units a_k · bytes(shape, k) + remainder(layers, tokens) + cache(layers, positions)
+    energy(π)  = Σ_phases runs · (Σ_units a_k · mJ(shape, k, tokens) + remainder)      where a meter worked (`energy.py`)
 
 Factors a_k and remainder come from the whole models that were measured (`calibrate.py`), most of them at one point of (tokens, past). One
 of them was also measured at others: what its remainder gains or loses there, every policy's does, in proportion to the layers.
@@ -18,7 +19,8 @@ from dataclasses import dataclass
 
 from toolchain.costs.borrowed import Costs, Known, Whole, borrow, calibrated, kind_of, shape_of
 from toolchain.costs.calibrate import Sample, calibrate
-from toolchain.costs.model import NO_METER, CostModel, Tie
+from toolchain.costs.energy import energy_part
+from toolchain.costs.model import CostModel, Tie
 from toolchain.costs.operations import flops, tokens_in_flight, working_set
 from toolchain.costs.predictor import Guess, ShapePredictor, guesses_note, guesses_spread
 from toolchain.costs.rows import ModelMemoryRow, ModelRow, ModelShapeRow, between
@@ -55,9 +57,9 @@ def cost_model(graph: Graph, table: CostTable, workload: Workload, predictor: Sh
         "compute_flop": flops(units, workload, graph.layers, graph.attention_width, graph.encoder_layers),
     }
     spread |= {"package_bytes": 0.0, "compute_flop": 0.0}
-    meter = table.header.meter
-    why = meter.removeprefix("none: ") if meter.startswith("none") else f"this version does not read {meter!r}"
-    no_energy = f"{NO_METER}: {why}" if why else NO_METER
+    energy, no_energy = energy_part(graph, table, workload)
+    if energy:
+        per_unit["energy_mj"], fixed["energy_mj"], spread["energy_mj"] = energy.costs, energy.fixed, energy.spread
     return CostModel(
         units, kernels, per_unit, fixed, _ties(units, kernels), spread, workload, table.header.device, no_energy, notes
     )

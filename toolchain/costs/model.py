@@ -43,7 +43,7 @@ class CostModel:
     relative_spread: Mapping[str, float]
     workload: Workload
     device: str
-    no_energy: str = NO_METER
+    no_energy: str = NO_METER  # why energy_mj is absent
     notes: Mapping[str, str] = field(default_factory=dict)
 
     def totals(self, policy: Mapping[str, str]) -> dict[str, float]:

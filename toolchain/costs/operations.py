@@ -21,6 +21,11 @@ def working_set_of(units: Iterable[Unit], policy: Mapping[str, str], cache_bytes
     return "streamed" if total > cache_bytes else "cached"
 
 
+def runs(phase: Phase, workload: Workload) -> int:
+    """How often a phase runs in one inference: decoding once for every new token, the others once."""
+    return workload.new_tokens if phase.name == "decode" else 1
+
+
 def tokens_in_flight(unit: Unit, phase: Phase) -> int:
     """Rows that a unit multiplies in a phase; 0: it does not run. A decoder's head sees the last position only (`graph/decoder.py`).
 

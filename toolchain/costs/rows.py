@@ -164,18 +164,82 @@ class ModelShapeRow:
         return ("model shape", self.model)
 
 
-Row = UnitRow | MemoryRow | ModelRow | ModelMemoryRow | ModelShapeRow
+@dataclass(frozen=True, kw_only=True)
+class Energy:
+    """What a meter saw of one execution: the median over n windows, and half the distance between the 10th and the 90th percentile.
+
+    energy_mj is all that was used meanwhile, above_idle_mj what is left of it without idle power: energy_mj = above_idle_mj +
+    idle_mw · run_ms / 1000. meter: its name and what it sees, "rapl: package-0 + package-1". meter_error: relative, how far sampling or
+    the counter's steps (every step_s seconds) may be off in a window of window_s seconds. Not corrected for the machine's drift.
+    """
+
+    energy_mj: float
+    spread_mj: float
+    above_idle_mj: float
+    above_idle_spread_mj: float
+    idle_mw: float
+    run_ms: float
+    n: int
+    valid: bool
+    meter: str
+    step_s: float
+    window_s: float
+    meter_error: float
+
+    def __post_init__(self) -> None:
+        for name in ("energy_mj", "idle_mw", "run_ms", "n", "step_s", "window_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} {getattr(self, name)!r} instead of a positive number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitEnergyRow(Energy):
+    """Energy of one execution of a unit of this shape under a kernel, `tokens` in flight. working_set: as a unit's time row has it."""
+
+    op: str
+    K: int
+    N: int
+    kernel: str
+    tokens: int
+    working_set: str
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return ("unit energy", self.op, self.K, self.N, self.working_set, self.tokens, self.kernel)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelEnergyRow(Energy):
+    """Energy of one run of a phase of a whole model under one policy: as `ModelRow` is of its time."""
+
+    model: str
+    phase: str
+    batch: int
+    tokens: int
+    past: int
+    layers: int
+    policy: str
+    units: Mapping[str, str]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return ("model energy", self.model, self.phase, self.batch, self.tokens, self.past, self.layers, self.policy)
+
+
+Row = UnitRow | MemoryRow | ModelRow | ModelMemoryRow | ModelShapeRow | UnitEnergyRow | ModelEnergyRow
 KINDS: dict[str, type[Row]] = {
     "unit": UnitRow,
     "memory": MemoryRow,
     "model": ModelRow,
     "model memory": ModelMemoryRow,
     "model shape": ModelShapeRow,
+    "unit energy": UnitEnergyRow,
+    "model energy": ModelEnergyRow,
 }
 
 
 def at_speed(row: Row, speed: Mapping[str, float]) -> Row:
-    """The row as a machine would have shown it that takes `speed` times as long for this kind of work; memory is as it is."""
+    """The row as a machine would have shown it that takes `speed` times as long for this kind of work; memory and energy stay."""
     if not isinstance(row, UnitRow | ModelRow):
         return row
     factor = speed[row.work]

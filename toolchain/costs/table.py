@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from toolchain.costs.rows import KINDS, Header, MemoryRow, ModelMemoryRow, ModelRow, ModelShapeRow, Row, UnitRow, between
+from toolchain.costs.rows import KINDS, Header, MemoryRow, Row, UnitRow, between
 from toolchain.errors import DamagedFileError, MissingCostError, StaleTableError
 from toolchain.files import write_atomic
 from toolchain.spec import WORKS, Unit
@@ -105,7 +105,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "Mapping[str, float]": dict,
     "Mapping[str, Sequence[Any]]": dict,
 }
-_Typed = TypeVar("_Typed", bound="Header | UnitRow | MemoryRow | ModelRow | ModelMemoryRow | ModelShapeRow")
+_Typed = TypeVar("_Typed", bound="Header | Row")
 
 
 def _typed(made: _Typed) -> _Typed:

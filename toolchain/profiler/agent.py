@@ -12,6 +12,7 @@ A window, not a run, is a trial, because neighbouring runs share the machine's m
 All sessions share one thread pool (pools spin after work: with one each, subjects would steal each other's cores). R tells how fast
 the machine is now: rows are scaled by (R when the table began) / (R in these windows). A neighbour slows different work differently, so
 R is three small graphs, and a row is scaled by those that were seen to slow down as it does (`References`, `benchmarks/references.py`).
+Energy has a protocol of its own (`energy.py`): a meter needs seconds where a clock needs milliseconds.
 Refuses to know budgets and policies.
 """
 
@@ -33,8 +34,9 @@ from typing import Any
 import numpy as np
 
 import toolchain
-from toolchain.errors import BittailorError, DamagedFileError, InputError
+from toolchain.errors import BittailorError, DamagedFileError, InputError, MeterError
 from toolchain.files import write_atomic
+from toolchain.profiler import energy, meters
 from toolchain.profiler.contention import Watch
 from toolchain.profiler.subjects import GRAPHS, SUBJECTS, References, Subject, Unit
 from toolchain.session import open_session
@@ -79,6 +81,7 @@ def _answer(request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         "time": time_subjects,
         "peak": peak,
         "outputs": outputs,
+        "energy": energy_of_subjects,
     }
     mine = {"version": toolchain.__version__, "protocol": PROTOCOL}
     desk = request.get("desk", mine)
@@ -110,10 +113,9 @@ def _leave_with(host: int) -> None:
 
 
 def identify(request: dict[str, Any]) -> dict[str, Any]:
-    """What a table's header says of the machine: CPU, cache, runtime; and what only this machine knows: providers and meters."""
+    """What a table's header says of the machine: CPU, cache, runtime; and what only this machine knows: providers, and meters with why
+    one cannot be read or ""."""
     import onnxruntime
-
-    from toolchain.hardware import meter_states
 
     return {
         "cpu": cpu_name(),
@@ -121,7 +123,7 @@ def identify(request: dict[str, Any]) -> dict[str, Any]:
         "runtime": f"onnxruntime {onnxruntime.__version__}",
         "protocol": PROTOCOL,
         "providers": onnxruntime.get_available_providers(),
-        "meters": {name: state.reason for name, state in meter_states().items()},
+        "meters": meters.states(Path(request.get("sysfs", "/sys"))),
     }
 
 
@@ -233,6 +235,29 @@ def _settle() -> None:
         others = watch.usage().others
         if others is None or others < BUSY:
             return
+
+
+def energy_of_subjects(request: dict[str, Any]) -> dict[str, Any]:
+    """What `energy.measure` answers for the subjects, each phase by itself; {"reason"} where the meter cannot tell.
+
+    request: threads, subjects as for `time_subjects`, meter (a name of `meters.METERS`), sysfs, windows, window_s (0: the meter's least).
+    """
+    import onnxruntime
+
+    threads = int(request["threads"])
+    onnxruntime.set_global_thread_pool_sizes(threads, 1)
+    subjects = {item["name"]: SUBJECTS[item["kind"]](item, threads, True).runs() for item in request["subjects"]}
+    try:
+        meter = meters.open_meter(request["meter"], Path(request["sysfs"]))
+    except MeterError as error:
+        return {"reason": str(error)}
+    try:
+        _settle()
+        return {"reason": "", **energy.measure(meter, subjects, int(request["windows"]), float(request["window_s"]))}
+    except MeterError as error:
+        return {"reason": str(error)}
+    finally:
+        meter.close()
 
 
 def peak(request: dict[str, Any]) -> dict[str, Any]:

@@ -15,11 +15,13 @@ from typing import Any
 
 from toolchain.errors import BittailorError, InputError
 from toolchain.files import scratch
-from toolchain.hardware import TRANSPORTS, Availability, meter, meter_states, thread_count
+from toolchain.hardware import TRANSPORTS, meter, thread_count
 from toolchain.profiler.transports.jobs import IDENTIFY, RECONNECT_SECONDS, Link
 from toolchain.spec import Device
 
 TIMEOUT_SECONDS = 1800
+SYSFS = "/sys"
+"""Where the device's meters are read. Tests construct a tree of their own."""
 
 
 References = Mapping[str, Sequence[float]]
@@ -55,19 +57,21 @@ class Host:
 
     def meter(self) -> tuple[str, str]:
         """`hardware.meter`, with the meters of the device's machine."""
-
-        def there() -> Mapping[str, Availability]:
-            return {name: Availability(not reason, reason) for name, reason in self.identify()["meters"].items()}
-
-        return meter(self.device, meter_states if self.device.at_hand else there)
+        return meter(self.device, self.identify()["meters"])
 
     def identify(self) -> dict[str, Any]:
         """{"cpu", "cache_bytes", "runtime", "protocol", "providers", "meters": {name: why it cannot be read there, or ""}}."""
-        return self._ask(IDENTIFY)
+        return self._ask({**IDENTIFY, "sysfs": SYSFS})
 
     def time(self, subjects: Sequence[dict[str, Any]], windows: int) -> dict[str, Any]:
         """{"trials": {name: [{phase_ns}]}, "reference_ns": {work: [...]}, "dropped", "valid"}, all subjects in rotation in one process."""
         return self._ask({"action": "time", "threads": self.threads, "subjects": list(subjects), "windows": windows})
+
+    def energy(self, subjects: Sequence[dict[str, Any]], meter: str, windows: int, window_s: float = 0.0) -> dict[str, Any]:
+        """{"reason", "meter", "step_s", "window_s", "idle_mw", "measured": {name: {phase: trials}}} as `energy.measure` says; of a meter
+        that cannot tell {"reason"} alone. window_s: seconds of a window, 0: as few as the meter needs."""
+        wanted = {"meter": meter, "sysfs": SYSFS, "windows": windows, "window_s": window_s}
+        return self._ask({"action": "energy", "threads": self.threads, "subjects": list(subjects), **wanted})
 
     def peak(self, subject: dict[str, Any]) -> dict[str, int]:
         """{"peak_bytes", "running_bytes"}: rise of a fresh process's resident set, highest and after the runs."""

@@ -1,13 +1,14 @@
 """Whole models as the agent times them phase by phase: at each count of tokens and each position of the cache that was asked for.
 
 A subject says {folder, rows, phases: [{label, batch, tokens, past, prompt}]} (`model_rows.subject`), and `capacity` where its memory is
-weighed. A trial is nanoseconds by label. onnxruntime and numpy only.
+weighed. A trial is nanoseconds by label; `runs` are for energy: by label, what runs that phase alone. onnxruntime and numpy only.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from toolchain.decoding import Decoder, EncoderDecoder, Generator
+from toolchain.profiler.energy import Run
 from toolchain.session import open_session, token_feeds
 
 STEPS = 6
@@ -50,6 +52,22 @@ class DecoderPhases:
             return median_step_ns(self._decoder, int(self._decoder.step(1).argmax()), STEPS)
 
         return _repeated(run)
+
+    def runs(self) -> dict[str, Run]:
+        def prefill(tokens: int) -> int:
+            self._decoder.prefill(self._ids[:tokens]).argmax()
+            return 1
+
+        def decode(past: int) -> int:
+            self._decoder.seek(max(0, past - STEPS // 2))
+            return stepped(self._decoder, 1, STEPS)
+
+        return {
+            phase["label"]: partial(prefill, phase["tokens"])
+            if phase["tokens"] > 1 or not phase["past"]
+            else partial(decode, phase["past"])
+            for phase in self._phases
+        }
 
 
 class EncoderDecoderPhases:
@@ -88,6 +106,22 @@ class EncoderDecoderPhases:
 
         return _repeated(run)
 
+    def runs(self) -> dict[str, Run]:
+        def prefill(tokens: int) -> int:
+            self._model.prefill(self._ids[:tokens]).argmax()
+            return 1
+
+        def decode(source: int, target: int) -> int:
+            self._model.seek(max(0, target - STEPS // 2), source)
+            return stepped(self._model, 1, STEPS)
+
+        return {
+            phase["label"]: partial(decode, phase["prompt"], phase["past"] - phase["prompt"])
+            if phase["past"]
+            else partial(prefill, phase["tokens"])
+            for phase in self._phases
+        }
+
 
 class EncoderPhases:
     """An encoder: a trial is one inference of each [batch, tokens] asked for."""
@@ -107,6 +141,20 @@ class EncoderPhases:
             self._session.run(None, feeds)
             seen[label] = float(time.perf_counter_ns() - start)
         return seen
+
+    def runs(self) -> dict[str, Run]:
+        def encode(feeds: dict[str, np.ndarray]) -> int:
+            self._session.run(None, feeds)
+            return 1
+
+        return {label: partial(encode, feeds) for label, feeds in self._feeds.items()}
+
+
+def stepped(decoder: Generator, token: int, steps: int) -> int:
+    """`steps` greedy steps, the first of them from `token`; how many they were."""
+    for _ in range(steps):
+        token = int(decoder.step(token).argmax())
+    return steps
 
 
 def median_step_ns(decoder: Generator, token: int, steps: int) -> float:

@@ -1,8 +1,9 @@
 """MODEL on a device → its cost table: what is missing is measured, and saved shape by shape, so a killed run resumes.
 
-Three kinds of rows: the time of each unit shape and kernel, their memory (`unit_rows`), and a few whole models (`model_rows`), whose
-difference from the sum of their units is the remainder: attention, norms, cache, per-run overhead. Times are scaled to the speed the
-machine had when the table began, by the reference for their kind of work. Refuses to know budgets and training.
+Four kinds of rows: the time of each unit shape and kernel, their memory (`unit_rows`), a few whole models (`model_rows`), whose
+difference from the sum of their units is the remainder (attention, norms, cache, per-run overhead), and the energy of both where a meter
+works (`energy_rows`). Times are scaled to the speed the machine had when the table began, by the reference for their kind of work.
+Refuses to know budgets and training.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ from pathlib import Path
 from statistics import median
 
 from toolchain.costs.borrowed import describe
-from toolchain.costs.operations import working_set
 from toolchain.costs.rows import Header, Row, at_speed
 from toolchain.costs.table import CostTable, open_table, refuse_if_stale
-from toolchain.errors import InputError
+from toolchain.errors import InputError, MeterError
 from toolchain.files import scratch
 from toolchain.graph.model import Graph
-from toolchain.kernels import candidates, runs_as
-from toolchain.profiler import model_rows, unit_rows
+from toolchain.profiler import energy_rows, model_rows, unit_rows
 from toolchain.profiler.ask import Host, References
+from toolchain.profiler.energy import WARM_S
+from toolchain.profiler.meters import LEAST_WINDOW_S
 from toolchain.profiler.probe import working_kernels_of
-from toolchain.progress import track
+from toolchain.progress import note, track
 from toolchain.spec import WORKS, Device, Unit, Workload
 
 
@@ -81,30 +82,46 @@ def profile(graph: Graph, header: Header, device: Device, workload: Workload, pa
         refuse_if_stale(table, header)
     with scratch() as folder:
         packages = model_rows.Packages(graph, folder)
-        jobs = list(_jobs(graph, Host(device, header.threads), workload, table, packages))
-        for job in track(jobs, len(jobs), f"profile {Path(graph.source).name} on {device.name}"):
-            rows, references = job.measure()
+        host = Host(device, header.threads)
+        jobs = list(_jobs(graph, host, workload, table, packages))
+        meter, said, gone = header.meter.partition(":")[0], "", ""
+        if meter not in ("", "none"):
+            table = replace(table, header=replace(table.header, meter=header.meter))
+            energy, said = _energy_jobs(graph, host, workload, table, packages, meter)
+            jobs += energy
+        for job in track(jobs, len(jobs), f"profile {Path(graph.source).name} on {device.name}{said}"):
+            if job.energy and gone:
+                continue
+            try:
+                rows, references = job.measure()
+            except MeterError as error:
+                gone = str(error)
+                table = replace(table, header=replace(table.header, meter=f"none: {gone}"))
+                rows, references = [], {}
             table = _adding(table, rows, references)
             if job.unit:
                 table = unit_rows.with_errors(table, job.unit)
             table.save(path)
+    if gone:
+        note(f"bittailor: the energy of some rows was not measured: {gone}; the same command again asks the meter anew")
     return table
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One save of the table: rows not yet corrected for drift, and the references' times meanwhile. unit: whose shape it is about."""
+    """One save of the table: rows not yet corrected for drift, and the references' times meanwhile. unit: whose shape it is about.
+    energy: a meter is asked, which may have no answer (MeterError)."""
 
     measure: Callable[[], tuple[list[Row], References]]
     unit: Unit | None = None
+    energy: bool = False
 
 
 def _jobs(graph: Graph, host: Host, workload: Workload, table: CostTable, packages: model_rows.Packages) -> Iterator[_Job]:
     """One job per unit shape that lacks a row, a few for the time of whole models, between them one for the memory of each, one to
     describe the model."""
     for unit in {unit.shape: unit for unit in graph.units}.values():
-        names = dict.fromkeys(runs_as(name) for name in candidates(unit, table.header.kernels))
-        sets = {name: working_set(graph.units, name, table.header.cache_bytes) for name in names}
+        sets = unit_rows.working_sets(graph, unit, table)
         wanted = unit_rows.cases(graph, unit, sets, workload, table.header.cache_bytes)
         times, memory = unit_rows.missing(unit, wanted, table, workload)
         if times or memory:
@@ -119,6 +136,22 @@ def _jobs(graph: Graph, host: Host, workload: Workload, table: CostTable, packag
             yield _Job(partial(_weigh, host, graph, workload, item, packages))
     if (shape := describe(graph)).key not in table.rows:
         yield _Job(lambda: ([shape], {}))
+
+
+def _energy_jobs(
+    graph: Graph, host: Host, workload: Workload, table: CostTable, packages: model_rows.Packages, meter: str
+) -> tuple[list[_Job], str]:
+    """One job per unit shape and per whole model that lacks energy, and in words how long they take."""
+    units = energy_rows.missing_units(graph, workload, table, meter)
+    models = energy_rows.missing_models(graph, workload, table, meter)
+    jobs = [_Job(partial(energy_rows.measure_units, host, meter, item), energy=True) for item in units]
+    jobs += [_Job(partial(energy_rows.measure_model, host, meter, graph, item, packages), energy=True) for item in models]
+    if not jobs:
+        return [], ""
+    windows = energy_rows.windows(units, models)
+    minutes = max(1, round(windows * (LEAST_WINDOW_S[meter] + WARM_S) / 60))
+    note(f"bittailor: energy by {meter} takes {windows} windows, {minutes} min or longer")
+    return jobs, f" (of it energy: {minutes} min or longer)"
 
 
 def _weigh(

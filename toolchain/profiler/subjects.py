@@ -1,6 +1,7 @@
 """What the agent can run: one-unit graphs, whole models as they serve, and the reference that tells the machine's speed.
 
-A trial is nanoseconds by phase. Whole models phase by phase are in `phases.py`. onnxruntime and numpy only.
+A trial is nanoseconds by phase; for energy, each phase runs by itself, over and over. Whole models phase by phase are in `phases.py`.
+onnxruntime and numpy only.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from toolchain.decoding import open_generator
-from toolchain.profiler.phases import DecoderPhases, EncoderDecoderPhases, EncoderPhases, median_step_ns
+from toolchain.profiler.energy import Run
+from toolchain.profiler.phases import DecoderPhases, EncoderDecoderPhases, EncoderPhases, median_step_ns, stepped
 from toolchain.session import open_session, token_feeds
 from toolchain.spec import STREAMED_TOKEN, TOKEN, TOKENS
 
@@ -24,6 +26,12 @@ class Subject(Protocol):
     """Something to time: one trial → nanoseconds by phase."""
 
     def trial(self) -> dict[str, float]: ...
+
+
+class Powered(Protocol):
+    """Something whose energy is measured: by phase, what runs it once or some times and says how often."""
+
+    def runs(self) -> dict[str, Run]: ...
 
 
 class Unit:
@@ -51,6 +59,13 @@ class Unit:
         self._session.run_with_iobinding(self._binding)
         return {"run_ns": time.perf_counter_ns() - start}
 
+    def runs(self) -> dict[str, Run]:
+        def run() -> int:
+            self._session.run_with_iobinding(self._binding)
+            return 1
+
+        return {"run": run}
+
 
 class Generate:
     """A decoder or encoder-decoder: a trial is one prefill and `new_tokens` greedy steps. decode_ns is the median step: a step that
@@ -67,6 +82,21 @@ class Generate:
         middle = time.perf_counter_ns()
         return {"prefill_ns": middle - start, "decode_ns": median_step_ns(self._decoder, token, self._new)}
 
+    def runs(self) -> dict[str, Run]:
+        """A prefill, and all steps of one inference after it."""
+        token = int(self._decoder.prefill(self._ids).argmax())
+        used = self._decoder.used
+
+        def prefill() -> int:
+            self._decoder.prefill(self._ids).argmax()
+            return 1
+
+        def decode() -> int:
+            self._decoder.seek(used)
+            return stepped(self._decoder, token, self._new)
+
+        return {"prefill": prefill, "decode": decode}
+
 
 class Encode:
     """An encoder: a trial is one inference of [batch, tokens]."""
@@ -80,6 +110,13 @@ class Encode:
         start = time.perf_counter_ns()
         self._session.run(None, self._feeds)
         return {"encode_ns": time.perf_counter_ns() - start}
+
+    def runs(self) -> dict[str, Run]:
+        def encode() -> int:
+            self._session.run(None, self._feeds)
+            return 1
+
+        return {"encode": encode}
 
 
 class References:
@@ -101,7 +138,11 @@ class References:
         return {TOKEN: seen["small"], STREAMED_TOKEN: seen["float"], TOKENS: (seen["float"] * seen["int8"]) ** 0.5}
 
 
-SUBJECTS: dict[str, Callable[[dict[str, Any], int, bool], Subject]] = {
+class Measurable(Subject, Powered, Protocol):
+    """A subject of the agent: both."""
+
+
+SUBJECTS: dict[str, Callable[[dict[str, Any], int, bool], Measurable]] = {
     "unit": Unit,
     "generate": Generate,
     "encode": Encode,

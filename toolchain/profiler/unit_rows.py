@@ -13,13 +13,13 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from toolchain.costs.operations import tokens_in_flight
+from toolchain.costs.operations import tokens_in_flight, working_set
 from toolchain.costs.rows import MemoryRow, Row, UnitRow, with_interpolation_errors
 from toolchain.costs.table import CostTable
 from toolchain.files import scratch
 from toolchain.graph.model import Graph
 from toolchain.graph.oneunit import random_weights, write_one_unit
-from toolchain.kernels import CATALOGUE
+from toolchain.kernels import CATALOGUE, candidates, runs_as
 from toolchain.profiler.ask import Host, References
 from toolchain.profiler.measure import levelled, summarise
 from toolchain.quantize.packing import packed_bytes
@@ -60,6 +60,12 @@ def token_counts(graph: Graph, shape: tuple[str, int, int], workload: Workload) 
             if tokens:
                 counts.update([1] if tokens == 1 else grid(tokens, phase.batch * graph.context))
     return sorted(counts)
+
+
+def working_sets(graph: Graph, unit: Unit, table: CostTable) -> dict[str, str]:
+    """Every kernel that this shape is measured under → its working set."""
+    names = dict.fromkeys(runs_as(name) for name in candidates(unit, table.header.kernels))
+    return {name: working_set(graph.units, name, table.header.cache_bytes) for name in names}
 
 
 def cases(graph: Graph, unit: Unit, sets: Mapping[str, str], workload: Workload, cache_bytes: int) -> list[Case]:
@@ -117,7 +123,7 @@ def measure(host: Host, unit: Unit, times: Sequence[Case], memory: Sequence[Case
     rows: list[Row] = []
     references: References = {}
     with scratch() as folder:
-        subjects = {case.label: _subject(unit, case, folder) for case in {**dict.fromkeys(times), **dict.fromkeys(memory)}}
+        subjects = {case.label: subject(unit, case, folder) for case in {**dict.fromkeys(times), **dict.fromkeys(memory)}}
         if times:
             answer = host.time([subjects[case.label] for case in times], WINDOWS)
             references, levels = answer["reference_ns"], levelled(answer["trials"])
@@ -136,7 +142,8 @@ def measure(host: Host, unit: Unit, times: Sequence[Case], memory: Sequence[Case
     return rows, references
 
 
-def _subject(unit: Unit, case: Case, folder: Path) -> dict[str, Any]:
+def subject(unit: Unit, case: Case, folder: Path) -> dict[str, Any]:
+    """The agent's description of a case, its one-unit graph written below the folder."""
     place = folder / f"{case.kernel}-{case.copies}"
     if not place.exists():
         place.mkdir()

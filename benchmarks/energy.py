@@ -1,0 +1,242 @@
+"""Does the cost table predict energy? Random policies, predicted against measured; one package measured again and again; and Zeus beside.
+
+    python benchmarks/energy.py MODEL --device DEVICE [--workload generate:64+32] [--policies 20] [--repeats 5] [--zeus 5]
+                                [--trials 2] [--window S] --work DIR [--json FILE] [--report]
+
+Profiles the model first, if the table in --work lacks rows, energy rows among them: the device must have a meter. Everything that was
+measured is kept in --work, package by package, so a killed run goes on. Energy is that of one whole inference of the workload, in mJ, idle
+power included: what `predict` predicts and `check` measures, by the same protocol (`toolchain/profiler/energy.py`), each in a process of
+its own.
+
+    predicted     measured / predicted of every policy; the share within 10% (goal: 90 of 100) and the rank correlation
+    repeated      the first policy's package, --repeats times: largest distance from the median
+    Zeus          the same window, read by our meter and by Zeus at the same two moments, of the first policy's package run back to back in
+                  this process (goal: within 2%). Without the package `zeus` (pip install zeus) the column is null, with the reason.
+
+--report: measure nothing, and report what --work holds so far; on any machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from predict_accuracy import random_policy
+
+from toolchain import hardware
+from toolchain.commands.workflow import measure_costs, opened
+from toolchain.costs.from_table import cost_model
+from toolchain.costs.table import open_table
+from toolchain.errors import MeterError
+from toolchain.files import scratch, write_atomic
+from toolchain.graph.assemble import assemble
+from toolchain.graph.model import Graph
+from toolchain.graph.oneunit import drawn
+from toolchain.hardware import thread_count
+from toolchain.kernels import mean_bits
+from toolchain.profiler import ask, meters
+from toolchain.profiler.ask import Host
+from toolchain.profiler.energy import WARM_S
+from toolchain.profiler.measure import measure_energy, subject
+from toolchain.profiler.subjects import SUBJECTS
+from toolchain.report import table as table_of
+from toolchain.spec import Policy, Workload
+
+NEAR = 0.10
+
+
+def measured(
+    host: Host, graph: Graph, policy: Policy, workload: Workload, meter: str, trials: int, window_s: float
+) -> dict[str, Any]:
+    """What one process saw of a policy's package, or why it saw nothing."""
+    with scratch() as folder:
+        assemble(graph, policy, drawn, folder, graph.layers)
+        seen = measure_energy(host, folder, workload, graph.vocabulary, meter, trials, window_s)
+    return {
+        "energy_mj": seen.total.value,
+        "spread_mj": seen.total.spread,
+        "above_idle_mj": seen.above_idle.value,
+        "idle_mw": seen.idle_mw,
+        "n": seen.total.n,
+        "meter": seen.meter,
+        "window_s": seen.window_s,
+        "meter_error": seen.meter_error,
+        "reason": seen.total.reason,
+    }
+
+
+Bracket = Callable[[], Callable[[], float]]
+"""Opens a window; what it returns closes it and says the mJ."""
+
+
+def zeus_bracket(meter: str) -> tuple[Bracket | None, str]:
+    """(how Zeus reads what this meter reads, "") or (None, why it does not)."""
+    if meter not in ("nvml", "rapl"):
+        return None, f"Zeus is compared for nvml and rapl, not for {meter}"
+    try:
+        from zeus.monitor import ZeusMonitor
+    except ImportError as error:
+        return None, f"the Python package zeus does not import ({error}); type: pip install zeus"
+    monitor = ZeusMonitor(gpu_indices=[0], cpu_indices=[]) if meter == "nvml" else ZeusMonitor(gpu_indices=[])
+
+    def begin() -> Callable[[], float]:
+        monitor.begin_window("window", sync_execution=False)  # a run returns when it has ended
+
+        def end() -> float:
+            seen = monitor.end_window("window", sync_execution=False)
+            joules = seen.gpu_energy if meter == "nvml" else seen.cpu_energy or {}
+            return 1e3 * sum(joules.values())
+
+        return end
+
+    return begin, ""
+
+
+def same_windows(
+    host: Host, graph: Graph, policy: Policy, workload: Workload, meter: str, count: int, window_s: float
+) -> list[dict[str, Any]]:
+    """`count` windows of a package's last phase run back to back in this process, each read by our meter and by Zeus."""
+    bracket, reason = zeus_bracket(meter)
+    rows: list[dict[str, Any]] = []
+    opened_meter = meters.open_meter(meter, Path(ask.SYSFS))
+    with scratch() as folder:
+        assemble(graph, policy, drawn, folder, graph.layers)
+        what = {**subject("package", folder, workload, graph.vocabulary), "provider": host.device.provider}
+        run = list(SUBJECTS[what["kind"]](what, host.threads, False).runs().values())[-1]
+        for _ in range(count):
+            _until(time.monotonic() + WARM_S, run, opened_meter)
+            before = opened_meter.read()
+            end = bracket() if bracket else None
+            start = time.monotonic()
+            _until(start + max(window_s, opened_meter.least_window_s), run, opened_meter)
+            zeus_mj = end() if end else None
+            seconds = time.monotonic() - start
+            ours_mj = opened_meter.read().energy_mj - before.energy_mj
+            ratio = ours_mj / zeus_mj if zeus_mj else None
+            rows.append({"seconds": seconds, "ours_mj": ours_mj, "zeus_mj": zeus_mj, "ours/zeus": ratio, "reason": reason})
+    opened_meter.close()
+    return rows
+
+
+def _until(deadline: float, run: Callable[[], int], meter: meters.Meter) -> None:
+    read_at = time.monotonic()
+    while (now := time.monotonic()) < deadline:
+        run()
+        if now - read_at > meter.longest_gap_s:
+            meter.read()
+            read_at = now
+
+
+def summary(predicted: dict[str, float], done: dict[str, Any]) -> dict[str, Any]:
+    """The three answers, in numbers; null where nothing was measured."""
+    seen = {name: row["energy_mj"] for name, row in done["policies"].items() if row["energy_mj"] and name in predicted}
+    ratios = {name: energy / predicted[name] for name, energy in seen.items()}
+    ranks = [np.argsort(np.argsort([of[name] for name in seen])) for of in (predicted, seen)] if len(seen) > 2 else None
+    repeats = [row["energy_mj"] for row in done["repeats"] if row["energy_mj"]]
+    beside = [row["ours/zeus"] for row in done["zeus"] if row["ours/zeus"]]
+    return {
+        "policies": len(seen),
+        "within_10_percent": sum(abs(ratio - 1) <= NEAR for ratio in ratios.values()) / len(seen) if seen else None,
+        "median_measured/predicted": median(ratios.values()) if seen else None,
+        "largest_error": max((abs(ratio - 1) for ratio in ratios.values()), default=None),
+        "spearman": float(np.corrcoef(*ranks)[0, 1]) if ranks else None,
+        "repeats": len(repeats),
+        "largest_distance_of_repeats": max(abs(energy / median(repeats) - 1) for energy in repeats) if len(repeats) > 1 else None,
+        "zeus_windows": len(beside),
+        "largest_distance_from_zeus": max((abs(ratio - 1) for ratio in beside), default=None),
+        "zeus_reason": next((row["reason"] for row in done["zeus"] if row["reason"]), "" if beside else "not measured"),
+    }
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a model, or a folder with its fp32 graph (graph.json)")
+    parser.add_argument("--device", default="local")
+    parser.add_argument("--workload", default="", help="default: as the command's")
+    parser.add_argument("--policies", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--zeus", type=int, default=5, metavar="WINDOWS")
+    parser.add_argument("--trials", type=int, default=2, help="windows of each phase of a policy")
+    parser.add_argument("--window", type=float, default=0.0, metavar="S", help="seconds (default: the meter's least)")
+    parser.add_argument("--work", type=Path, required=True, help="keep the cost table and the measurements here")
+    parser.add_argument("--report", action="store_true", help="measure nothing")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args(words)
+    device = hardware.load(arguments.device)
+    host = Host(device, thread_count(device))
+    workload = Workload.parse(arguments.workload) if arguments.workload else None
+    ready = (Path(arguments.model) / "graph.json").is_file()
+    with nullcontext() if ready else opened(arguments.model) as source:
+        graph = source.graph if source else Graph.open(Path(arguments.model))
+        if arguments.report:
+            workload = workload or Workload.parse("encode:1x128" if graph.kind == "encoder" else "generate:64+32")
+            costs = cost_model(graph, open_table(arguments.work / device.name / "table.jsonl"), workload)
+        else:
+            costs = measure_costs(graph, device, arguments.work, workload, "benchmark", renew=False).model
+        if "energy_mj" not in costs.per_unit:
+            sys.exit(f"expected a device with energy rows, got none: {costs.no_energy}")
+        rng = random.Random(1)
+        bits = np.linspace(2.1, 7.9, arguments.policies)
+        policies = {f"policy {number}": random_policy(graph, costs, value, rng) for number, value in enumerate(bits)}
+        predicted = {name: costs.totals(policy)["energy_mj"] for name, policy in policies.items()}
+        kept = arguments.work / f"energy-1-{graph.fingerprint[:12]}-{costs.workload}-{arguments.policies}.json".replace(":", "-")
+        done: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {"policies": {}, "repeats": [], "zeus": []}
+        if not arguments.report:
+            _measure(host, graph, costs.workload, policies, arguments, done, kept)
+    spread = costs.relative_spread["energy_mj"]
+    found = {"device": device.name, "workload": str(costs.workload), "predicted_spread": spread, **summary(predicted, done)}
+    rows = [
+        {"policy": name, "mean bits": mean_bits(policies[name], graph.units), "predicted mJ": predicted[name]}
+        | {"measured mJ": row["energy_mj"], "above idle mJ": row["above_idle_mj"], "reason": row["reason"]}
+        for name, row in done["policies"].items()
+    ]
+    for part in (rows, [{"repeat": place, **row} for place, row in enumerate(done["repeats"])], done["zeus"], [found]):
+        if part:
+            print(table_of(part, list(part[0]), markdown=True), end="\n\n")
+    if arguments.json:
+        write_atomic(arguments.json, json.dumps({"summary": found, "rows": rows, "measured": done}, indent=1) + "\n")
+
+
+def _measure(
+    host: Host,
+    graph: Graph,
+    workload: Workload,
+    policies: dict[str, Policy],
+    asked: argparse.Namespace,
+    done: dict[str, Any],
+    kept: Path,
+) -> None:
+    """Fill `done`, and keep it in a file after every package."""
+    name, reason = host.meter()
+    if reason:
+        sys.exit(f"expected a meter, got none: {reason}")
+    order = random.Random(2).sample(list(policies), len(policies))
+    first = next(iter(policies.values()))
+    todo = [policy for policy in order if not done["policies"].get(policy, {}).get("energy_mj")]
+    for number, policy in enumerate(todo):
+        done["policies"][policy] = measured(host, graph, policies[policy], workload, name, asked.trials, asked.window)
+        write_atomic(kept, json.dumps(done))
+        print(f"policies: {number + 1}/{len(todo)}", file=sys.stderr)
+    while len(done["repeats"]) < asked.repeats:
+        done["repeats"].append(measured(host, graph, first, workload, name, asked.trials, asked.window))
+        write_atomic(kept, json.dumps(done))
+        print(f"repeats: {len(done['repeats'])}/{asked.repeats}", file=sys.stderr)
+    if len(done["zeus"]) < asked.zeus:
+        try:
+            done["zeus"] = same_windows(host, graph, first, workload, name, asked.zeus, asked.window)
+        except MeterError as error:
+            done["zeus"] = [{"seconds": None, "ours_mj": None, "zeus_mj": None, "ours/zeus": None, "reason": str(error)}]
+        write_atomic(kept, json.dumps(done))
+
+
+if __name__ == "__main__":
+    main()
