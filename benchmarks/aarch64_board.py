@@ -99,8 +99,8 @@ def _unpack(debian: Path) -> None:
         raise InputError("expected mmdebstrap on the PATH, found none", TYPE)
     note(f"unpacking Debian {SUITE} for arm64 into {debian}")
     with replace_folder(debian, "usr/bin/python3") as out:
-        words = ["mmdebstrap", "--variant=extract", "--architectures=arm64", "--include=python3,libstdc++6", SUITE, str(out)]
-        _done(words, "mmdebstrap to unpack Debian")
+        kind = ["--mode=chrootless", "--variant=extract", "--architectures=arm64", "--include=python3,libstdc++6"]
+        _done(["mmdebstrap", *kind, SUITE, str(out)], "mmdebstrap to unpack Debian")
 
 
 def _install(folder: Path) -> Path:
