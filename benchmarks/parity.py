@@ -147,14 +147,16 @@ def first_difference_of_two(first: Path, second: Path, prompt: np.ndarray) -> in
     return None
 
 
-def nudge_first_norm(package: Path, out: Path) -> None:
-    """A copy whose first norm has every weight one unit in the last place higher."""
+def nudge_first_norm(package: Path, out: Path, units: int = 1) -> None:
+    """A copy whose first norm has every weight so many units in the last place higher; lower if negative."""
     shutil.copytree(package, out)
     model = onnx.load(out / "model.onnx", load_external_data=False)
     norm = next(node for node in model.graph.node if node.op_type.endswith("LayerNormalization"))
     tensor = next(tensor for tensor in model.graph.initializer if tensor.name == norm.input[1])
     weight = load_array(tensor, out)
-    tensor.CopyFrom(numpy_helper.from_array(np.nextafter(weight, np.float32(np.inf)), tensor.name))
+    for _ in range(abs(units)):
+        weight = np.nextafter(weight, np.float32(units * np.inf))
+    tensor.CopyFrom(numpy_helper.from_array(weight, tensor.name))
     onnx.save(model, out / "model.onnx")
 
 

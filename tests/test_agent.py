@@ -31,6 +31,36 @@ def test_the_agent_says_what_it_runs_on() -> None:
     assert answer["cpu"]
 
 
+X86 = "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 1\nmodel name\t: AMD EPYC\nflags\t\t: fpu avx2 sha_ni\n\n"
+ARM = "processor\t: {}\nFeatures\t: {}\nCPU implementer\t: 0x41\nCPU architecture: 8\nCPU part\t: {}\nCPU revision\t: 1\n\n"
+BOARD = "".join(ARM.format(core, "fp asimd asimdhp asimddp", "0xd0b") for core in range(4))
+PHONE = "".join(ARM.format(core, "asimd asimddp i8mm", part) for core, part in enumerate(["0xd46"] * 4 + ["0xd4d"] * 3 + ["0xd4e"]))
+
+
+@pytest.mark.parametrize(
+    ("machine", "lines", "expected"),
+    [
+        ("x86_64", X86 * 2, "AMD EPYC family 25 model 1 (avx2)"),
+        ("aarch64", BOARD + "Revision\t: c04170\n", "aarch64 implementer 0x41 part 0xd0b (asimddp)"),
+        (
+            "aarch64",
+            PHONE,
+            "aarch64 implementer 0x41 part 0xd46, implementer 0x41 part 0xd4d, implementer 0x41 part 0xd4e (asimddp i8mm)",
+        ),
+        ("armv7l", ARM.format(0, "half thumb neon", "0xd03"), "armv7l implementer 0x41 part 0xd03 ()"),
+        ("aarch64", X86, "aarch64 emulated on AMD EPYC"),  # qemu before 8.1
+        ("x86_64", BOARD, "x86_64 emulated on x86_64"),
+    ],
+)
+def test_cpus_that_run_other_kernels_have_other_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: str, lines: str, expected: str
+) -> None:
+    """Two boards of one name would share a cost table."""
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    (tmp_path / "cpuinfo").write_text(lines)
+    assert agent.cpu_name(tmp_path / "cpuinfo") == expected
+
+
 def test_the_agent_is_this_version_whatever_the_working_directory_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder may well hold a `toolchain/`, or a `json.py`."""
     for name in ("toolchain", "numpy", "onnxruntime"):

@@ -48,7 +48,9 @@ BUSY = 0.15
 ROUNDS, LONGEST_SECONDS = 5, 1.0
 VALID_WINDOWS = 5
 SETTLE_SECONDS = 10.0
-_INSTRUCTION_SETS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
+_INSTRUCTION_SETS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8", "asimddp", "i8mm", "sme")
+_ARM = ("aarch", "arm")
+_CPUINFO = Path("/proc/cpuinfo")
 _PIECE = 1 << 16
 BARE = GRAPHS / "bare"
 
@@ -142,17 +144,27 @@ def outputs(request: dict[str, Any]) -> dict[str, Any]:
     return {"outputs": made}
 
 
-def cpu_name() -> str:
-    """Model, family and the instruction sets that decide which kernels run, as the system names them."""
+def cpu_name(cpuinfo: Path = _CPUINFO) -> str:
+    """Model, family and the instruction sets that decide which kernels run, as the system names them; of ARM, which has no such names,
+    maker and part of every kind of core. Lines of another architecture's CPU are an emulator's host: said, and its sets are not ours."""
+    machine = platform.machine()
     try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        blocks = cpuinfo.read_text().split("\n\n")
     except OSError:
-        return platform.processor() or platform.machine()
-    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        return platform.processor() or machine
+    cores = [
+        {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in block.splitlines())} for block in blocks
+    ]
+    fields = cores[0]
+    name = fields.get("model name", machine)
+    if ("Features" in fields) != machine.startswith(_ARM):
+        return f"{machine} emulated on {name}"
     flags = fields.get("flags", fields.get("Features", "")).split()
-    sets = [name for name in _INSTRUCTION_SETS if name in flags]
-    name = fields.get("model name", platform.machine())
-    return f"{name} family {fields.get('cpu family', '?')} model {fields.get('model', '?')} ({' '.join(sets)})"
+    sets = " ".join(known for known in _INSTRUCTION_SETS if known in flags)
+    if "Features" in fields:
+        kinds = dict.fromkeys((core["CPU implementer"], core["CPU part"]) for core in cores if "CPU part" in core)
+        return f"{machine} {', '.join(f'implementer {maker} part {part}' for maker, part in kinds)} ({sets})"
+    return f"{name} family {fields.get('cpu family', '?')} model {fields.get('model', '?')} ({sets})"
 
 
 def last_level_cache_bytes() -> int:
