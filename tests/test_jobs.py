@@ -355,3 +355,19 @@ def test_all_threads_are_the_devices_own(tmp_path: Path, monkeypatch: pytest.Mon
     python.write_text(f'#!/bin/sh\nexec taskset -c 0 {sys.executable} "$@"\n')
     python.chmod(0o755)
     assert Host.of(Device("board", folder=str(tmp_path / "board"), python=str(python))).threads == 1
+
+
+def test_all_devices_are_asked_at_once(tmp_path: Path, cli: Any) -> None:
+    """Neither's Python starts before the other's has been asked for."""
+    words: list[object] = []
+    for name in ("one", "two"):
+        python = tmp_path / f"python-{name}"
+        wait = f"for _ in $(seq 200); do [ -e {tmp_path}/seen-one ] && [ -e {tmp_path}/seen-two ] && break; sleep 0.1; done"
+        other = "two" if name == "one" else "one"
+        python.write_text(
+            f'#!/bin/sh\ntouch {tmp_path}/seen-{name}\n{wait}\n[ -e {tmp_path}/seen-{other} ] && exec {sys.executable} "$@"\n'
+        )
+        python.chmod(0o755)
+        words += ["--device", _device_file(tmp_path, name, python=python)]
+    rows = cli("devices", "--json", *words).json["devices"]
+    assert [(row["device"], row["reachable"], row["threads"]) for row in rows] == [("one", "yes", 1), ("two", "yes", 1)]

@@ -16,7 +16,6 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,15 +61,21 @@ class Link:
         self._caller = uuid.uuid4().hex
         self._asked: Counter[str] = Counter()
         self._owed: list[str] = []
+        self._machine: dict[str, Any] | None = None
         self._identities: dict[str, dict[str, Any]] = {}
         self._digests: dict[tuple[Path, int, int], str] = {}
 
-    @cached_property
+    @property
     def machine(self) -> dict[str, Any]:
         """{"python", "machine", "cpus", "folder"}: the first exchange, which is not tried for long.
 
         Raises UnreachableError where nobody answers, BittailorError where the Python there is too old.
         """
+        if self._machine is None:  # cached_property would have every thread's Link wait for this one's (Python 3.11)
+            self._machine = self._hello()
+        return self._machine
+
+    def _hello(self) -> dict[str, Any]:
         patience = min(self._patience_s, FIRST_PATIENCE_SECONDS)
         found = self._patiently(lambda: self._transport.exchange(self._header("hello"), HELLO_SECONDS), patience, first=True)
         if tuple(int(part) for part in found["python"].split(".")[:2]) < _OLDEST_PYTHON:
