@@ -206,11 +206,21 @@ def test_check_holds_the_energy_of_a_whole_inference(
         assert checked.code == code, checked.err
         assert checked.json["measured"]["energy_mj"]["value"] == 20
         assert checked.json["measured"]["energy_mj"]["n"] == 6
+        assert checked.json["energy"] == {
+            "meter": "rapl: made up",
+            "idle_mw": 5000.0,
+            "above_idle_mj": 15.0,
+            "above_idle_spread_mj": 0.0,
+            "window_s": 1.0,
+            "meter_error": 0.001,
+        }
+    assert "15 mJ of it above idle, which draws 5000 mW" in cli("check", out, "--energy-mj", 21).out
     fast.power_fails = "the counter of rapl (package-0) did not move in 2 s"
     checked = cli("check", out, "--energy-mj", 21, "--json")
     assert checked.code == 3
     assert checked.json["limits"][0]["reason"] == fast.power_fails
-    assert cli("check", out, "--latency-ms", 100, "--json").json["measured"]["energy_mj"]["value"] is None
+    unasked = cli("check", out, "--latency-ms", 100, "--json").json
+    assert (unasked["measured"]["energy_mj"]["value"], unasked["energy"]) == (None, None)
 
 
 def test_a_decoders_inference_is_its_prefill_and_all_its_steps(fast: FastHost) -> None:

@@ -246,6 +246,9 @@ def test_a_gauge_that_tells_power_is_integrated(tmp_path: Path, files: dict[str,
 def test_a_gauge_that_tells_what_is_left_is_a_counter(tmp_path: Path, before: dict[str, int], after: dict[str, int]) -> None:
     meter = Battery(write(tmp_path, _battery(**before)))
     assert not meter.sampled
+    if "voltage_now" in before:
+        write(tmp_path, _battery(**{**before, "voltage_now": 4_040_000}))
+    assert (meter.read().energy_mj, meter.read().changes) == (0, 0)  # a voltage that trembles is not energy
     write(tmp_path, _battery(**{**before, **after}))
     assert meter.read().energy_mj == pytest.approx(3600)  # one mWh
 

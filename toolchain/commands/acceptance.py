@@ -14,7 +14,7 @@ from toolchain import check
 from toolchain.errors import InputError
 from toolchain.package.manifest import Package, open_package
 from toolchain.profiler.ask import Host
-from toolchain.profiler.measure import Observation, measure_energy, measure_package
+from toolchain.profiler.measure import EnergyOfPackage, Observation, measure_energy, measure_package
 from toolchain.progress import note
 from toolchain.spec import DERIVED_BUDGETS, Budget, Device, Measurement, Verdict
 
@@ -36,6 +36,8 @@ class Checked:
     slowness: Mapping[str, float]
     """Latency → how many times as long its reference takes as when the cost table was measured; empty where that is no excuse."""
     running_bytes: float
+    energy: EnergyOfPackage | None = None
+    """How the energy came about; None where it was not measured."""
 
     @property
     def load_peak(self) -> str:
@@ -57,6 +59,7 @@ class Checked:
             "slowness": dict(self.slowness),
             "running_bytes": self.running_bytes,
             "load_peak": self.load_peak or None,
+            "energy": self.energy.to_json() if self.energy else None,
         }
 
 
@@ -69,12 +72,13 @@ def check_package(directory: Path, device: Device, limits: Mapping[str, float]) 
     note(f"measuring {directory} for {package.workload}: some ten seconds{' and energy: minutes' if budget.energy_mj else ''}")
     host = Host.of(device)
     seen = measure_package(directory, package.workload, device, host.threads, package.vocabulary)
-    measurements = {**seen.measurements, **_counted(package), "energy_mj": _energy(package, host, budget)}
+    energy_mj, energy = _energy(package, host, budget)
+    measurements = {**seen.measurements, **_counted(package), "energy_mj": energy_mj}
     slowness = _slowness(package, seen, host) if not limits else {}
     verdicts = tuple(
         _judge(verdict, measurements, slowness.get(verdict.name), budget) for verdict in check.decide(budget, measurements)
     )
-    return Checked(check.overall(verdicts), verdicts, measurements, package.data["predicted"], slowness, seen.running_bytes)
+    return Checked(check.overall(verdicts), verdicts, measurements, package.data["predicted"], slowness, seen.running_bytes, energy)
 
 
 def _judge(verdict: Verdict, measurements: Mapping[str, Measurement], ratio: float | None, budget: Budget) -> Verdict:
@@ -126,11 +130,12 @@ def _counted(package: Package) -> dict[str, Measurement]:
     return {"compute_flop": counted}
 
 
-def _energy(package: Package, host: Host, budget: Budget) -> Measurement:
+def _energy(package: Package, host: Host, budget: Budget) -> tuple[Measurement, EnergyOfPackage | None]:
     """Total energy of one inference, idle power included, as the cost model predicts it; not measured where nothing limits it."""
     if budget.energy_mj is None:
-        return Measurement(None, reason="not measured: no limit on energy was set; type for example: --energy-mj 1000")
+        return Measurement(None, reason="not measured: no limit on energy was set; type for example: --energy-mj 1000"), None
     name, reason = host.meter()
     if reason:
-        return Measurement(None, reason=reason)
-    return measure_energy(host, package.directory, package.workload, package.vocabulary, name).total
+        return Measurement(None, reason=reason), None
+    seen = measure_energy(host, package.directory, package.workload, package.vocabulary, name)
+    return seen.total, seen

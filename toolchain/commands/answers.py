@@ -266,6 +266,9 @@ def check(arguments: Namespace) -> Answer:
         write_atomic(Path(arguments.junit), check.junit(checked.limits, f"bittailor check {Path(arguments.package).name}"))
     rows = [verdict.to_json() for verdict in checked.limits]
     text = f"{table(rows, ['name', 'limit', 'measured', 'low', 'high', 'verdict', 'reason'])}\n{checked.verdict}"
+    if checked.energy and checked.energy.total.value is not None:
+        seen = checked.energy
+        text += f"\nenergy by {seen.meter}: {seen.above_idle.value:.4g} mJ of it above idle, which draws {seen.idle_mw:.0f} mW"
     if checked.load_peak:
         text += f"\n{checked.load_peak}"
     text = "\n".join([text, *(f"predicted {line}" for line in _note_lines(checked.predicted or {}))])

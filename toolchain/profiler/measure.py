@@ -104,6 +104,11 @@ class EnergyOfPackage:
     window_s: float | None = None
     meter_error: float | None = None
 
+    def to_json(self) -> dict[str, Any]:
+        """Without the total, which is a measurement like the others."""
+        above = {"above_idle_mj": self.above_idle.value, "above_idle_spread_mj": self.above_idle.spread}
+        return {"meter": self.meter, "idle_mw": self.idle_mw, **above, "window_s": self.window_s, "meter_error": self.meter_error}
+
 
 def measure_energy(
     host: Host, folder: Path, workload: Workload, vocabulary: int, meter: str, trials: int = ENERGY_TRIALS, window_s: float = 0.0

@@ -43,8 +43,7 @@ class Battery:
             if not kind:
                 raise MeterError(f"{self._folder} tells neither power nor current nor energy")
             self._kind = kind
-            self._first = self._last = self._left_mj()
-            self._changes = 0
+            self._left, self._energy_mj, self._changes = number(self._folder / kind, _REMEDY), 0.0, 0
         self.sampled, self.step_s = power is not None, _INTERVAL_S if power else 0.0
         self.reads = f"{self._folder.name} {kind}"
 
@@ -52,11 +51,11 @@ class Battery:
         self._discharging()
         if self._sampler:
             return self._sampler.read()
-        left = self._left_mj()
-        self._changes += left != self._last
-        self._last = left
-        energy = self._first - left
-        return Reading(energy, energy, self._changes)
+        left = number(self._folder / self._kind, _REMEDY)
+        if left != self._left:
+            self._energy_mj += (self._left - left) * self._unit_mj()
+            self._left, self._changes = left, self._changes + 1
+        return Reading(self._energy_mj, self._energy_mj, self._changes)
 
     def close(self) -> None:
         if self._sampler:
@@ -84,11 +83,9 @@ class Battery:
             return product, "current_now x voltage_now"
         return None, ""
 
-    def _left_mj(self) -> float:
-        left = number(self._folder / self._kind, _REMEDY)
-        if self._kind == "charge_now":
-            return left * number(self._folder / "voltage_now", _REMEDY) / 1e6 * _UWH_MJ
-        return left * _UWH_MJ
+    def _unit_mj(self) -> float:
+        """What one unit of the gauge is worth: of charge, at the voltage of now; the voltage alone moves, and is not energy."""
+        return _UWH_MJ * (number(self._folder / "voltage_now", _REMEDY) / 1e6 if self._kind == "charge_now" else 1.0)
 
 
 def battery(sysfs: Path) -> Path:
