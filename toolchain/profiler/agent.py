@@ -80,12 +80,12 @@ def identify(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def cpu_name(cpuinfo: Path = _CPUINFO) -> str:
+def cpu_name() -> str:
     """Model, family and the instruction sets that decide which kernels run, as the system names them; of ARM, which has no such names,
     maker and part of every kind of core. Lines of another architecture's CPU are an emulator's host: said, and its sets are not ours."""
     machine = platform.machine()
     try:
-        blocks = cpuinfo.read_text().split("\n\n")
+        blocks = _CPUINFO.read_text().split("\n\n")
     except OSError:
         return platform.processor() or machine
     cores = [
