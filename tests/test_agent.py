@@ -57,8 +57,9 @@ def test_cpus_that_run_other_kernels_have_other_names(
 ) -> None:
     """Two boards of one name would share a cost table."""
     monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(agent, "_CPUINFO", tmp_path / "cpuinfo")
     (tmp_path / "cpuinfo").write_text(lines)
-    assert agent.cpu_name(tmp_path / "cpuinfo") == expected
+    assert agent.cpu_name() == expected
 
 
 def test_the_agent_is_this_version_whatever_the_working_directory_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,7 +149,7 @@ def cpu_name(cpuinfo: Path = _CPUINFO) -> str:
     maker and part of every kind of core. Lines of another architecture's CPU are an emulator's host: said, and its sets are not ours."""
     machine = platform.machine()
     try:
-        blocks = cpuinfo.read_text().split("\n\n")
+        blocks = _CPUINFO.read_text().split("\n\n")
     except OSError:
         return platform.processor() or machine
     cores = [
