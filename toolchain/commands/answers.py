@@ -112,8 +112,8 @@ def predict(arguments: Namespace) -> Answer:
     from toolchain.commands import workflow
 
     with workflow.opened(arguments.model) as source:
-        policy = workflow.read_policy(arguments.policy, source)
         device = hardware.load(arguments.device)
+        policy = workflow.read_policy(arguments.policy, source, device)
         folders, workload = workflow.profile_folders(arguments.profiles), _workload(arguments)
         costs = workflow.find_costs(source.graph, device, folders, workload, arguments.allow_predicted)
         data = workflow.predicted(source.graph, costs, policy).to_json()
@@ -178,7 +178,7 @@ def export(arguments: Namespace) -> Answer:
         raise InputError(f"expected --policy or a --method that finds one, got both ({arguments.method})", "leave one of them out")
     with workflow.opened(arguments.model) as source:
         workload = _workload(arguments) or workflow.trained_workload(source) or default_workload(source.graph)
-        policy = workflow.read_policy(arguments.policy, source) if arguments.policy else None
+        policy = workflow.read_policy(arguments.policy, source, device) if arguments.policy else None
         unpredicted = ""
         try:
             costs = workflow.find_costs(source.graph, device, folders, workload, arguments.allow_predicted)

@@ -23,8 +23,8 @@ from toolchain.files import scratch, write_atomic
 from toolchain.graph.assemble import Weights, package_bytes, round_to_nearest
 from toolchain.graph.build import build
 from toolchain.graph.model import Graph
-from toolchain.hardware import meter, named_budget, read_budget, shipped, thread_count
-from toolchain.kernels import CATALOGUE, parts, uniform, validate
+from toolchain.hardware import has_provider, meter, named_budget, read_budget, shipped, thread_count
+from toolchain.kernels import CATALOGUE, full_precision, offered, parts, uniform, validate
 from toolchain.package.export import export_package
 from toolchain.package.manifest import Package
 from toolchain.policy import budgets, proposal
@@ -172,14 +172,19 @@ def _stored_budget(path: Path, name: str) -> Budget:
         ) from error
 
 
-def read_policy(text: str, source: Source) -> Policy:
+def kernels_of(device: Device) -> tuple[str, ...]:
+    """Kernels that a policy for this device may name: those that work here, or the catalogue's word for a provider that is not here."""
+    return working_kernels(device.provider) if has_provider(device.provider).usable else offered(device.provider)
+
+
+def read_policy(text: str, source: Source, device: Device) -> Policy:
     """--policy: a kernel name, or a JSON/YAML file {"units": {name: kernel}}. Raises PolicyError or InputError.
 
     Of a supernet only kernels that it was trained with: those that worked where its table was made.
     """
-    graph, available = source.graph, working_kernels()
+    graph, available = source.graph, kernels_of(device)
     if source.supernet:
-        own = {*source.supernet.kernels, "fp32"}
+        own = {*source.supernet.kernels, full_precision(device.provider)}
         available = tuple(name for name in available if all(part.name in own for part in parts(CATALOGUE[name])))
     path = Path(text)
     if not path.is_file():
@@ -234,7 +239,7 @@ def cut(
     if source.supernet and training is not None:
         offered = proposal.read(source.supernet.meta_network)[0]
         used = {(unit, part.name) for unit, kernel in choice.policy.items() for part in parts(CATALOGUE[kernel])}
-        skipped = sorted({kernel for unit, kernel in used if kernel != "fp32" and kernel not in offered[unit]})
+        skipped = sorted({kernel for unit, kernel in used if CATALOGUE[kernel].quantised and kernel not in offered[unit]})
         if skipped:  # no budget would choose them, so no step saw them
             training["not_trained"] = f"{', '.join(skipped)}: their start alone"
     if training is not None and polish:

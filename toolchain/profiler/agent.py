@@ -11,6 +11,8 @@ A window, not a run, is a trial, because neighbouring runs share the machine's m
 All sessions share one thread pool (pools spin after work: with one each, subjects would steal each other's cores). R tells how fast
 the machine is now: rows are scaled by (R when the table began) / (R in these windows). A neighbour slows different work differently, so
 R is three small graphs, and a row is scaled by those that were seen to slow down as it does (`References`, `benchmarks/references.py`).
+On a GPU, R is the GPU's work and memory is the GPU's. The CPUs only hand it work: windows are dropped where others left them fewer than
+two. Another program on the same GPU is not seen by itself, only in R.
 Refuses to know budgets and policies.
 """
 
@@ -29,9 +31,10 @@ from statistics import median
 from typing import Any
 
 from toolchain.errors import BittailorError, InputError
+from toolchain.profiler import gpu
 from toolchain.profiler.contention import Watch
 from toolchain.profiler.subjects import GRAPHS, SUBJECTS, References, Subject, Unit
-from toolchain.spec import WORKS
+from toolchain.spec import CPU, CUDA, WORKS
 
 PROTOCOL = "interleaved windows, drift-corrected, 4"
 WINDOW_SECONDS = 0.2
@@ -51,6 +54,8 @@ def main(arguments: list[str]) -> int:
         request = json.loads(Path(arguments[0]).read_text())
         if host := request.get("host"):
             threading.Thread(target=_leave_with, args=(host,), daemon=True).start()
+        for item in (*request.get("subjects", ()), *filter(None, [request.get("subject")])):
+            item.setdefault("provider", request.get("provider", CPU))
         answer = actions[request["action"]](request)
     except BittailorError as error:
         sys.stdout.write(json.dumps({"error": str(error)}))
@@ -67,12 +72,13 @@ def _leave_with(host: int) -> None:
 
 
 def identify(request: dict[str, Any]) -> dict[str, Any]:
-    """What a table's header says of the machine: CPU, cache, runtime."""
+    """What a table's header says of the machine: CPU (and before it the GPU, where that computes), cache, runtime."""
     import onnxruntime
 
+    on_gpu = request.get("provider", CPU) == CUDA
     return {
-        "cpu": cpu_name(),
-        "cache_bytes": last_level_cache_bytes(),
+        "cpu": f"{gpu.name()} with {cpu_name()}" if on_gpu else cpu_name(),
+        "cache_bytes": gpu.cache_bytes() if on_gpu else last_level_cache_bytes(),
         "runtime": f"onnxruntime {onnxruntime.__version__}",
         "protocol": PROTOCOL,
     }
@@ -103,15 +109,17 @@ def last_level_cache_bytes() -> int:
 def time_subjects(request: dict[str, Any]) -> dict[str, Any]:
     """Time the subjects in rotation with the reference; {"trials": {name: [{phase_ns}]}, "reference_ns": {work: []}, "dropped", "valid"}.
 
-    request: threads, subjects [{name, kind, folder, tokens, ...}], windows (clean ones wanted).
+    request: threads, provider, subjects [{name, kind, folder, tokens, ...}], windows (clean ones wanted).
     """
     import onnxruntime
 
+    provider = request.get("provider", CPU)
+    busy = tolerated(provider)
     threads, wanted = int(request["threads"]), max(VALID_WINDOWS, int(request["windows"]))
     onnxruntime.set_global_thread_pool_sizes(threads, 1)
-    references = References(threads)
+    references = References(threads, provider)
     subjects = {item["name"]: SUBJECTS[item["kind"]](item, threads, True) for item in request["subjects"]}
-    _settle()
+    _settle(busy)
     for _ in range(2):
         for subject in (references, *subjects.values()):
             subject.trial()
@@ -121,7 +129,7 @@ def time_subjects(request: dict[str, Any]) -> dict[str, Any]:
         watch = Watch()
         window = _window(references, subjects, len(clean) + len(disturbed), watch)
         others = watch.usage().others
-        (disturbed if others is not None and others > BUSY else clean).append(window)
+        (disturbed if others is not None and others > busy else clean).append(window)
     valid = len(clean) >= VALID_WINDOWS
     shown = clean if valid else clean + disturbed  # not valid: all of them, so that somebody can see how disturbed
     return {
@@ -130,6 +138,11 @@ def time_subjects(request: dict[str, Any]) -> dict[str, Any]:
         "dropped": len(disturbed),
         "valid": valid,
     }
+
+
+def tolerated(provider: str) -> float:
+    """Share of the CPUs that others may use in a window: BUSY where CPUs compute, all but two where they only hand work to a GPU."""
+    return BUSY if provider != CUDA else max(BUSY, 1 - 2 / (os.cpu_count() or 1))
 
 
 @dataclass(frozen=True)
@@ -162,24 +175,27 @@ def _goes_on(rounds: int, seconds: float) -> bool:
     return seconds < WINDOW_SECONDS or (rounds < ROUNDS and seconds < LONGEST_SECONDS)
 
 
-def _settle() -> None:
-    """Wait until others use less than 15% of the CPUs for half a second, at most 10 s."""
+def _settle(busy: float) -> None:
+    """Wait until others use less than `busy` of the CPUs for half a second, at most 10 s."""
     deadline = time.monotonic() + SETTLE_SECONDS
     while time.monotonic() < deadline:
         watch = Watch()
         time.sleep(0.5)
         others = watch.usage().others
-        if others is None or others < BUSY:
+        if others is None or others < busy:
             return
 
 
 def peak(request: dict[str, Any]) -> dict[str, Any]:
     """Rise of this process's resident set over a bare runtime process: highest, loading and two trials included, and afterwards.
+    On a GPU, of the GPU's memory in use: the runtime gives none back while a session lives, so both are what it has when it has run.
 
     Needs a fresh process.
     """
     threads = int(request["threads"])
     subject = request["subject"]
+    if request.get("provider", CPU) == CUDA:
+        return _gpu_peak(subject, threads)
     Unit({"folder": BARE, "tokens": 1, "rows": 1}, threads, shared_pool=False).trial()
     before = _peak_bytes()  # before the reading, whose buffer is not the model's doing
     _read_anew(Path(subject["folder"]))
@@ -192,6 +208,19 @@ def peak(request: dict[str, Any]) -> dict[str, Any]:
     resident = _resident_bytes()
     highest = max(_peak_bytes(), resident)  # the system counts pages per CPU and sums them loosely: its peak may lag by some
     return {"peak_bytes": highest - before, "running_bytes": resident - before}
+
+
+def _gpu_peak(subject: dict[str, Any], threads: int) -> dict[str, Any]:
+    """The subject takes the place of a bare session: what every session has (the libraries' handles and workspace) counts for neither."""
+    bare = Unit({"folder": BARE, "tokens": 1, "rows": 1, "provider": CUDA}, threads, shared_pool=False)
+    bare.trial()
+    before = gpu.used_bytes()
+    del bare
+    running = SUBJECTS[subject["kind"]](subject, threads, False)
+    running.trial()
+    running.trial()
+    rise = max(0, gpu.used_bytes() - before)
+    return {"peak_bytes": rise, "running_bytes": rise}
 
 
 def _read_anew(folder: Path) -> None:

@@ -13,7 +13,9 @@ from typing import Any
 
 from toolchain.errors import BittailorError, InputError
 from toolchain.files import scratch
-from toolchain.spec import Device
+from toolchain.hardware import has_provider
+from toolchain.kernels import offered
+from toolchain.spec import CPU, CUDA, Device
 
 TIMEOUT_SECONDS = 1800
 
@@ -47,14 +49,19 @@ class Host:
             raise InputError(
                 f"expected a device with transport 'local', got {self.device.transport!r}", "this version reaches no other"
             )
-        if self.device.provider != "CPUExecutionProvider":
+        if not offered(self.device.provider):
             raise InputError(
-                f"expected provider CPUExecutionProvider for {self.device.name!r}, got {self.device.provider}",
+                f"expected provider {CPU} or {CUDA} for {self.device.name!r}, got {self.device.provider}",
                 "this version measures no other",
+            )
+        if not (state := has_provider(self.device.provider)).usable:
+            raise InputError(
+                f"expected {self.device.provider} for {self.device.name!r}: {state.reason}",
+                "type: pip install onnxruntime-gpu" if self.device.provider == CUDA else "",
             )
         with scratch() as folder:
             path = folder / "request.json"
-            path.write_text(json.dumps({**request, "host": os.getpid()}))
+            path.write_text(json.dumps({**request, "provider": self.device.provider, "host": os.getpid()}))
             # The package's own folder goes first, and -P keeps the working directory out, so that the agent is this version
             # whatever lies there; what the host finds through PYTHONPATH, the agent finds too.
             search = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]

@@ -42,7 +42,7 @@ def current_header(device: Device, threads: int, meter: str = "", command: str =
         meter=meter,
         date=datetime.now(UTC).strftime("%Y-%m-%d"),
         command=command,
-        kernels=working_kernels(),
+        kernels=working_kernels(device.provider),
         cache_bytes=answer["cache_bytes"],
     )
 

@@ -115,7 +115,8 @@ class SupernetFolder:
             for key in ("kernels", "sensitivity"):
                 if not isinstance(data[key], Mapping):
                     raise ValueError(f"no {key}")
-            needed = {f"quantised/{name}.safetensors" for names in data["kernels"].values() for name in names if name != "fp32"}
+            given = {name for names in data["kernels"].values() for name in names}
+            needed = {f"quantised/{name}.safetensors" for name in given if CATALOGUE[name].quantised}
             if missing := sorted((needed | {"meta_network.safetensors"}) - set(files)):
                 raise ValueError(f"no {missing[0]} in its list")
         except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
