@@ -122,11 +122,12 @@ def candidates(unit: Unit, available: Iterable[str] = offered()) -> tuple[str, .
 
 
 def uniform(name: str, units: Sequence[Unit], available: Iterable[str] | None = None) -> Policy:
-    """The policy a bare kernel name means: that kernel on every linear, the legal one of the same bits on embedding and head.
+    """The policy a bare kernel name means: that kernel on every linear, the legal one of the same bits on embedding and head, or of
+    the next more.
 
     available: default all of the kernel's provider.
 
-    Raises PolicyError for an unknown name, or a unit with no kernel of these bits.
+    Raises PolicyError for an unknown name, or a unit with no kernel of these bits or more.
     """
     if name not in CATALOGUE:
         raise PolicyError(f"expected a kernel among {', '.join(CATALOGUE)}, got {name!r}", "or name a policy file that exists")
@@ -134,11 +135,11 @@ def uniform(name: str, units: Sequence[Unit], available: Iterable[str] | None = 
     choice = {}
     for unit in units:
         names = candidates(unit, available)
-        same_bits = [other for other in names if CATALOGUE[other].weight_bits == CATALOGUE[name].weight_bits]
+        enough = [other for other in names if CATALOGUE[other].weight_bits >= CATALOGUE[name].weight_bits]
         if name in names:
             choice[unit.name] = name
-        elif same_bits:
-            choice[unit.name] = same_bits[0]
+        elif enough:
+            choice[unit.name] = min(enough, key=lambda other: CATALOGUE[other].weight_bits)
         else:
             raise PolicyError(f"unit {unit.name!r} ({unit.op} {unit.K}x{unit.N}) has no {name} kernel on this runtime")
     return Policy.of(choice)
@@ -158,6 +159,23 @@ def validate(policy: Mapping[str, str], units: Sequence[Unit], available: Iterab
         if policy[unit.name] not in allowed:
             raise PolicyError(f"expected a kernel among {', '.join(allowed)} for unit {unit.name!r}, got {policy[unit.name]!r}")
     return Policy.of(policy)
+
+
+def translated(policy: Mapping[str, str], units: Sequence[Unit], provider: str) -> Policy:
+    """What comes nearest to a policy with another provider's kernels: of the same bits, and of those in groups of the same width if any
+    has it. Raises PolicyError where a unit has none of its bits.
+    """
+    choice = {}
+    for unit in units:
+        kernel = parts(CATALOGUE[policy[unit.name]])[0]
+        near = [CATALOGUE[name] for name in candidates(unit, offered(provider)) if not CATALOGUE[name].prefill]
+        near = [other for other in near if other.weight_bits == kernel.weight_bits or not (other.quantised or kernel.quantised)]
+        if not near:
+            raise PolicyError(
+                f"unit {unit.name!r} ({unit.op} {unit.K}x{unit.N}) has no kernel of {kernel.weight_bits} bits on {provider}"
+            )
+        choice[unit.name] = min(near, key=lambda other: other.group_size != kernel.group_size).name
+    return Policy.of(choice)
 
 
 def mean_bits(policy: Mapping[str, str], units: Sequence[Unit]) -> float:

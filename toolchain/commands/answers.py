@@ -242,10 +242,16 @@ def evaluate(arguments: Namespace) -> Answer:
 
 
 def run(arguments: Namespace) -> Answer:
+    from toolchain.hardware import has_provider
     from toolchain.package.generate import generate
     from toolchain.package.manifest import open_package
+    from toolchain.progress import note
+    from toolchain.spec import CPU
 
     package = open_package(Path(arguments.package))
-    made = generate(package.directory, arguments.prompt, arguments.tokens)
+    here = has_provider(package.provider)
+    if not here.usable:
+        note(f"bittailor: made for {package.provider}, runs on the CPU instead: {here.reason}")
+    made = generate(package.directory, arguments.prompt, arguments.tokens, provider=package.provider if here.usable else CPU)
     # An encoder-decoder answers its source; a decoder goes on with the prompt.
     return Answer(made.to_json(), made.text if package.kind == "encoder-decoder" else arguments.prompt + made.text)

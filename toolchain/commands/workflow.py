@@ -259,6 +259,7 @@ def cut(
         out,
         workload=workload,
         device=device.name,
+        provider=device.provider,
         budget=budget,
         predicted=cost,
         gap_to_optimum=choice.gap_to_optimum,
