@@ -119,7 +119,7 @@ def time_subjects(request: dict[str, Any]) -> dict[str, Any]:
     onnxruntime.set_global_thread_pool_sizes(threads, 1)
     references = References(threads, provider)
     subjects = {item["name"]: SUBJECTS[item["kind"]](item, threads, True) for item in request["subjects"]}
-    _settle(busy)
+    _settle()
     for _ in range(2):
         for subject in (references, *subjects.values()):
             subject.trial()
@@ -175,14 +175,14 @@ def _goes_on(rounds: int, seconds: float) -> bool:
     return seconds < WINDOW_SECONDS or (rounds < ROUNDS and seconds < LONGEST_SECONDS)
 
 
-def _settle(busy: float) -> None:
-    """Wait until others use less than `busy` of the CPUs for half a second, at most 10 s."""
+def _settle() -> None:
+    """Wait until others use less than 15% of the CPUs for half a second, at most 10 s."""
     deadline = time.monotonic() + SETTLE_SECONDS
     while time.monotonic() < deadline:
         watch = Watch()
         time.sleep(0.5)
         others = watch.usage().others
-        if others is None or others < busy:
+        if others is None or others < BUSY:
             return
 
 
