@@ -107,6 +107,7 @@ def open_session(
     options.log_severity_level = 3  # errors only: warnings would go to stderr in the middle of a progress line
     if only and provider != CPU:
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        options.log_severity_level = 4  # who asks expects to be refused
     if provider == CUDA:
         _load_libraries()
     try:

@@ -31,7 +31,7 @@ _TOKENS = (1, 5, 96)
 def working_kernels(provider: str = CPU) -> tuple[str, ...]:
     """Names of the provider's kernels that load and compute right here, in catalogue order.
 
-    Raises InputError where the runtime has no such provider, or it does not start.
+    Raises InputError where the runtime has no such provider, it does not start, or it computes none of them.
     """
     if not (state := has_provider(provider)).usable:
         raise InputError(f"expected {provider}: {state.reason}", "type: pip install onnxruntime-gpu" if provider == CUDA else "")
@@ -42,6 +42,8 @@ def working_kernels(provider: str = CPU) -> tuple[str, ...]:
         whole = all(part.name in works for part in parts(kernel)) if kernel.prefill else True
         if whole and all(relative_error(unit, kernel, provider) < tolerance for unit in _UNITS if legal(unit, kernel)):
             works.append(name)
+    if not works:
+        raise InputError(f"expected {provider} to compute at least one kernel right, none of {', '.join(offered(provider))} does")
     return tuple(works)
 
 
