@@ -93,6 +93,18 @@ def runs_as(name: str) -> str:
     )
 
 
+def counterpart(name: str, available: Iterable[str]) -> str:
+    """The kernel among `available` that has the same codes, or like it none: w4g32 of w4g32-fp16, fp32 of fp16. "" where there is none."""
+
+    def codes(kernel: Kernel) -> tuple[object, ...]:
+        kind = (kernel.weight_bits, kernel.container_bits, kernel.group_size, kernel.symmetric) if kernel.quantised else ()
+        return (*kind, kernel.prefill)
+
+    available = tuple(available)
+    wanted = codes(CATALOGUE[name])
+    return name if name in available else next((other for other in available if codes(CATALOGUE[other]) == wanted), "")
+
+
 def node_op(unit_op: str, kernel: Kernel) -> str:
     """The ONNX op that executes a unit of this op with this kernel."""
     if not kernel.quantised:

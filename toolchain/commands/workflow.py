@@ -24,7 +24,7 @@ from toolchain.graph.assemble import Weights, package_bytes, round_to_nearest
 from toolchain.graph.build import build
 from toolchain.graph.model import Graph
 from toolchain.hardware import has_provider, meter, named_budget, read_budget, shipped, thread_count
-from toolchain.kernels import CATALOGUE, full_precision, offered, parts, uniform, validate
+from toolchain.kernels import CATALOGUE, counterpart, full_precision, offered, parts, uniform, validate
 from toolchain.package.export import export_package
 from toolchain.package.manifest import Package
 from toolchain.policy import budgets, proposal
@@ -184,8 +184,8 @@ def read_policy(text: str, source: Source, device: Device) -> Policy:
     """
     graph, available = source.graph, kernels_of(device)
     if source.supernet:
-        own = {*source.supernet.kernels, full_precision(device.provider)}
-        available = tuple(name for name in available if all(part.name in own for part in parts(CATALOGUE[name])))
+        own = (*source.supernet.kernels, full_precision(device.provider))
+        available = tuple(name for name in available if all(counterpart(part.name, own) for part in parts(CATALOGUE[name])))
     path = Path(text)
     if not path.is_file():
         return uniform(text, graph.units, available)
@@ -239,7 +239,11 @@ def cut(
     if source.supernet and training is not None:
         offered = proposal.read(source.supernet.meta_network)[0]
         used = {(unit, part.name) for unit, kernel in choice.policy.items() for part in parts(CATALOGUE[kernel])}
-        skipped = sorted({kernel for unit, kernel in used if CATALOGUE[kernel].quantised and kernel not in offered[unit]})
+        skipped = sorted(
+            {kernel for unit, kernel in used if CATALOGUE[kernel].quantised and not counterpart(kernel, offered[unit])}
+        )
+        if other := sorted({kernel for _, kernel in used if CATALOGUE[kernel].quantised and kernel not in source.supernet.kernels}):
+            training["trained_as"] = {kernel: counterpart(kernel, source.supernet.kernels) for kernel in other}
         if skipped:  # no budget would choose them, so no step saw them
             training["not_trained"] = f"{', '.join(skipped)}: their start alone"
     if training is not None and polish:
