@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import Result
 
+from toolchain.decoding import check_cache
 from toolchain.errors import InputError, PolicyError
 from toolchain.graph.oneunit import random_weights, write_one_unit
 from toolchain.hardware import has_provider, load
@@ -31,7 +32,7 @@ from toolchain.kernels import (
 )
 from toolchain.profiler import agent, probe
 from toolchain.quantize.affine import Quantized, dequantize, quantize, quantize_activation, unquantised
-from toolchain.session import open_session
+from toolchain.session import CacheSlot, open_session
 from toolchain.spec import CPU, CUDA, Policy, Unit
 
 KERNELS = offered(CUDA)
@@ -391,6 +392,31 @@ def test_a_provider_that_does_not_start_is_no_cpu(tmp_path: Path, capsys: pytest
     request.write_text(json.dumps({"action": "peak", "threads": 1, "provider": CUDA, "subject": unit}))
     assert agent.main([str(request)]) == 2
     assert "expected CUDAExecutionProvider to start" in json.loads(capsys.readouterr().out)["error"]
+
+
+def test_cuda_takes_no_cache_of_fp32() -> None:
+    """Its attention would run on the CPU, on a copy of the cache: wrong logits, and no error."""
+    slots = [CacheSlot("past_key_values.0.key", "present.0.key", 2, 8, np.dtype(kind)) for kind in (np.float16, np.float32)]
+    check_cache(slots, CPU)
+    check_cache(slots[:1], CUDA)
+    with pytest.raises(InputError, match="expected a decoder in fp16 for CUDAExecutionProvider, got a cache of float32"):
+        check_cache(slots, CUDA)
+
+
+def test_a_gpu_is_warmed_up_for_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter(range(100))
+    monkeypatch.setattr(agent.time, "monotonic", lambda: next(now))
+    runs: list[str] = []
+
+    class Subject:
+        def trial(self) -> dict[str, float]:
+            runs.append("run")
+            return {}
+
+    agent._warm_up([Subject()], agent.WARM_UP_SECONDS.get(CPU, 0.0))
+    assert len(runs) == 2
+    agent._warm_up([Subject()], agent.WARM_UP_SECONDS[CUDA])
+    assert len(runs) == 2 + 6  # the clock's second reading is one second after its first; the first two rounds do not ask
 
 
 def test_a_busy_cpu_is_no_busy_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ The cache stays in the provider's memory; token ids go there and logits come bac
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,6 +18,7 @@ from toolchain.errors import InputError
 from toolchain.session import (
     ENCODER,
     STEP,
+    CacheSlot,
     TokenInputs,
     cache_slots,
     cross_slots,
@@ -25,7 +27,7 @@ from toolchain.session import (
     open_session,
     token_feeds,
 )
-from toolchain.spec import CPU
+from toolchain.spec import CPU, CUDA
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -57,6 +59,15 @@ def open_generator(
     return Decoder(directory, threads, prompt + new_tokens, shared_pool, provider)
 
 
+def check_cache(slots: Sequence[CacheSlot], provider: str) -> None:
+    """Raise InputError for a cache that the provider's attention does not take: CUDA's takes fp16 alone. With fp32 it runs on the CPU, on a
+    copy of the bound cache, and what it adds is lost (logits were off by 0.7 of their norm)."""
+    if provider == CUDA and (wrong := [slot for slot in slots if slot.dtype != np.float16]):
+        raise InputError(
+            f"expected a decoder in fp16 for {CUDA}, got a cache of {wrong[0].dtype}", "export it for a device with that provider"
+        )
+
+
 class Decoder:
     """One session and its cache. `prefill` starts a sequence, `step` adds a token; both return the last position's logits [V]."""
 
@@ -76,6 +87,7 @@ class Decoder:
         slots = cache_slots(self._session)
         if not slots:
             raise InputError(f"expected a decoder (a graph with past_key_values inputs) in {directory}, got none")
+        check_cache(slots, provider)
         self._inputs = TokenInputs.of(self._session)
         # Bound once: the buffers stay, and binding them anew for every token took up to a tenth of it (`benchmarks/roofline.py`).
         self._binding = self._session.io_binding()

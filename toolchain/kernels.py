@@ -15,7 +15,7 @@ On the CPU:
 On CUDA, names end in -fp16:
 - MatMulNBits takes the same codes but knows no int8 activations (accuracy_level is ignored there): scales, activations and sums are fp16.
 - Their activation says that the whole graph is fp16 (`float_type`), cache included: no Cast between units, and half the bytes of the cache.
-- There is no fp32 kernel: GroupQueryAttention has none on CUDA, and fp16 loses nothing that quantising has not lost.
+- There is no fp32 kernel: GroupQueryAttention has none on CUDA and would run on the CPU, and fp16 loses less than any quantising.
 """
 
 from __future__ import annotations
@@ -121,7 +121,8 @@ def legal(unit: Unit, kernel: Kernel) -> bool:
     if unit.op == "Gather" and kernel.quantised:
         if kernel.activation == "int8_tensor" or unit.K % kernel.group_size:
             return False
-        # CUDA's GatherBlockQuantized reads the zero points of all rows as one string of bits: each row must end with a byte.
+        # CUDA's GatherBlockQuantized reads the zero points of all rows as one string of bits: each row must end with a byte (else
+        # rows from the second on are wrong, by 0.8 of their norm).
         return kernel.provider != CUDA or unit.K // kernel.group_size * kernel.container_bits % 8 == 0
     # A group wider than the layer is all padding: it would cost more than per-row scales and gain nothing.
     return kernel.group_size <= unit.K
