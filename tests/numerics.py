@@ -12,7 +12,7 @@ from random_models import VOCABULARY
 from toolchain.decoding import EncoderDecoder
 from toolchain.graph.model import Graph
 from toolchain.kernels import CATALOGUE, candidates
-from toolchain.quantize.affine import dequantize, quantize, quantize_activation
+from toolchain.quantize.affine import dequantize, quantize, quantize_activation, unquantised
 from toolchain.session import cache_slots, open_session, token_feeds
 from toolchain.spec import Policy
 
@@ -33,7 +33,7 @@ def with_kernels(model: Any, graph: Graph, policy: Policy) -> Any:
     for unit in graph.units:
         kernel = CATALOGUE[policy[unit.name]]
         weight = graph.weight(unit).copy()
-        rows = torch.from_numpy(dequantize(quantize(weight, kernel)) if kernel.quantised else weight)
+        rows = torch.from_numpy(dequantize(quantize(weight, kernel)) if kernel.quantised else unquantised(weight, kernel))
         sizes = [modules[name].weight.shape[0] for name in unit.modules]
         for name, part in zip(unit.modules, torch.split(rows, sizes), strict=True):
             if unit.op == "Gather":

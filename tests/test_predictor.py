@@ -19,7 +19,7 @@ from toolchain.costs.rows import MemoryRow, ModelRow, ModelShapeRow, UnitRow
 from toolchain.costs.table import CostTable, open_table
 from toolchain.errors import DamagedFileError, MissingCostError
 from toolchain.graph.model import Graph
-from toolchain.kernels import CATALOGUE, uniform
+from toolchain.kernels import CATALOGUE, offered, uniform
 from toolchain.package.manifest import open_package
 from toolchain.quantize.packing import packed_bytes
 from toolchain.spec import Unit, Workload
@@ -202,7 +202,7 @@ def test_a_prediction_is_as_unsure_as_its_unsure_part() -> None:
     unsure = {
         (unit.name, name): PREDICTOR.latency(unit, name.replace("w3", "w4"), 1)
         for unit in NEW.units
-        for name in CATALOGUE
+        for name in offered()
         if unit.N == 1152
     }
     added = guesses_spread(unsure, model.per_unit["latency_ms"], model.fixed["latency_ms"])

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from toolchain.errors import DamagedFileError
-from toolchain.kernels import CATALOGUE, legal, parts
+from toolchain.kernels import CATALOGUE, legal, offered, parts
 from toolchain.profiler import probe
 from toolchain.quantize.affine import Quantized
 from toolchain.spec import Kernel, Unit
@@ -27,7 +28,7 @@ def fresh() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("op", "name"), [(op, name) for op, unit in UNITS.items() for name, kernel in CATALOGUE.items() if legal(unit, kernel)]
+    ("op", "name"), [(op, name) for op, unit in UNITS.items() for name in offered() if legal(unit, CATALOGUE[name])]
 )
 def test_each_kernel_is_offered_exactly_when_the_runtime_computes_it(op: str, name: str) -> None:
     """On the runtime that pyproject.toml asks for, all of them are: relative error 1e-6 or so, measured against 1e-3."""
@@ -40,7 +41,7 @@ def test_offered_kernels_are_in_catalogue_order() -> None:
 
 
 @pytest.mark.parametrize("shape", [(160, 64), (200, 24), (257, 3)])
-@pytest.mark.parametrize("name", CATALOGUE)
+@pytest.mark.parametrize("name", offered())
 def test_widths_that_no_group_divides_compute_right_too(shape: tuple[int, int], name: str) -> None:
     unit, kernel = Unit("odd", "MatMul", *shape), CATALOGUE[name]
     assert legal(unit, kernel)
@@ -48,7 +49,7 @@ def test_widths_that_no_group_divides_compute_right_too(shape: tuple[int, int], 
 
 
 @pytest.mark.usefixtures("fresh")
-@pytest.mark.parametrize("name", [name for name, kernel in CATALOGUE.items() if kernel.quantised])
+@pytest.mark.parametrize("name", [name for name in offered() if CATALOGUE[name].quantised])
 def test_a_kernel_that_is_one_step_off_is_not_offered(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """What a zero point read one off, or swapped nibbles, would do: every code's lowest bit is wrong in the graph."""
     right = probe.write_one_unit
@@ -61,9 +62,7 @@ def test_a_kernel_that_is_one_step_off_is_not_offered(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(probe, "write_one_unit", wrong)
     # A kernel of two phases goes with either of its parts.
-    whole = tuple(
-        other for other, kernel in CATALOGUE.items() if name != other and name not in [part.name for part in parts(kernel)]
-    )
+    whole = tuple(other for other in offered() if name != other and name not in [part.name for part in parts(CATALOGUE[other])])
     assert probe.working_kernels() == whole
 
 
@@ -71,10 +70,10 @@ def test_a_kernel_that_is_one_step_off_is_not_offered(monkeypatch: pytest.Monkey
 def test_a_kernel_that_the_runtime_refuses_is_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
     real = probe.open_session
 
-    def refusing(folder: Path, threads: int) -> object:
+    def refusing(folder: Path, **how: Any) -> object:
         if b"GatherBlockQuantized" in (folder / "model.onnx").read_bytes():
             raise DamagedFileError("not here")
-        return real(folder, threads)
+        return real(folder, **how)
 
     monkeypatch.setattr(probe, "open_session", refusing)
     assert probe.working_kernels() == ("fp32", "w8a8")

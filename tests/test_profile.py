@@ -19,7 +19,7 @@ from fast_host import FastHost
 from toolchain.costs.rows import MemoryRow, ModelMemoryRow, ModelRow, Row, UnitRow
 from toolchain.costs.table import CostTable, open_table
 from toolchain.hardware import load
-from toolchain.kernels import CATALOGUE, candidates, runs_as
+from toolchain.kernels import candidates, offered, runs_as
 from toolchain.profiler import model_rows
 from toolchain.profiler.ask import Host
 from toolchain.profiler.measure import summarise
@@ -259,7 +259,7 @@ def test_whole_models_are_timed_in_sessions_that_are_brought_to_one_speed(
     """The second session's machine is half as fast, and its references say so; in the third the models alone took longer. A disturbed one
     is left out where two are left; the first of those used sets the speed."""
     graph, workload = graphs("bert"), Workload.parse("encode:1x16")
-    table = CostTable(replace(current_header(load("local"), 1), kernels=tuple(CATALOGUE), cache_bytes=2**30), {})
+    table = CostTable(replace(current_header(load("local"), 1), kernels=offered(), cache_bytes=2**30), {})
     orders: list[list[str]] = []
 
     class Scripted(Host):
@@ -295,7 +295,7 @@ def test_whole_models_are_timed_in_sessions_that_are_brought_to_one_speed(
 def test_of_a_model_that_is_cut_some_are_measured_whole(graphs: Any) -> None:
     """The smallest depth is as many layers as these have, so a model of more is made of the same units."""
     graph = graphs("llama", num_hidden_layers=6)
-    kernels = tuple(CATALOGUE)
+    kernels = offered()
     cut = model_rows.anchors(graph, kernels, cache_bytes=1)
     assert {anchor.layers for anchor in cut} == {4, 6}
     for name in model_rows.WHOLE:

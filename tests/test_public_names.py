@@ -9,7 +9,9 @@ def test_public_names():
 
     assert names(spec) == "Budget Cost Device Estimate Kernel Measurement Phase Policy Unit Verdict Workload"
     assert names(check) == "decide exit_code junit median_interval overall"
-    assert names(hardware).startswith("Availability list_devices load meter named_budget reachable read_budget shipped")
+    assert names(hardware).startswith(
+        "Availability has_provider list_devices load meter named_budget reachable read_budget shipped"
+    )
     assert {"BittailorError", "InfeasibleBudgetError", "InputError", "MissingCostError", "StaleTableError"} <= {
         *names(errors).split()
     }

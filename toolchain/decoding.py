@@ -3,17 +3,31 @@
 numpy and onnxruntime only. The profiler times it, the package check runs it and `bittailor run` generates with it: what is measured
 is what serves. A decoder has one buffer per KV tensor, bound as past and as present, because copying the cache every step costs more
 than the attention does. An encoder-decoder's graph concatenates, so there the runtime's own output is bound as the next step's input.
+The cache stays in the provider's memory; token ids go there and logits come back with every step, and a run returns when it is done.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from toolchain.errors import InputError
-from toolchain.session import ENCODER, STEP, TokenInputs, cache_slots, cross_slots, is_encoder_decoder, open_session, token_feeds
+from toolchain.session import (
+    ENCODER,
+    STEP,
+    CacheSlot,
+    TokenInputs,
+    cache_slots,
+    cross_slots,
+    is_encoder_decoder,
+    memory_of,
+    open_session,
+    token_feeds,
+)
+from toolchain.spec import CPU, CUDA
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -38,31 +52,54 @@ class Generator(Protocol):
 
 
 def open_generator(
-    directory: Path, threads: int = 0, prompt: int = 1, new_tokens: int = DEFAULT_CONTEXT, shared_pool: bool = False, start: int = 0
+    directory: Path,
+    threads: int = 0,
+    prompt: int = 1,
+    new_tokens: int = DEFAULT_CONTEXT,
+    shared_pool: bool = False,
+    start: int = 0,
+    provider: str = CPU,
 ) -> Generator:
     """The Decoder or EncoderDecoder of a folder, with room for so many prompt tokens and new ones. start: see EncoderDecoder."""
     if is_encoder_decoder(directory):
-        return EncoderDecoder(directory, threads, new_tokens + 1, shared_pool, start)
-    return Decoder(directory, threads, prompt + new_tokens, shared_pool)
+        return EncoderDecoder(directory, threads, new_tokens + 1, shared_pool, start, provider)
+    return Decoder(directory, threads, prompt + new_tokens, shared_pool, provider)
+
+
+def check_cache(slots: Sequence[CacheSlot], provider: str) -> None:
+    """Raise InputError for a cache that the provider's attention does not take: CUDA's takes fp16 alone. With fp32 it runs on the CPU, on a
+    copy of the bound cache, and what it adds is lost (logits were off by 0.7 of their norm)."""
+    if provider == CUDA and (wrong := [slot for slot in slots if slot.dtype != np.float16]):
+        raise InputError(
+            f"expected a decoder in fp16 for {CUDA}, got a cache of {wrong[0].dtype}", "export it for a device with that provider"
+        )
 
 
 class Decoder:
     """One session and its cache. `prefill` starts a sequence, `step` adds a token; both return the last position's logits [V]."""
 
-    def __init__(self, directory: Path, threads: int = 0, capacity: int = DEFAULT_CONTEXT, shared_pool: bool = False) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        threads: int = 0,
+        capacity: int = DEFAULT_CONTEXT,
+        shared_pool: bool = False,
+        provider: str = CPU,
+    ) -> None:
         """Raises InputError for a folder without a decoder, or a capacity below 1."""
         if capacity < 1:
             raise InputError(f"expected room for at least 1 token, got {capacity}")
         self.capacity = capacity
-        self._session = open_session(directory, threads, shared_pool=shared_pool)
+        self._session = open_session(directory, threads, provider, shared_pool)
         slots = cache_slots(self._session)
         if not slots:
             raise InputError(f"expected a decoder (a graph with past_key_values inputs) in {directory}, got none")
+        check_cache(slots, provider)
         self._inputs = TokenInputs.of(self._session)
         # Bound once: the buffers stay, and binding them anew for every token took up to a tenth of it (`benchmarks/roofline.py`).
         self._binding = self._session.io_binding()
         for slot in slots:
-            buffer = _value(slot.zeros(capacity))
+            buffer = _value(slot.zeros(capacity), memory_of(provider))
             self._binding.bind_ortvalue_input(slot.past, buffer)
             self._binding.bind_ortvalue_output(slot.present, buffer)
         self._logits = self._fixed_logits()
@@ -127,14 +164,20 @@ class EncoderDecoder:
     """
 
     def __init__(
-        self, directory: Path, threads: int = 0, capacity: int = DEFAULT_CONTEXT, shared_pool: bool = False, start: int = 0
+        self,
+        directory: Path,
+        threads: int = 0,
+        capacity: int = DEFAULT_CONTEXT,
+        shared_pool: bool = False,
+        start: int = 0,
+        provider: str = CPU,
     ) -> None:
         """start: the token that every target begins with. Raises InputError for a folder without these graphs, or a capacity below 1."""
         if capacity < 1:
             raise InputError(f"expected room for at least 1 token, got {capacity}")
-        self.capacity, self._start = capacity, start
-        self._encoder = open_session(directory, threads, shared_pool=shared_pool, name=ENCODER)
-        self._session = open_session(directory, threads, shared_pool=shared_pool, name=STEP)
+        self.capacity, self._start, self._memory = capacity, start, memory_of(provider)
+        self._encoder = open_session(directory, threads, provider, shared_pool, ENCODER)
+        self._session = open_session(directory, threads, provider, shared_pool, STEP)
         self._cross, self._own = cross_slots(self._session, self._encoder), cache_slots(self._session)
         if not self._cross or not self._own:
             raise InputError(f"expected {STEP} with cache inputs of encoder and decoder in {directory}, got none")
@@ -160,7 +203,7 @@ class EncoderDecoder:
         if not 0 <= used <= self.capacity:
             raise InputError(f"expected a position from 0 to {self.capacity}, got {used}")
         if source is not None:
-            self._attend([_value(slot.zeros(source)) for slot in self._cross], source)
+            self._attend([_value(slot.zeros(source), self._memory) for slot in self._cross], source)
         self._fill(used)
 
     def prefill(self, ids: np.ndarray) -> np.ndarray:
@@ -172,7 +215,7 @@ class EncoderDecoder:
         for name, array in token_feeds(self._encoder, ids).items():
             binding.bind_cpu_input(name, array)
         for slot in self._cross:
-            binding.bind_output(slot.present)
+            binding.bind_output(slot.present, self._memory)
         self._encoder.run_with_iobinding(binding)
         self._attend(binding.get_outputs(), ids.size)
         self.reset()
@@ -190,8 +233,9 @@ class EncoderDecoder:
             binding.bind_ortvalue_input(slot.past, value)
         # Bound anew each time: a bound output would keep the last step's shape.
         binding.clear_binding_outputs()
-        for name in ("logits", *(slot.present for slot in self._own)):
-            binding.bind_output(name)
+        binding.bind_output("logits")
+        for slot in self._own:
+            binding.bind_output(slot.present, self._memory)
         self._session.run_with_iobinding(binding)
         logits, *self._grown = binding.get_outputs()
         self._used += 1
@@ -205,10 +249,10 @@ class EncoderDecoder:
 
     def _fill(self, used: int) -> None:
         self._used = used
-        self._grown = [_value(slot.zeros(used)) for slot in self._own]
+        self._grown = [_value(slot.zeros(used), self._memory) for slot in self._own]
 
 
-def _value(array: np.ndarray) -> onnxruntime.OrtValue:
+def _value(array: np.ndarray, memory: str = "cpu") -> onnxruntime.OrtValue:
     import onnxruntime
 
-    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array, memory, 0)

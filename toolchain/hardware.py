@@ -116,15 +116,18 @@ def reachable(device: Device) -> Availability:
 
     Devices that are not at hand are asked by `profiler.reach`.
     """
+    return has_provider(device.provider)
+
+
+def has_provider(provider: str) -> Availability:
+    """Whether the onnxruntime that is installed here was built with this execution provider (not yet whether its libraries load)."""
     try:
         import onnxruntime
     except ImportError as error:
         return Availability(False, f"onnxruntime does not import here ({error})")
     available = onnxruntime.get_available_providers()
-    if device.provider not in available:
-        return Availability(
-            False, f"onnxruntime {onnxruntime.__version__} here has no {device.provider}, only {', '.join(available)}"
-        )
+    if provider not in available:
+        return Availability(False, f"onnxruntime {onnxruntime.__version__} here has no {provider}, only {', '.join(available)}")
     return Availability(True)
 
 

@@ -7,14 +7,18 @@ Knows onnxruntime and numpy only: no graph library, no config files. What it is 
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from toolchain.errors import DamagedFileError, InputError
+from toolchain.spec import CPU, CUDA
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -33,6 +37,10 @@ SESSION_OPTIONS = {"enable_mem_pattern": False}
 """How sessions are opened, and what a package's manifest tells those who open it. Memory patterns plan one block for a whole run, the
 second time a shape is seen, beside what the first run left: an encoder's peak rose by a fifth, and its runs
 were no faster (`benchmarks/session_options.py`)."""
+
+PROVIDER_OPTIONS: dict[str, dict[str, str]] = {CUDA: {"arena_extend_strategy": "kSameAsRequested"}}
+"""What a provider is opened with besides. By default CUDA's arena takes the next power of two of what is asked, so that a package of
+33 MB and one of 63 MB would weigh the same."""
 
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
@@ -56,15 +64,33 @@ def is_encoder_decoder(directory: Path) -> bool:
     return (Path(directory) / ENCODER).is_file()
 
 
+def memory_of(provider: str) -> str:
+    """onnxruntime's name for the memory that a provider computes in: what is bound there is not copied."""
+    return "cuda" if provider == CUDA else "cpu"
+
+
+@cache
+def _load_libraries() -> None:
+    """CUDA's libraries where pip put them; onnxruntime prints what it does not find, and stdout is the agent's."""
+    import onnxruntime
+
+    if hasattr(onnxruntime, "preload_dlls"):
+        with contextlib.redirect_stdout(io.StringIO()):
+            onnxruntime.preload_dlls()
+
+
 def open_session(
-    directory: Path, threads: int = 0, provider: str = "CPUExecutionProvider", shared_pool: bool = False, name: str = MODEL
+    directory: Path, threads: int = 0, provider: str = CPU, shared_pool: bool = False, name: str = MODEL, only: bool = False
 ) -> onnxruntime.InferenceSession:
     """A session on the graph `directory/name`; threads 0 = onnxruntime's own choice.
 
     shared_pool: use the process's one thread pool (`set_global_thread_pool_sizes` must have been called) instead of an own one. Pools
     spin for a while after work, so sessions timed in rotation would steal each other's cores if each had its own.
 
-    Raises InputError for a folder without that file, DamagedFileError for one that onnxruntime cannot load.
+    Nodes that the provider has no kernel for run on the CPU, as onnxruntime does it; only: refuse a graph that has such nodes.
+
+    Raises InputError for a folder without that file or a provider that does not start, DamagedFileError for a graph that onnxruntime
+    cannot load.
     """
     import onnxruntime
 
@@ -79,10 +105,21 @@ def open_session(
     for name, value in SESSION_OPTIONS.items():
         setattr(options, name, value)
     options.log_severity_level = 3  # errors only: warnings would go to stderr in the middle of a progress line
+    if only and provider != CPU:
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        options.log_severity_level = 4  # who asks expects to be refused
+    if provider == CUDA:
+        _load_libraries()
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=[provider])
+        session = onnxruntime.InferenceSession(str(path), options, providers=[(provider, PROVIDER_OPTIONS.get(provider, {}))])
     except Exception as error:  # onnxruntime's exceptions share no other base class
         raise DamagedFileError(f"expected {path} to load in onnxruntime {onnxruntime.__version__}, got: {error}") from error
+    if provider not in session.get_providers():  # it goes on without one that does not start: numbers of another device
+        raise InputError(
+            f"expected {provider} to start in onnxruntime {onnxruntime.__version__}, got {', '.join(session.get_providers())} alone",
+            "put the lib folders of the CUDA and cuDNN packages on LD_LIBRARY_PATH" if provider == CUDA else "",
+        )
+    return session
 
 
 def cache_slots(session: onnxruntime.InferenceSession) -> tuple[CacheSlot, ...]:

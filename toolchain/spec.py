@@ -28,16 +28,22 @@ _BUDGET_KEYS = {  # what people write in a budget file or on the command line â†
 }
 
 
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+"""onnxruntime's names for the execution providers that the catalogue has kernels of."""
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One way the runtime executes a unit. The profiler measures it, the supernet trains it, the exporter writes it.
 
     weight_bits      what the codes need (3 for w3g32)
-    container_bits   what the runtime stores per code (4 for w3g32); 32 for fp32
-    group_size       inputs that share one scale; 0 = one scale per output row, and for fp32
+    container_bits   what the runtime stores per code (4 for w3g32); 32 for fp32, 16 for fp16
+    group_size       inputs that share one scale; 0 = one scale per output row, and for fp32 and fp16
     symmetric        zero point fixed in the middle of the range
-    activation       "fp32" | "int8_group" (int8 per row and group, inside MatMulNBits) | "int8_tensor" (uint8 per tensor)
+    activation       "fp32" | "fp16" (so are scales and sums) | "int8_group" (int8 per row and group, inside MatMulNBits)
+                     | "int8_tensor" (uint8 per tensor)
     prefill          name of another kernel that runs instead while several tokens are in flight, its weights stored besides; or ""
+    provider         the execution provider whose numbers these are
     """
 
     name: str
@@ -47,11 +53,17 @@ class Kernel:
     symmetric: bool
     activation: str
     prefill: str = ""
+    provider: str = CPU
 
     @property
     def quantised(self) -> bool:
-        """False for the fp32 kernel only."""
-        return self.container_bits < 32
+        """Whether there are codes: False for fp32 and fp16."""
+        return self.container_bits < 16
+
+    @property
+    def float_type(self) -> str:
+        """ "float16" or "float32": numpy's name for its scales and for what flows between its unit and the others."""
+        return "float16" if self.activation == "fp16" else "float32"
 
     @property
     def levels(self) -> int:
@@ -331,7 +343,7 @@ class Device:
     name: str
     title: str = ""
     transport: str = "local"
-    provider: str = "CPUExecutionProvider"
+    provider: str = CPU
     threads: int = 0
     meter: str = "none"
     budgets: Mapping[str, Budget] = field(default_factory=dict)

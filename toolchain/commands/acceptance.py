@@ -66,6 +66,11 @@ class Checked:
 def check_package(directory: Path, device: Device, limits: Mapping[str, float]) -> Checked:
     """Measure a package on the device and hold it against its budget, or the limits given instead."""
     package = open_package(directory)
+    if package.provider != device.provider:
+        raise InputError(
+            f"expected a package for {device.provider}, which {device.name!r} has, got one for {package.provider}",
+            f"type: bittailor export MODEL --device {device.name} --out PACKAGE",
+        )
     budget = Budget.from_json(limits) if limits else package.budget
     if budget is None:
         raise InputError("expected a package with a budget or limits, got neither", "type for example: --latency-ms 20")

@@ -152,7 +152,7 @@ def predict(arguments: Namespace) -> Answer:
     with workflow.opened(arguments.model) as source:
         device = hardware.load(arguments.device)
         folders, workload = workflow.profile_folders(arguments.profiles), _workload(arguments)
-        policy = workflow.read_policy(arguments.policy, source, workflow.kernels_of(device, folders))
+        policy = workflow.read_policy(arguments.policy, source, device, folders)
         costs = workflow.find_costs(source.graph, device, folders, workload, arguments.allow_predicted)
         data = workflow.predicted(source.graph, costs, policy).to_json()
     return Answer(data, _cost_lines(data))
@@ -216,8 +216,7 @@ def export(arguments: Namespace) -> Answer:
         raise InputError(f"expected --policy or a --method that finds one, got both ({arguments.method})", "leave one of them out")
     with workflow.opened(arguments.model) as source:
         workload = _workload(arguments) or workflow.trained_workload(source) or default_workload(source.graph)
-        available = workflow.kernels_of(device, folders) if arguments.policy else ()
-        policy = workflow.read_policy(arguments.policy, source, available) if arguments.policy else None
+        policy = workflow.read_policy(arguments.policy, source, device, folders) if arguments.policy else None
         unpredicted = ""
         try:
             costs = workflow.find_costs(source.graph, device, folders, workload, arguments.allow_predicted)
@@ -284,10 +283,16 @@ def evaluate(arguments: Namespace) -> Answer:
 
 
 def run(arguments: Namespace) -> Answer:
+    from toolchain.hardware import has_provider
     from toolchain.package.generate import generate
     from toolchain.package.manifest import open_package
+    from toolchain.progress import note
+    from toolchain.spec import CPU
 
     package = open_package(Path(arguments.package))
-    made = generate(package.directory, arguments.prompt, arguments.tokens)
+    here = has_provider(package.provider)
+    if not here.usable:
+        note(f"bittailor: made for {package.provider}, runs on the CPU instead: {here.reason}")
+    made = generate(package.directory, arguments.prompt, arguments.tokens, provider=package.provider if here.usable else CPU)
     # An encoder-decoder answers its source; a decoder goes on with the prompt.
     return Answer(made.to_json(), made.text if package.kind == "encoder-decoder" else arguments.prompt + made.text)

@@ -5,6 +5,7 @@
     prices         one network for every device proposes; the solver projects
     search         LLM-QFA's: 150 random subnets are scored
 
+A supernet that was trained for one provider serves another with the kernels that have the same codes; losses are those it was trained with.
 Every method plans with room for the prediction's spread, and every answer keeps the budget in the cost model. `search` scores policies on
 the supernet's calibration windows, so it needs torch; the others do not. Default is what `benchmarks/choosing.py` finds nearest to the
 teacher on text that nobody had seen: the solver, at the tightest limit by a factor of four.
@@ -21,7 +22,7 @@ from toolchain.commands.workflow import Choice, Costs, Source
 from toolchain.costs.encoding import encode
 from toolchain.costs.model import CostModel
 from toolchain.errors import InfeasibleBudgetError, InputError, require
-from toolchain.kernels import CATALOGUE, parts
+from toolchain.kernels import CATALOGUE, counterpart, parts
 from toolchain.policy import budgets, prices, projection, proposal
 from toolchain.policy.search import search
 from toolchain.policy.solver import Values, measured_limits, solve
@@ -55,13 +56,20 @@ def choose(source: Source, costs: Costs, budget: Budget, method: str = DEFAULT) 
             "expected a supernet to choose a policy from, got a model",
             "type: bittailor train MODEL --out SUPERNET, or add --policy",
         )
-    model = restricted(costs.model, folder)
+    # A device of another provider than the supernet's: its kernels of the same codes, under the names that were trained.
+    trained = {
+        name: own for name in costs.table.header.kernels if (own := counterpart(name, folder.kernels)) or CATALOGUE[name].prefill
+    }
+    here = {name: own or name for name, own in trained.items()}
+    there = {own: name for name, own in here.items()}
+    measured = costs.model.renamed(here)
+    model = restricted(measured, folder)
     _, unmeasured = measured_limits(model, budget)
     for resource in unmeasured:
         note(f"bittailor: {resource} is not measured on {model.device!r}: the policy is chosen without that limit")
     offered, losses = model, folder.sensitivity
     if budget.first_token_ms is not None:
-        offered = _with_two_phases(model, costs.model)
+        offered = _with_two_phases(model, measured)
         losses = _extended(losses, offered, _HAIR)
     plan = budgets.planned(budget, offered)
     try:
@@ -70,7 +78,7 @@ def choose(source: Source, costs: Costs, budget: Budget, method: str = DEFAULT) 
         policy, plan = _found(method, folder, model, offered, losses, budget), budget
         note("bittailor: no policy keeps this budget with room for the prediction's spread; taking one without")
     gap = projection.gap_to_optimum(policy, offered, losses, plan)
-    return Choice(policy, METHODS[method], gap)
+    return Choice(Policy.of({unit: there[kernel] for unit, kernel in policy.items()}), METHODS[method], gap)
 
 
 def _found(method: str, folder: SupernetFolder, model: CostModel, offered: CostModel, losses: Values, plan: Budget) -> Policy:

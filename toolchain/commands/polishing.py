@@ -40,6 +40,12 @@ def polished(
 
     if source.supernet is None or steps < 1:
         raise InputError(f"expected a supernet to polish and one step or more, got {'a model' if steps > 0 else steps}")
+    if other := sorted(
+        {name for name in policy.values() if not {part.name for part in parts(CATALOGUE[name])} & {*source.supernet.kernels}}
+    ):
+        raise InputError(
+            f"expected a policy of kernels that the supernet was trained with to polish, got {other[0]}", "leave --polish out"
+        )
     graph, team = source.graph, Team(on)
     supernet = saving.restore(source.supernet, team.device)
     found = texts.documents(text) if text else texts.pydoc_documents()

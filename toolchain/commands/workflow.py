@@ -24,8 +24,8 @@ from toolchain.graph.assemble import Weights, package_bytes, round_to_nearest
 from toolchain.graph.build import build
 from toolchain.graph.model import DESCRIPTION as GRAPH_DESCRIPTION
 from toolchain.graph.model import Graph
-from toolchain.hardware import named_budget, read_budget, shipped, thread_count
-from toolchain.kernels import CATALOGUE, parts, uniform, validate
+from toolchain.hardware import has_provider, named_budget, read_budget, shipped, thread_count
+from toolchain.kernels import CATALOGUE, counterpart, full_precision, offered, parts, uniform, validate
 from toolchain.package.export import export_package
 from toolchain.package.manifest import Package
 from toolchain.policy import budgets, proposal
@@ -180,26 +180,25 @@ def _stored_budget(path: Path, name: str) -> Budget:
 
 
 def kernels_of(device: Device, folders: Sequence[Path]) -> tuple[str, ...]:
-    """Kernels that a policy for this device may name: those that work here, or worked on the device when its table was measured. The
-    whole catalogue for a device without a table."""
-    if device.at_hand:
-        return working_kernels()
+    """Kernels that a policy for this device may name: those that work here, or worked on the device when its table was measured. All that
+    the catalogue has for its provider where neither is known."""
+    if device.at_hand and has_provider(device.provider).usable:
+        return working_kernels(device.provider)
     try:
         return open_table(find_tables(device.name, folders)[0]).header.kernels
     except MissingCostError:
-        return tuple(CATALOGUE)
+        return offered(device.provider)
 
 
-def read_policy(text: str, source: Source, available: tuple[str, ...]) -> Policy:
-    """--policy: a kernel name, or a JSON/YAML file {"units": {name: kernel}}, of the kernels that are available (`kernels_of`).
-    Raises PolicyError or InputError.
+def read_policy(text: str, source: Source, device: Device, folders: Sequence[Path]) -> Policy:
+    """--policy: a kernel name, or a JSON/YAML file {"units": {name: kernel}}. Raises PolicyError or InputError.
 
     Of a supernet only kernels that it was trained with: those that worked where its table was made.
     """
-    graph = source.graph
+    graph, available = source.graph, kernels_of(device, folders)
     if source.supernet:
-        own = {*source.supernet.kernels, "fp32"}
-        available = tuple(name for name in available if all(part.name in own for part in parts(CATALOGUE[name])))
+        own = (*source.supernet.kernels, full_precision(device.provider))
+        available = tuple(name for name in available if all(counterpart(part.name, own) for part in parts(CATALOGUE[name])))
     path = Path(text)
     if not path.is_file():
         return uniform(text, graph.units, available)
@@ -253,7 +252,11 @@ def cut(
     if source.supernet and training is not None:
         offered = proposal.read(source.supernet.meta_network)[0]
         used = {(unit, part.name) for unit, kernel in choice.policy.items() for part in parts(CATALOGUE[kernel])}
-        skipped = sorted({kernel for unit, kernel in used if kernel != "fp32" and kernel not in offered[unit]})
+        skipped = sorted(
+            {kernel for unit, kernel in used if CATALOGUE[kernel].quantised and not counterpart(kernel, offered[unit])}
+        )
+        if other := sorted({kernel for _, kernel in used if CATALOGUE[kernel].quantised and kernel not in source.supernet.kernels}):
+            training["trained_as"] = {kernel: counterpart(kernel, source.supernet.kernels) for kernel in other}
         if skipped:  # no budget would choose them, so no step saw them
             training["not_trained"] = f"{', '.join(skipped)}: their start alone"
     if training is not None and polish:
@@ -273,6 +276,7 @@ def cut(
         out,
         workload=workload,
         device=device.name,
+        provider=device.provider,
         budget=budget,
         predicted=cost,
         gap_to_optimum=choice.gap_to_optimum,

@@ -28,7 +28,7 @@ from toolchain.costs.table import CostTable, missing
 from toolchain.errors import MissingCostError
 from toolchain.graph.layers import units_within
 from toolchain.graph.model import Graph
-from toolchain.kernels import CATALOGUE, candidates, runs_as
+from toolchain.kernels import CATALOGUE, candidates, float_type, runs_as
 from toolchain.quantize.packing import packed_bytes
 from toolchain.spec import Phase, Unit, Workload
 
@@ -178,7 +178,7 @@ def _whole_latency(graph: Graph, table: CostTable, phase: Phase, here: Costs) ->
         [
             _sample(row, row.latency_ms, at_centre, graph, row.spread_ms / row.latency_ms / row.n**0.5)
             for row in points[centre]
-            if row.policy != "fp32"
+            if row.policy not in CATALOGUE or CATALOGUE[row.policy].quantised
         ],
         graph.layers,
     )
@@ -240,7 +240,7 @@ def _sample(row: ModelRow | ModelMemoryRow, whole: float, isolated: Costs, graph
 
 def _memory(graph: Graph, table: CostTable, workload: Workload, predictor: ShapePredictor | None) -> _Part:
     isolated = _bytes(graph, table, predictor)
-    cache = float(graph.layers * graph.cache_bytes_per_layer(workload.positions))
+    cache = float(graph.layers * graph.cache_bytes_per_layer(workload.positions, float_type(table.header.kernels)))
     if predictor is None or any(row.model == graph.fingerprint for row in table.of(ModelMemoryRow)):
         return _part(graph, isolated, _whole_memory(graph, table, workload, isolated.costs), cache)
 
@@ -267,7 +267,8 @@ def _whole_memory(graph: Graph, table: CostTable, workload: Workload, isolated: 
     def sample(row: ModelMemoryRow) -> Sample:
         # Of a few layers, loading sets the peak where embedding or head are large; the whole model's peak is then its running.
         held = row.running_bytes if row.layers < graph.layers else row.peak_bytes
-        return _sample(row, held - row.layers * graph.cache_bytes_per_layer(row.capacity), isolated, graph)
+        cache = graph.cache_bytes_per_layer(row.capacity, float_type(table.header.kernels))
+        return _sample(row, held - row.layers * cache, isolated, graph)
 
     calibration = calibrate([sample(row) for row in points[centre]])
     remainder = calibration.remainder(graph.layers)

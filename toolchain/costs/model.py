@@ -10,8 +10,9 @@ Additive operator model (ProxylessNAS, arXiv:1812.00332). Blind to what fusion s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
+from typing import Any
 
 from toolchain.spec import Cost, Estimate, Unit, Workload
 
@@ -58,6 +59,19 @@ class CostModel:
             if first == second:
                 total -= tie.savings.get(first, {}).get(resource, 0.0)
         return total
+
+    def renamed(self, names: Mapping[str, str]) -> CostModel:
+        """The same costs of kernels under other names; those without one are left out."""
+
+        def kept(row: Mapping[str, Any]) -> dict[str, Any]:
+            return {names[kernel]: cost for kernel, cost in row.items() if kernel in names}
+
+        return replace(
+            self,
+            kernels={unit: tuple(names[kernel] for kernel in row if kernel in names) for unit, row in self.kernels.items()},
+            per_unit={resource: {unit: kept(row) for unit, row in table.items()} for resource, table in self.per_unit.items()},
+            ties=tuple(replace(tie, savings=kept(tie.savings)) for tie in self.ties),
+        )
 
     def bounds(self, resource: str) -> tuple[float, float]:
         """(lowest, highest) cost of the resource over all policies, ties included."""

@@ -1,7 +1,8 @@
 """Policy → kernels in the graph: the fp32 graph with every unit's node replaced, streamed to the graph's files + model.onnx.data.
 
 requires: a Graph, a policy valid for its units, a source of quantised weights
-ensures:  the folder runs on stock onnxruntime; equal tensors are stored once; same inputs give the same bytes
+ensures:  the folder runs on stock onnxruntime; equal tensors are stored once; same inputs give the same bytes; a policy of kernels with
+          fp16 activations makes the whole graph fp16 (`half.py`)
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import numpy as np
 import onnx
 from onnx import helper
 
+from toolchain.errors import InputError
 from toolchain.graph.external import DATA_NAME, DataWriter, load_array, read_model
+from toolchain.graph.half import in_half, to_half
 from toolchain.graph.layers import keep_layers
 from toolchain.graph.model import Graph
 from toolchain.graph.nodes import either, inputs_of, one_token_nodes, quantised_node
-from toolchain.kernels import CATALOGUE, parts
+from toolchain.kernels import CATALOGUE, float_type, parts
 from toolchain.quantize.affine import Quantized, groups, quantize
 from toolchain.spec import Kernel, Unit
 
@@ -62,7 +65,7 @@ def _stand_in(graph: Graph, unit: Unit, kernel: Kernel) -> Quantized:
     mark = np.frombuffer(digest, np.uint8)
     codes, scales = np.zeros((unit.N, G, width), np.uint8), np.zeros((unit.N, G), np.float32)
     codes[: len(mark), 0, 0] = mark[: unit.N] % 4
-    scales[0, 0] = int.from_bytes(mark.tobytes(), "little") / 2**64
+    scales[: len(mark), 0] = mark[: unit.N] / 256  # exact in fp16 too
     zero_points = np.zeros((unit.N, G), np.uint8)
     zero_points[: len(mark), 0] = mark[: unit.N] // 4 % 4
     return Quantized(codes, scales, zero_points, unit.K)
@@ -71,12 +74,20 @@ def _stand_in(graph: Graph, unit: Unit, kernel: Kernel) -> Quantized:
 def _assembled(
     graph: Graph, policy: Mapping[str, str], weights: Weights, writer: DataWriter, layers: int
 ) -> dict[str, onnx.ModelProto]:
-    """File name → model. A unit in several files is quantised and stored once."""
+    """File name → model. A unit in several files is quantised and stored once. Raises InputError for an encoder-decoder in fp16."""
+    half = float_type(policy.values()) == "float16"
+    if half and graph.kind == "encoder-decoder":
+        raise InputError(
+            f"expected a decoder or an encoder for kernels in fp16, got an encoder-decoder ({graph.architecture})",
+            "T5's activations leave fp16's range; choose a device with the CPU provider",
+        )
     replacements = _Replacements(policy, weights, writer)
     models = {name: read_model(graph.directory, name) for name in graph.files}
     for model in models.values():
         keep_layers(model, graph.layers, layers)
-        _replace_units(model, graph, policy, writer, replacements)
+        _replace_units(model, graph, policy, writer, replacements, in_half if half else np.asarray)
+        if half:
+            to_half(model)
     return models
 
 
@@ -111,23 +122,29 @@ class _Replacements:
 
 
 def _replace_units(
-    model: onnx.ModelProto, graph: Graph, policy: Mapping[str, str], writer: DataWriter, replacements: _Replacements
+    model: onnx.ModelProto,
+    graph: Graph,
+    policy: Mapping[str, str],
+    writer: DataWriter,
+    replacements: _Replacements,
+    stored: Callable[[np.ndarray], np.ndarray],
 ) -> None:
+    """stored: what becomes of a tensor that is no unit's, or of one that its kernel does not quantise."""
     present = {node.name for node in model.graph.node}
     units = {unit.node: unit for unit in graph.units if unit.node in present}
     all_weights = {unit.weight for unit in graph.units}
     read = {name for node in model.graph.node for name in node.input}
     arrays = {tensor.name: tensor for tensor in model.graph.initializer if tensor.name in read}
     quantised = [unit for unit in units.values() if CATALOGUE[policy[unit.name]].quantised]
-    # A tied fp32 embedding reads the head's weight through a Transpose; that holds only while both are fp32.
+    # A tied embedding without codes reads the head's weight through a Transpose; that holds only while neither has any.
     untied = any(unit.tied_to for unit in quantised)
     own_copy = {unit.name for unit in units.values() if unit.op == "Gather" and unit.tied_to and untied}
-    fp32_weights = {unit.weight for unit in units.values() if unit not in quantised and unit.name not in own_copy}
+    plain_weights = {unit.weight for unit in units.values() if unit not in quantised and unit.name not in own_copy}
     nodes = []
     initializers = [
-        writer.tensor(name, load_array(tensor, graph.directory))
+        writer.tensor(name, stored(load_array(tensor, graph.directory)))
         for name, tensor in arrays.items()
-        if name in fp32_weights or name not in all_weights
+        if name in plain_weights or name not in all_weights
     ]
     for node in model.graph.node:
         unit = units.get(node.name)
@@ -140,7 +157,7 @@ def _replace_units(
         elif unit.name in own_copy:
             name = f"{unit.name}.weight"
             nodes.append(helper.make_node("Gather", [name, node.input[1]], node.output, name=node.name))
-            initializers.append(writer.tensor(name, graph.weight(unit)))
+            initializers.append(writer.tensor(name, stored(graph.weight(unit))))
         else:
             nodes.append(node)
     if any(CATALOGUE[policy[unit.name]].prefill for unit in units.values()):

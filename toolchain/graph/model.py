@@ -75,12 +75,12 @@ class Graph:
         """Heads × head width, as the output projection takes it in: not always the hidden size (Mistral-Nemo's is 4096 of 5120)."""
         return next((unit.K for unit in self.units if unit.name.endswith((".attn.o_proj", "Attention.o"))), self.hidden)
 
-    def cache_bytes_per_layer(self, positions: int) -> int:
-        """Bytes of one layer's keys and values with room for so many positions, float32; 0 for an encoder, which has no cache.
+    def cache_bytes_per_layer(self, positions: int, float_type: str = "float32") -> int:
+        """Bytes of one layer's keys and values with room for so many positions; 0 for an encoder, which has no cache.
 
         An encoder-decoder keeps those of the source and of what it has generated: together they are a decoder's positions.
         """
-        return 2 * self.kv_heads * self.head_dim * 4 * positions if self.kind != "encoder" else 0
+        return 2 * self.kv_heads * self.head_dim * np.dtype(float_type).itemsize * positions if self.kind != "encoder" else 0
 
     def unit(self, name: str) -> Unit:
         return next(unit for unit in self.units if unit.name == name)

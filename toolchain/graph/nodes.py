@@ -1,6 +1,6 @@
 """One unit under one kernel → its ONNX node and tensors. What the numbers mean is `quantize/affine.py`; the layout is the runtime's.
 
-MatMulNBits            B uint8 [N, G, g·bits/8], scales [N, G], zero points packed [N, ceil(G·bits/8)], accuracy_level 4
+MatMulNBits            B uint8 [N, G, g·bits/8], scales [N, G], zero points packed [N, ceil(G·bits/8)], accuracy_level 4 or 0
 GatherBlockQuantized   the same bytes as [N, K·bits/8]: a tied head and embedding of one kernel share them in the data file
 DynamicQuantizeMatMul  B int8 [K, N], one scale per column, zero point 0
 """
@@ -66,7 +66,8 @@ def quantised_node(unit: Unit, kernel: Kernel, weights: Quantized, data: str, ou
         attributes = {"bits": bits, "block_size": kernel.group_size, "gather_axis": 0, "quantize_axis": 1}
         inputs = [names[0], data, *names[1:]]
     else:
-        attributes = {"K": unit.K, "N": unit.N, "bits": bits, "block_size": kernel.group_size, "accuracy_level": 4}
+        level = 4 if kernel.activation == "int8_group" else 0
+        attributes = {"K": unit.K, "N": unit.N, "bits": bits, "block_size": kernel.group_size, "accuracy_level": level}
         inputs = [data, *names]
     node = helper.make_node(op, inputs, [output], name=name, domain="com.microsoft", **attributes)
-    return node, list(zip(names, (packed, weights.scales, zero_points), strict=True))
+    return node, list(zip(names, (packed, weights.scales.astype(kernel.float_type), zero_points), strict=True))

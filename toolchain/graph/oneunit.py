@@ -20,25 +20,25 @@ from toolchain.quantize.affine import SYMMETRIC_MAX, SYMMETRIC_ZERO, Quantized, 
 from toolchain.spec import Kernel, Unit
 
 Weights = tuple[Quantized, ...] | np.ndarray
-"""Codes for each part of a quantised kernel, or float32 [N, K] for the fp32 kernel."""
+"""Codes for each part of a quantised kernel, or float32 [N, K] for one without codes."""
 
 
 def write_one_unit(unit: Unit, kernel: Kernel, weights: Weights, copies: int, out: Path) -> None:
     """Write the graph into the existing folder `out`.
 
-    Input "x": float32 [M, K] of a linear, int64 [M] token ids of an embedding. Outputs y0..y{C-1}: float32 [M, N] or [M, K].
+    Input "x": [M, K] of a linear, int64 [M] token ids of an embedding. Outputs y0..y{C-1}: [M, N] or [M, K]. Floats are of the kernel's
+    float type.
     """
     gather = unit.op == "Gather"
+    floats = helper.np_dtype_to_tensor_dtype(np.dtype(kernel.float_type))
     shape = ["M"] if gather else ["M", unit.K]
-    value = helper.make_tensor_value_info("x", TensorProto.INT64 if gather else TensorProto.FLOAT, shape)
-    outputs = [
-        helper.make_tensor_value_info(f"y{copy}", TensorProto.FLOAT, ["M", unit.K if gather else unit.N]) for copy in range(copies)
-    ]
+    value = helper.make_tensor_value_info("x", TensorProto.INT64 if gather else floats, shape)
+    outputs = [helper.make_tensor_value_info(f"y{copy}", floats, ["M", unit.K if gather else unit.N]) for copy in range(copies)]
     nodes, initializers = one_token_nodes("x", 0) if kernel.prefill else ([], [])
     with DataWriter(out / DATA_NAME, sync=False) as writer:
         for copy in range(copies):
             if isinstance(weights, np.ndarray):
-                array = np.roll(weights, copy, 0)
+                array = np.roll(weights, copy, 0).astype(kernel.float_type)
                 initializers.append(writer.tensor(f"unit{copy}.weight", array if gather else array.T))
                 inputs = [f"unit{copy}.weight", "x"] if gather else ["x", f"unit{copy}.weight"]
                 nodes.append(helper.make_node(unit.op, inputs, [f"y{copy}"], name=f"unit{copy}"))
@@ -78,6 +78,7 @@ def drawn(unit: Unit, kernel: Kernel) -> Quantized:
     low, high = (SYMMETRIC_ZERO - SYMMETRIC_MAX, SYMMETRIC_ZERO + SYMMETRIC_MAX) if kernel.symmetric else (0, kernel.levels - 1)
     codes = rng.integers(low, high + 1, (unit.N, G, width), np.uint8)
     scales = rng.uniform(0.9, 1.1, (unit.N, G)).astype(np.float32) * np.float32(0.02 * 12**0.5 / (high - low))
+    scales = scales.astype(kernel.float_type).astype(np.float32)  # as the graph keeps them
     middle = (low + high + 1) // 2
     zero_points = (
         np.full((unit.N, G), middle, np.uint8) if kernel.symmetric else rng.integers(middle - 1, middle + 1, (unit.N, G), np.uint8)

@@ -17,7 +17,7 @@ from toolchain.graph.assemble import Weights, assemble
 from toolchain.graph.model import Graph
 from toolchain.kernels import mean_bits
 from toolchain.package.manifest import FILE_NAME, Package, open_package, write_manifest
-from toolchain.session import SESSION_OPTIONS
+from toolchain.session import PROVIDER_OPTIONS, SESSION_OPTIONS
 from toolchain.spec import Budget, Cost, Policy, Workload
 
 
@@ -29,6 +29,7 @@ def export_package(
     *,
     workload: Workload,
     device: str,
+    provider: str,
     budget: Budget | None,
     predicted: Cost | None,
     gap_to_optimum: float | None,
@@ -53,6 +54,7 @@ def export_package(
                 "context": graph.context,
             },
             "device": device,
+            "provider": provider,
             "workload": str(workload),
             "budget": budget.to_json() if budget else None,
             "predicted": predicted.to_json() if predicted else None,
@@ -60,6 +62,7 @@ def export_package(
             "mean_bits": round(mean_bits(policy, graph.units), 4),
             "policy": dict(policy.items()),
             "session_options": dict(SESSION_OPTIONS),
+            "provider_options": PROVIDER_OPTIONS.get(provider, {}),
             **evidence,
             "versions": {"bittailor": toolchain.__version__, "runtime": runtime},
         }

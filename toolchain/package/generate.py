@@ -17,6 +17,7 @@ import numpy as np
 from toolchain.decoding import DEFAULT_CONTEXT, Generator, open_generator
 from toolchain.errors import DamagedFileError, InputError
 from toolchain.session import ENCODER_DECODER_CONTEXT, is_encoder_decoder
+from toolchain.spec import CPU
 from toolchain.text import load_tokenizer
 
 
@@ -37,7 +38,7 @@ class Generation:
         return {**asdict(self), "tokens": list(self.tokens)}
 
 
-def generate(directory: Path, prompt: str, new_tokens: int, threads: int = 0) -> Generation:
+def generate(directory: Path, prompt: str, new_tokens: int, threads: int = 0, provider: str = CPU) -> Generation:
     """Continue or answer `prompt` greedily; stops at an end-of-text token, after `new_tokens`, or when the model's context is full.
 
     The context holds a decoder's prompt and text together, an encoder-decoder's source and target each.
@@ -52,7 +53,7 @@ def generate(directory: Path, prompt: str, new_tokens: int, threads: int = 0) ->
     if not 1 <= len(ids) <= longest:
         raise InputError(f"expected a prompt of 1 to {longest} tokens, got {len(ids)}")
     room = min(new_tokens, settings.context - len(ids) * settings.continues)
-    generator = open_generator(directory, threads, len(ids), room, start=settings.start)
+    generator = open_generator(directory, threads, len(ids), room, start=settings.start, provider=provider)
     tokens: list[int] = []
     times: list[float] = []
     stopped = "new_tokens" if new_tokens == room else "context"

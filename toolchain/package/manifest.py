@@ -16,7 +16,7 @@ import yaml
 from toolchain.errors import DamagedFileError, InputError
 from toolchain.files import inside, sha256, write_atomic
 from toolchain.session import MODEL_FILES
-from toolchain.spec import WORKS, Budget, Policy, Workload
+from toolchain.spec import CPU, WORKS, Budget, Policy, Workload
 
 FORMAT = "bittailor package 1"
 FILE_NAME = "manifest.yaml"
@@ -68,6 +68,11 @@ class Package:
         if found not in MODEL_FILES:
             raise ValueError(f"kind {found!r} instead of one of {', '.join(MODEL_FILES)}")
         return found
+
+    @property
+    def provider(self) -> str:
+        """The execution provider whose kernels it holds. Packages from before there were two do not say, and mean the CPU's."""
+        return str(self.data.get("provider", CPU))
 
     @property
     def vocabulary(self) -> int:

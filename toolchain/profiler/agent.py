@@ -13,6 +13,8 @@ All sessions share one thread pool (pools spin after work: with one each, subjec
 the machine is now: rows are scaled by (R when the table began) / (R in these windows). A neighbour slows different work differently, so
 R is three small graphs, and a row is scaled by those that were seen to slow down as it does (`References`, `benchmarks/references.py`).
 Energy has a protocol of its own (`energy.py`): a meter needs seconds where a clock needs milliseconds.
+On a GPU, R is the GPU's work and memory is the GPU's. An idle GPU comes to speed slowly, so its warm-up lasts five seconds. The CPUs only
+hand it work: windows are dropped where others left them fewer than two. Another program on the same GPU is not seen by itself, only in R.
 Refuses to know budgets and policies.
 """
 
@@ -36,11 +38,11 @@ import numpy as np
 import toolchain
 from toolchain.errors import BittailorError, DamagedFileError, InputError, MeterError
 from toolchain.files import write_atomic
-from toolchain.profiler import energy, meters
+from toolchain.profiler import energy, gpu, meters
 from toolchain.profiler.contention import Watch
 from toolchain.profiler.subjects import GRAPHS, SUBJECTS, References, Subject, Unit
 from toolchain.session import open_session
-from toolchain.spec import WORKS
+from toolchain.spec import CPU, CUDA, WORKS
 
 PROTOCOL = "interleaved windows, drift-corrected, 4"
 WINDOW_SECONDS = 0.2
@@ -48,6 +50,8 @@ BUSY = 0.15
 ROUNDS, LONGEST_SECONDS = 5, 1.0
 VALID_WINDOWS = 5
 SETTLE_SECONDS = 10.0
+WARM_UP_SECONDS = {CUDA: 5.0}
+"""Where twice is not enough: steps of small decoders, timed one after the other on an H200, went from 1.1 to 0.5 ms within four seconds."""
 _INSTRUCTION_SETS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8", "asimddp", "i8mm", "sme")
 _ARM = ("aarch", "arm")
 _CPUINFO = Path("/proc/cpuinfo")
@@ -94,6 +98,8 @@ def _answer(request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
                 f"expected an agent of version {expected}, the desk's, got {got} on the device",
                 "install that version there, or leave agent: out of the device's file and it is sent",
             )
+        for item in (*request.get("subjects", ()), *filter(None, [request.get("subject")])):
+            item.setdefault("provider", request.get("provider", CPU))
         return 0, actions[request["action"]](request)
     except BittailorError as error:
         return 2, {"error": str(error)}
@@ -115,13 +121,14 @@ def _leave_with(host: int) -> None:
 
 
 def identify(request: dict[str, Any]) -> dict[str, Any]:
-    """What a table's header says of the machine: CPU, cache, runtime; and what only this machine knows: providers, and meters with why
-    one cannot be read or ""."""
+    """What a table's header says of the machine: CPU (and before it the GPU, where that computes), cache, runtime; and what only this
+    machine knows: providers, and meters with why one cannot be read or ""."""
     import onnxruntime
 
+    on_gpu = request.get("provider", CPU) == CUDA
     return {
-        "cpu": cpu_name(),
-        "cache_bytes": last_level_cache_bytes(),
+        "cpu": f"{gpu.name()} with {cpu_name()}" if on_gpu else cpu_name(),
+        "cache_bytes": gpu.cache_bytes() if on_gpu else last_level_cache_bytes(),
         "runtime": f"onnxruntime {onnxruntime.__version__}",
         "protocol": PROTOCOL,
         "providers": onnxruntime.get_available_providers(),
@@ -135,7 +142,7 @@ def outputs(request: dict[str, Any]) -> dict[str, Any]:
     made: dict[str, list[Any] | None] = {}
     for subject in request["subjects"]:
         try:
-            session = open_session(Path(subject["folder"]), threads=1)
+            session = open_session(Path(subject["folder"]), threads=1, provider=subject["provider"], only=True)
         except DamagedFileError:
             made[subject["name"]] = None
             continue
@@ -144,7 +151,7 @@ def outputs(request: dict[str, Any]) -> dict[str, Any]:
     return {"outputs": made}
 
 
-def cpu_name(cpuinfo: Path = _CPUINFO) -> str:
+def cpu_name() -> str:
     """Model, family and the instruction sets that decide which kernels run, as the system names them; of ARM, which has no such names,
     maker and part of every kind of core. Lines of another architecture's CPU are an emulator's host: said, and its sets are not ours."""
     machine = platform.machine()
@@ -179,25 +186,25 @@ def last_level_cache_bytes() -> int:
 def time_subjects(request: dict[str, Any]) -> dict[str, Any]:
     """Time the subjects in rotation with the reference; {"trials": {name: [{phase_ns}]}, "reference_ns": {work: []}, "dropped", "valid"}.
 
-    request: threads, subjects [{name, kind, folder, tokens, ...}], windows (clean ones wanted).
+    request: threads, provider, subjects [{name, kind, folder, tokens, ...}], windows (clean ones wanted).
     """
     import onnxruntime
 
+    provider = request.get("provider", CPU)
+    busy = tolerated(provider)
     threads, wanted = int(request["threads"]), max(VALID_WINDOWS, int(request["windows"]))
     onnxruntime.set_global_thread_pool_sizes(threads, 1)
-    references = References(threads)
+    references = References(threads, provider)
     subjects = {item["name"]: SUBJECTS[item["kind"]](item, threads, True) for item in request["subjects"]}
     _settle()
-    for _ in range(2):
-        for subject in (references, *subjects.values()):
-            subject.trial()
+    _warm_up((references, *subjects.values()), WARM_UP_SECONDS.get(provider, 0.0))
     clean: list[_Window] = []
     disturbed: list[_Window] = []
     while len(clean) < wanted and len(disturbed) < 2 * wanted:
         watch = Watch()
         window = _window(references, subjects, len(clean) + len(disturbed), watch)
         others = watch.usage().others
-        (disturbed if others is not None and others > BUSY else clean).append(window)
+        (disturbed if others is not None and others > busy else clean).append(window)
     valid = len(clean) >= VALID_WINDOWS
     shown = clean if valid else clean + disturbed  # not valid: all of them, so that somebody can see how disturbed
     return {
@@ -206,6 +213,20 @@ def time_subjects(request: dict[str, Any]) -> dict[str, Any]:
         "dropped": len(disturbed),
         "valid": valid,
     }
+
+
+def _warm_up(subjects: Sequence[Subject], seconds: float) -> None:
+    """Run every subject twice, and again until so many seconds are over."""
+    start, rounds = time.monotonic(), 0
+    while rounds < 2 or time.monotonic() - start < seconds:
+        for subject in subjects:
+            subject.trial()
+        rounds += 1
+
+
+def tolerated(provider: str) -> float:
+    """Share of the CPUs that others may use in a window: BUSY where CPUs compute, all but two where they only hand work to a GPU."""
+    return BUSY if provider != CUDA else max(BUSY, 1 - 2 / (os.cpu_count() or 1))
 
 
 @dataclass(frozen=True)
@@ -252,7 +273,8 @@ def _settle() -> None:
 def energy_of_subjects(request: dict[str, Any]) -> dict[str, Any]:
     """What `energy.measure` answers for the subjects, each phase by itself; {"reason"} where the meter cannot tell.
 
-    request: threads, subjects as for `time_subjects`, meter (a name of `meters.METERS`), sysfs, windows, window_s (0: the meter's least).
+    request: threads, provider, subjects as for `time_subjects`, meter (a name of `meters.METERS`), sysfs, windows, window_s (0: the
+    meter's least).
     """
     import onnxruntime
 
@@ -265,7 +287,8 @@ def energy_of_subjects(request: dict[str, Any]) -> dict[str, Any]:
         return {"reason": str(error)}
     try:
         _settle()
-        return {"reason": "", **energy.measure(meter, subjects, int(request["windows"]), float(request["window_s"]))}
+        windows, window_s = int(request["windows"]), float(request["window_s"])
+        return {"reason": "", **energy.measure(meter, subjects, windows, window_s, busy=tolerated(request.get("provider", CPU)))}
     except MeterError as error:
         return {"reason": str(error)}
     finally:
@@ -274,11 +297,14 @@ def energy_of_subjects(request: dict[str, Any]) -> dict[str, Any]:
 
 def peak(request: dict[str, Any]) -> dict[str, Any]:
     """Rise of this process's resident set over a bare runtime process: highest, loading and two trials included, and afterwards.
+    On a GPU, of the GPU's memory in use: the runtime gives none back while a session lives, so both are what it has when it has run.
 
     Needs a fresh process.
     """
     threads = int(request["threads"])
     subject = request["subject"]
+    if request.get("provider", CPU) == CUDA:
+        return _gpu_peak(subject, threads)
     Unit({"folder": BARE, "tokens": 1, "rows": 1}, threads, shared_pool=False).trial()
     before = _peak_bytes()  # before the reading, whose buffer is not the model's doing
     _read_anew(Path(subject["folder"]))
@@ -291,6 +317,19 @@ def peak(request: dict[str, Any]) -> dict[str, Any]:
     resident = _resident_bytes()
     highest = max(_peak_bytes(), resident)  # the system counts pages per CPU and sums them loosely: its peak may lag by some
     return {"peak_bytes": highest - before, "running_bytes": resident - before}
+
+
+def _gpu_peak(subject: dict[str, Any], threads: int) -> dict[str, Any]:
+    """The subject takes the place of a bare session: what every session has (the libraries' handles and workspace) counts for neither."""
+    bare = Unit({"folder": BARE, "tokens": 1, "rows": 1, "provider": CUDA}, threads, shared_pool=False)
+    bare.trial()
+    before = gpu.used_bytes()
+    del bare
+    running = SUBJECTS[subject["kind"]](subject, threads, False)
+    running.trial()
+    running.trial()
+    rise = max(0, gpu.used_bytes() - before)
+    return {"peak_bytes": rise, "running_bytes": rise}
 
 
 def _read_anew(folder: Path) -> None:

@@ -15,9 +15,10 @@ from typing import Any
 
 from toolchain.errors import BittailorError, InputError
 from toolchain.files import scratch
-from toolchain.hardware import TRANSPORTS, meter, thread_count
+from toolchain.hardware import TRANSPORTS, has_provider, meter, thread_count
+from toolchain.kernels import offered
 from toolchain.profiler.transports.jobs import IDENTIFY, RECONNECT_SECONDS, Link
-from toolchain.spec import Device
+from toolchain.spec import CPU, CUDA, Device
 
 TIMEOUT_SECONDS = 1800
 SYSFS = "/sys"
@@ -82,14 +83,21 @@ class Host:
         return self._ask({"action": "outputs", "subjects": list(subjects)})["outputs"]
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Raises InputError for a transport we do not have, UnreachableError, BittailorError for what the agent refuses or dies of."""
-        if self.device.provider != "CPUExecutionProvider":
+        """Raises InputError for a transport or provider we do not have, UnreachableError, BittailorError for what the agent refuses or
+        dies of."""
+        if not offered(self.device.provider):
             raise InputError(
-                f"expected provider CPUExecutionProvider for {self.device.name!r}, got {self.device.provider}",
+                f"expected provider {CPU} or {CUDA} for {self.device.name!r}, got {self.device.provider}",
                 "this version measures no other",
             )
+        request = {**request, "provider": self.device.provider}
         if not self.device.at_hand:
-            return self.link.ask(request, IDENTIFY)
+            return self.link.ask(request, {**IDENTIFY, "provider": self.device.provider})
+        if not (state := has_provider(self.device.provider)).usable:
+            raise InputError(
+                f"expected {self.device.provider} for {self.device.name!r}: {state.reason}",
+                "type: pip install onnxruntime-gpu" if self.device.provider == CUDA else "",
+            )
         with scratch() as folder:
             path = folder / "request.json"
             path.write_text(json.dumps({**request, "host": os.getpid()}))

@@ -34,7 +34,7 @@ MIXED = 16
 WHOLE = ("mixed-0", "mixed-1", "mixed-2")
 FEWEST_LAYERS = 4
 SESSIONS, WINDOWS = 3, 5
-EVERYWHERE = ("w8g32", "w4g32", "fp32")
+EVERYWHERE = ("w8g32", "w4g32", "fp32", "w8g32-fp16", "w4g32-fp16", "fp16")
 """The first of these that the device has is measured at all points, the other policies at the workload's own."""
 _PASTS = (16, 128, 512, 2048)
 _LAST_STEPS = 8

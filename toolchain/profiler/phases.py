@@ -18,6 +18,7 @@ import numpy as np
 from toolchain.decoding import Decoder, EncoderDecoder, Generator
 from toolchain.profiler.energy import Run
 from toolchain.session import open_session, token_feeds
+from toolchain.spec import CPU
 
 STEPS = 6
 
@@ -32,7 +33,8 @@ class DecoderPhases:
     def __init__(self, subject: dict[str, Any], threads: int, shared_pool: bool) -> None:
         self._phases = subject["phases"]
         capacity = max(phase["past"] + max(phase["tokens"], STEPS + 1) for phase in self._phases)
-        self._decoder = Decoder(Path(subject["folder"]), threads, max(capacity, subject.get("capacity", 0)), shared_pool)
+        room = max(capacity, subject.get("capacity", 0))
+        self._decoder = Decoder(Path(subject["folder"]), threads, room, shared_pool, subject.get("provider", CPU))
         self._ids = np.random.default_rng(0).integers(0, subject["rows"], self._decoder.capacity)
 
     def trial(self) -> dict[str, float]:
@@ -81,7 +83,8 @@ class EncoderDecoderPhases:
         self._phases = subject["phases"]
         self._capacity = subject.get("capacity", 0)
         most = max(phase["past"] + STEPS + 1 for phase in self._phases)
-        self._model = EncoderDecoder(Path(subject["folder"]), threads, max(most, self._capacity), shared_pool)
+        room = max(most, self._capacity)
+        self._model = EncoderDecoder(Path(subject["folder"]), threads, room, shared_pool, provider=subject.get("provider", CPU))
         longest = max(phase["tokens"] for phase in self._phases)
         self._ids = np.random.default_rng(0).integers(0, subject["rows"], longest)
 
@@ -127,7 +130,7 @@ class EncoderPhases:
     """An encoder: a trial is one inference of each [batch, tokens] asked for."""
 
     def __init__(self, subject: dict[str, Any], threads: int, shared_pool: bool) -> None:
-        self._session = open_session(Path(subject["folder"]), threads, shared_pool=shared_pool)
+        self._session = open_session(Path(subject["folder"]), threads, subject.get("provider", CPU), shared_pool)
         rng = np.random.default_rng(0)
         self._feeds = {
             phase["label"]: token_feeds(self._session, rng.integers(0, subject["rows"], (phase["batch"], phase["tokens"])))

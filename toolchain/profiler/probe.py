@@ -1,7 +1,10 @@
 """Which kernels this runtime loads and computes right: each is run on a small unit and held against the numpy reference.
 
 A kernel that is refused, falls back to something wrong, or saturates is not offered. Tolerance 1e-3 relative: the simulated int8
-activations agree to about 3e-7, and a saturating kernel is off by 1e-2.
+activations agree to about 3e-7, and a saturating kernel is off by 1e-2. Kernels in fp16 have 3e-3: the reference rounds what goes in as
+they do, but sums in float32 where CUDA's sum partly in fp16 (an H200: 2e-4 to 7e-4, at 4096 inputs up to 1.3e-3); int8 activations would be
+off by 5e-3, 8-bit codes that are one off by 1e-2.
+A kernel of a GPU that the runtime would run on the CPU instead is not offered either.
 """
 
 from __future__ import annotations
@@ -11,42 +14,51 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from toolchain.errors import DamagedFileError
+from toolchain.errors import DamagedFileError, InputError
 from toolchain.files import scratch
 from toolchain.graph.oneunit import random_weights, write_one_unit
-from toolchain.kernels import CATALOGUE, legal, parts
-from toolchain.quantize.affine import dequantize, quantize_activation
+from toolchain.hardware import has_provider
+from toolchain.kernels import CATALOGUE, legal, offered, parts
+from toolchain.quantize.affine import dequantize, quantize_activation, unquantised
 from toolchain.session import open_session
-from toolchain.spec import Kernel, Unit
+from toolchain.spec import CPU, CUDA, Kernel, Unit
 
 if TYPE_CHECKING:
     from toolchain.graph.oneunit import Weights
     from toolchain.profiler.ask import Host
 
-TOLERANCE = 1e-3
+TOLERANCE, TOLERANCE_FP16 = 1e-3, 3e-3
 _UNITS = (Unit("probe", "MatMul", 256, 48), Unit("probe", "MatMul", 200, 48), Unit("probe", "Gather", 256, 48))
-_TOKENS = (1, 5)
-"""Decoding one token takes other code paths than several; 200 is a width that no group divides."""
+_TOKENS = (1, 5, 96)
+"""Decoding one token takes other code paths than several, and a GPU others again for many; 200 is a width that no group divides."""
 
 
 @cache
-def working_kernels() -> tuple[str, ...]:
-    """Names of the catalogue's kernels that load and compute right here, in catalogue order."""
+def working_kernels(provider: str = CPU) -> tuple[str, ...]:
+    """Names of the provider's kernels that load and compute right here, in catalogue order.
+
+    Raises InputError where the runtime has no such provider, it does not start, or it computes none of them.
+    """
+    if not (state := has_provider(provider)).usable:
+        raise InputError(f"expected {provider}: {state.reason}", "type: pip install onnxruntime-gpu" if provider == CUDA else "")
     works: list[str] = []
-    for name, kernel in CATALOGUE.items():
+    for name in offered(provider):
+        kernel = CATALOGUE[name]
         whole = all(part.name in works for part in parts(kernel)) if kernel.prefill else True
-        if whole and all(relative_error(unit, kernel) < TOLERANCE for unit in _UNITS if legal(unit, kernel)):
+        if whole and all(relative_error(unit, kernel, provider) < _tolerance(kernel) for unit in _UNITS if legal(unit, kernel)):
             works.append(name)
-    return tuple(works)
+    return _any_of(tuple(works), provider)
 
 
 def working_kernels_of(host: Host) -> tuple[str, ...]:
-    """`working_kernels` of the runtime on the host's device: what it computes is compared here."""
+    """`working_kernels` of the runtime on the host's device: what it computes is compared here. Raises InputError if that is nothing."""
+    names = offered(host.device.provider)
     if host.device.at_hand:
-        return working_kernels()
+        return working_kernels(host.device.provider)
     subjects, wanted = [], {}
     with scratch() as folder:
-        for name, kernel in CATALOGUE.items():
+        for name in names:
+            kernel = CATALOGUE[name]
             for number, unit in enumerate(unit for unit in _UNITS if legal(unit, kernel)):
                 label = f"{name} {number}"
                 place = folder / label
@@ -59,13 +71,25 @@ def working_kernels_of(host: Host) -> tuple[str, ...]:
         made = host.outputs(subjects)
     wrong = set()
     for label, (name, expected) in wanted.items():
-        got = made[label]
-        if got is None or any(_error(np.asarray(y), right) >= TOLERANCE for y, right in zip(got, expected, strict=True)):
+        got, most = made[label], _tolerance(CATALOGUE[name])
+        if got is None or any(_error(np.asarray(y), right) >= most for y, right in zip(got, expected, strict=True)):
             wrong.add(name)
-    return tuple(name for name, kernel in CATALOGUE.items() if not wrong & {name, *(part.name for part in parts(kernel))})
+    return _any_of(
+        tuple(name for name in names if not wrong & {name, *(part.name for part in parts(CATALOGUE[name]))}), host.device.provider
+    )
 
 
-def relative_error(unit: Unit, kernel: Kernel) -> float:
+def _any_of(works: tuple[str, ...], provider: str) -> tuple[str, ...]:
+    if not works:
+        raise InputError(f"expected {provider} to compute at least one kernel right, none of {', '.join(offered(provider))} does")
+    return works
+
+
+def _tolerance(kernel: Kernel) -> float:
+    return TOLERANCE_FP16 if kernel.float_type == "float16" else TOLERANCE
+
+
+def relative_error(unit: Unit, kernel: Kernel, provider: str = CPU) -> float:
     """Largest ‖runtime − reference‖ / ‖reference‖ over token counts, on random numbers; infinite where the runtime refuses the kernel."""
     rng = np.random.default_rng(0)
     weights = random_weights(unit, kernel)
@@ -73,7 +97,7 @@ def relative_error(unit: Unit, kernel: Kernel) -> float:
     with scratch() as folder:
         write_one_unit(unit, kernel, weights, 1, folder)
         try:
-            session = open_session(folder, threads=1)
+            session = open_session(folder, threads=1, provider=provider, only=True)
         except DamagedFileError:
             return float("inf")
         for tokens in _TOKENS:
@@ -87,13 +111,13 @@ def _case(unit: Unit, kernel: Kernel, weights: Weights, tokens: int, rng: np.ran
     x: np.ndarray
     several = tokens > 1
     part = parts(kernel)[-1 if several else 0]
-    plain = weights if isinstance(weights, np.ndarray) else dequantize(weights[-1 if several else 0])
+    plain = unquantised(weights, part) if isinstance(weights, np.ndarray) else dequantize(weights[-1 if several else 0])
     if unit.op == "Gather":
         x = rng.integers(0, unit.N, tokens)
         return x, plain[x]
     x = rng.standard_normal((tokens, unit.K), dtype=np.float32)
-    return x, quantize_activation(x, part) @ plain.T
+    return x.astype(kernel.float_type), quantize_activation(x, part) @ plain.T
 
 
 def _error(got: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+    return float(np.linalg.norm(got.astype(np.float32) - expected) / np.linalg.norm(expected))

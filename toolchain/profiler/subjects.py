@@ -1,7 +1,7 @@
 """What the agent can run: one-unit graphs, whole models as they serve, and the reference that tells the machine's speed.
 
-A trial is nanoseconds by phase; for energy, each phase runs by itself, over and over. Whole models phase by phase are in `phases.py`.
-onnxruntime and numpy only.
+A subject says {folder, ...} and the `provider` it runs on. A trial is nanoseconds by phase; for energy, each phase runs by itself, over
+and over. Whole models phase by phase are in `phases.py`. onnxruntime and numpy only.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import numpy as np
 from toolchain.decoding import open_generator
 from toolchain.profiler.energy import Run
 from toolchain.profiler.phases import DecoderPhases, EncoderDecoderPhases, EncoderPhases, median_step_ns, stepped
-from toolchain.session import open_session, token_feeds
-from toolchain.spec import STREAMED_TOKEN, TOKEN, TOKENS
+from toolchain.session import memory_of, open_session, token_feeds
+from toolchain.spec import CPU, CUDA, STREAMED_TOKEN, TOKEN, TOKENS
 
 GRAPHS = Path(__file__).with_name("graphs")
 
@@ -36,10 +36,14 @@ class Powered(Protocol):
 
 class Unit:
     """A one-unit graph: a trial is a run over all its copies. One token in flight: a second run is timed, which finds the caches as a
-    model's next token does; several are bound by arithmetic, and the first will do."""
+    model's next token does; several are bound by arithmetic, and the first will do. Input and outputs stay in the provider's memory, as
+    between the units of a model."""
 
     def __init__(self, subject: dict[str, Any], threads: int, shared_pool: bool) -> None:
-        self._session = open_session(Path(subject["folder"]), threads, shared_pool=shared_pool)
+        import onnxruntime
+
+        provider = subject.get("provider", CPU)
+        self._session = open_session(Path(subject["folder"]), threads, provider, shared_pool)
         rng = np.random.default_rng(0)
         value = self._session.get_inputs()[0]
         self._untimed = int(subject["tokens"] == 1)
@@ -47,10 +51,12 @@ class Unit:
             feed = rng.integers(0, subject["rows"], subject["tokens"])
         else:
             feed = rng.standard_normal((subject["tokens"], value.shape[1]), dtype=np.float32)
+            feed = feed.astype(np.float16) if value.type == "tensor(float16)" else feed
         self._binding = self._session.io_binding()
-        self._binding.bind_cpu_input(value.name, feed)
+        memory = memory_of(provider)
+        self._binding.bind_ortvalue_input(value.name, onnxruntime.OrtValue.ortvalue_from_numpy(feed, memory, 0))
         for output in self._session.get_outputs():
-            self._binding.bind_output(output.name)
+            self._binding.bind_output(output.name, memory)
 
     def trial(self) -> dict[str, float]:
         for _ in range(self._untimed):
@@ -73,7 +79,9 @@ class Generate:
 
     def __init__(self, subject: dict[str, Any], threads: int, shared_pool: bool) -> None:
         self._new = int(subject["new_tokens"])
-        self._decoder = open_generator(Path(subject["folder"]), threads, subject["tokens"], self._new, shared_pool)
+        self._decoder = open_generator(
+            Path(subject["folder"]), threads, subject["tokens"], self._new, shared_pool, provider=subject.get("provider", CPU)
+        )
         self._ids = np.random.default_rng(0).integers(0, subject["rows"], subject["tokens"])
 
     def trial(self) -> dict[str, float]:
@@ -102,7 +110,7 @@ class Encode:
     """An encoder: a trial is one inference of [batch, tokens]."""
 
     def __init__(self, subject: dict[str, Any], threads: int, shared_pool: bool) -> None:
-        self._session = open_session(Path(subject["folder"]), threads, shared_pool=shared_pool)
+        self._session = open_session(Path(subject["folder"]), threads, subject.get("provider", CPU), shared_pool)
         ids = np.random.default_rng(0).integers(0, subject["rows"], (subject["batch"], subject["tokens"]))
         self._feeds = token_feeds(self._session, ids)
 
@@ -124,18 +132,23 @@ class References:
 
     One token from the cache is bound by handing out small pieces of work (`small`: a 256 × 256 product), one whose weights stream from
     memory slows down as plain arithmetic does (`float`: products of 64 tokens), several tokens as the mean of that and of int8 arithmetic.
+
+    On a GPU they are the GPU's work: a token whose weights lie in its cache is bound by launching kernels (`small` again), one whose
+    weights stream by its memory (`large`: 4096 × 4096 products, more than an L2 cache holds), several tokens by its arithmetic (the
+    same, of 256).
     """
 
-    def __init__(self, threads: int) -> None:
-        counts = {"small": 1, "float": 64, "int8": 64}
-        self._parts = {
-            name: Unit({"folder": GRAPHS / name, "tokens": tokens, "rows": 1}, threads, shared_pool=True)
-            for name, tokens in counts.items()
-        }
+    def __init__(self, threads: int, provider: str = CPU) -> None:
+        counts = [("small", 1), ("large", 1), ("large", 256)] if provider == CUDA else [("small", 1), ("float", 64), ("int8", 64)]
+        self._parts = [
+            Unit({"folder": GRAPHS / name, "tokens": tokens, "rows": 1, "provider": provider}, threads, shared_pool=True)
+            for name, tokens in counts
+        ]
+        self._provider = provider
 
     def trial(self) -> dict[str, float]:
-        seen = {name: part.trial()["run_ns"] for name, part in self._parts.items()}
-        return {TOKEN: seen["small"], STREAMED_TOKEN: seen["float"], TOKENS: (seen["float"] * seen["int8"]) ** 0.5}
+        small, streamed, several = (part.trial()["run_ns"] for part in self._parts)
+        return {TOKEN: small, STREAMED_TOKEN: streamed, TOKENS: several if self._provider == CUDA else (streamed * several) ** 0.5}
 
 
 class Measurable(Subject, Powered, Protocol):

@@ -69,7 +69,7 @@ def working_sets(graph: Graph, unit: Unit, table: CostTable) -> dict[str, str]:
 
 
 def cases(graph: Graph, unit: Unit, sets: Mapping[str, str], workload: Workload, cache_bytes: int) -> list[Case]:
-    """Every time row of this shape; sets: kernel → working set."""
+    """Every time row of this shape; sets: kernel → working set. The kernels are of one provider."""
     return [
         Case(kernel, tokens, kind, _copies(graph, unit, kernel, tokens, kind, cache_bytes))
         for kernel, kind in sets.items()
@@ -82,14 +82,14 @@ def _copies(graph: Graph, unit: Unit, kernel: str, tokens: int, kind: str, cache
 
     Fewer the more tokens share a weight's way from memory: arithmetic hides it, and the trial stays short.
     """
-    target = 2 * cache_bytes if kind == "streamed" else _mixed_bytes(graph)
+    target = 2 * cache_bytes if kind == "streamed" else _mixed_bytes(graph, CATALOGUE[kernel].provider)
     most = MAX_COPIES if tokens == 1 else max(2, 512 // tokens)
     return max(2, min(most, ceil(target / packed_bytes(unit, CATALOGUE[kernel]))))
 
 
-def _mixed_bytes(graph: Graph) -> float:
+def _mixed_bytes(graph: Graph, provider: str) -> float:
     """Bytes of the linears under a mixed policy, on average: among these neighbours a unit finds the caches, whatever its own kernel."""
-    quantised = [kernel for kernel in CATALOGUE.values() if kernel.quantised]
+    quantised = [kernel for kernel in CATALOGUE.values() if kernel.quantised and kernel.provider == provider]
     return mean(sum(packed_bytes(unit, kernel) for unit in graph.units if unit.op != "Gather") for kernel in quantised)
 
 

@@ -6,7 +6,9 @@ kernels bit for bit and the torch forward pass (`fake.py`) must reproduce them e
     lo = min(w, 0), hi = max(w, 0)   per group, or learned bounds lo ≤ 0 ≤ hi
     s = (hi − lo) / (2^b − 1),  z = round(−lo / s),  q = clip(round(w / s) + z, 0, 2^b − 1),  ŵ = (q − z)·s
 
-(PTQ/QAT study, algorithm 1.) Symmetric kernels (w8a8) use s = max(−lo, hi) / 63, z = 128.
+(PTQ/QAT study, algorithm 1.) Symmetric kernels (w8a8) use s = max(−lo, hi) / 63, z = 128. Kernels with fp16 activations round s to fp16
+before anything is divided by it, as the runtime reads it; what their sums lose in fp16 is not modelled: it is the runtime's own affair,
+about 1e-3 relative (`profiler/probe.py`).
 """
 
 from __future__ import annotations
@@ -56,17 +58,31 @@ def quantize(weight: np.ndarray, kernel: Kernel, low: np.ndarray | None = None, 
     low = np.minimum(grouped.min(-1), np.float32(0)) if low is None else low
     high = np.maximum(grouped.max(-1), np.float32(0)) if high is None else high
     if kernel.symmetric:
-        scales = np.maximum(-low, high) / np.float32(SYMMETRIC_MAX)
+        scales = _rounded(np.maximum(-low, high) / np.float32(SYMMETRIC_MAX), kernel)
         scales = np.where(scales > 0, scales, one)
         zero = np.full_like(scales, SYMMETRIC_ZERO)
         code_min, code_max = SYMMETRIC_ZERO - SYMMETRIC_MAX, SYMMETRIC_ZERO + SYMMETRIC_MAX
     else:
-        scales = (high - low) / np.float32(kernel.levels - 1)
+        scales = _rounded((high - low) / np.float32(kernel.levels - 1), kernel)
         scales = np.where(scales > 0, scales, one)
         code_min, code_max = 0, kernel.levels - 1
         zero = np.clip(np.rint(-low / scales), code_min, code_max)
     codes = np.clip(np.rint(grouped / scales[..., None]) + zero[..., None], code_min, code_max)
     return Quantized(codes.astype(np.uint8), scales.astype(np.float32), zero.astype(np.uint8), K)
+
+
+def _rounded(scales: np.ndarray, kernel: Kernel) -> np.ndarray:
+    """float32, at the precision the kernel keeps them in. ValueError where they leave its range."""
+    with np.errstate(over="ignore"):
+        kept = scales.astype(kernel.float_type).astype(np.float32)
+    if not np.isfinite(kept).all():
+        raise ValueError(f"expected scales within the range of {kernel.float_type} for {kernel.name}, got {scales.max():.3g}")
+    return kept
+
+
+def unquantised(weight: np.ndarray, kernel: Kernel) -> np.ndarray:
+    """What a kernel without codes makes of weight [N, K]: itself in fp32, or rounded to fp16; float32 both."""
+    return weight.astype(kernel.float_type).astype(np.float32)
 
 
 def dequantize(quantized: Quantized) -> np.ndarray:
@@ -79,9 +95,11 @@ def quantize_activation(x: np.ndarray, kernel: Kernel) -> np.ndarray:
     """What the kernel's own int8 activation quantiser turns x [..., K] into, dequantised float32.
 
     int8_group: per row and group, s = max|x| / 127 (MatMulNBits, accuracy_level 4). int8_tensor: uint8 over the whole tensor
-    with a rounded zero point (DynamicQuantizeMatMul). Both reproduce the runtime to about 3e-7 relative.
+    with a rounded zero point (DynamicQuantizeMatMul). Both reproduce the runtime to about 3e-7 relative. fp16: rounded to it.
     """
     x = np.asarray(x, np.float32)
+    if kernel.activation == "fp16":
+        return x.astype(np.float16).astype(np.float32)
     if kernel.activation == "int8_group":
         K = x.shape[-1]
         G, width = groups(K, kernel)

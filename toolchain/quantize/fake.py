@@ -57,6 +57,8 @@ def _grid(grouped: Tensor, kernel: Kernel, low: Tensor | None, high: Tensor | No
 def steps(low: Tensor, high: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
     """(scales, zero points) [N, G] of an asymmetric kernel between bounds low <= 0 <= high [N, G]."""
     scales = (high - low) / (kernel.levels - 1)
+    if kernel.float_type == "float16":
+        scales = scales.half().float()
     scales = torch.where(scales > 0, scales, 1.0)
     return scales, (-low / scales).round_().clamp_(0, kernel.levels - 1)
 
@@ -124,13 +126,13 @@ def _in_chunks(act: Callable[..., tuple[Tensor, ...]], *given: Tensor | None) ->
 
 
 def fake_quantise(weight: Tensor, kernel: Kernel, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
-    """What the kernel makes of weight [N, K] float32, dequantised [N, K]; the weight itself for the fp32 kernel.
+    """What the kernel makes of weight [N, K] float32, dequantised [N, K]; of fp32 the weight itself, of fp16 the weight rounded to it.
 
     low, high: bounds [N, G] of each group, low <= 0 <= high, both or neither; without, its minimum and maximum. Gradients: see the
     module's first lines.
     """
     if not kernel.quantised:
-        return weight
+        return fake_quantise_activation(weight, kernel)  # the rounding is the same, and so is its gradient
     return _FakeQuantise.apply(weight, low, high, kernel)
 
 
@@ -138,7 +140,7 @@ def fake_quantise(weight: Tensor, kernel: Kernel, low: Tensor | None = None, hig
 def codes(weight: Tensor, kernel: Kernel, low: Tensor | None = None, high: Tensor | None = None) -> Quantized:
     """The codes that the same call of `fake_quantise` rounds to: `affine.dequantize` of them equals its value bit for bit.
 
-    Raises ValueError for fp32 or non-finite weights.
+    Raises ValueError for a kernel without codes or non-finite weights.
     """
     if not kernel.quantised:
         raise ValueError(f"expected a quantised kernel, got {kernel.name}")
@@ -161,6 +163,8 @@ class _FakeQuantiseActivation(torch.autograd.Function):
 
     @staticmethod
     def quantised(x: Tensor, kernel: Kernel) -> Tensor:
+        if kernel.activation == "fp16":
+            return x.half().float()
         if kernel.activation == "int8_group":
             grouped = _grouped(x, kernel)
             least, most = torch.aminmax(grouped, dim=-1, keepdim=True)
@@ -181,7 +185,7 @@ class _FakeQuantiseActivation(torch.autograd.Function):
 
 
 def fake_quantise_activation(x: Tensor, kernel: Kernel) -> Tensor:
-    """What the kernel's own int8 quantiser makes of its input x [..., K], dequantised; gradient 1. As `affine.quantize_activation`."""
+    """What the kernel's own quantiser makes of its input x [..., K], dequantised; gradient 1. As `affine.quantize_activation`."""
     if kernel.activation == "fp32":
         return x
     return _FakeQuantiseActivation.apply(x, kernel)

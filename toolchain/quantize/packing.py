@@ -37,10 +37,11 @@ def packed_bytes(unit: Unit, kernel: Kernel) -> int:
     if kernel.prefill:
         return sum(packed_bytes(unit, part) for part in parts(kernel))
     if not kernel.quantised:
-        return 4 * unit.parameters
+        return kernel.container_bits // 8 * unit.parameters
     if kernel.activation == "int8_tensor":
         return unit.parameters + 4 * unit.N
     G = -(-unit.K // kernel.group_size)
     codes = G * kernel.group_size * kernel.container_bits // 8
     zero_points = -(-G * kernel.container_bits // 8)
-    return unit.N * (codes + 4 * G + zero_points)
+    scales = G * (2 if kernel.float_type == "float16" else 4)
+    return unit.N * (codes + scales + zero_points)

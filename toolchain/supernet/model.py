@@ -36,7 +36,7 @@ FROZEN = ("places", "low", "high")
 
 def _grid(kernel: Kernel) -> tuple[str, int]:
     """What decides how a kernel quantises its input."""
-    return kernel.activation, kernel.group_size
+    return kernel.activation, kernel.group_size if kernel.activation == "int8_group" else 0
 
 
 class Supernet:
@@ -182,7 +182,7 @@ class Supernet:
         return {name: tensor for name, tensor in self.parameters.items() if name.rpartition("/")[0] in used}
 
     def weights(self, policy: Mapping[str, str]) -> dict[str, Tensor]:
-        """parameter name of the model → the weight that the policy's kernels make of it (fp32: the plain one).
+        """parameter name of the model → the weight that the policy's kernels make of it (fp32: the plain one; fp16: rounded to that).
 
         Layers of one kernel and width are quantised in one go: on a GPU a small model's time is the number of launches.
         """
@@ -196,7 +196,7 @@ class Supernet:
                 stacked = fake_quantise(*self._quantiser_inputs(list(owners), CATALOGUE[name]))
                 made |= {(owner, name): part for owner, part in zip(owners, stacked.split(rows), strict=True)}
             else:
-                made |= {(owner, name): self._weight(owner) for owner in owners}
+                made |= {(owner, name): fake_quantise(self._weight(owner), CATALOGUE[name]) for owner in owners}
         return {f"{module}.weight": made[self._owner[module], policy[unit.name]] for unit in self.units for module in unit.modules}
 
     def __call__(

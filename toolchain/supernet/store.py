@@ -23,7 +23,7 @@ import numpy as np
 
 from toolchain.errors import DamagedFileError, InputError
 from toolchain.files import inside, sha256, write_atomic
-from toolchain.kernels import CATALOGUE
+from toolchain.kernels import CATALOGUE, counterpart
 from toolchain.quantize.affine import Quantized, groups
 from toolchain.quantize.packing import pack, unpack
 from toolchain.spec import Kernel, Unit
@@ -115,7 +115,8 @@ class SupernetFolder:
             for key in ("kernels", "sensitivity"):
                 if not isinstance(data[key], Mapping):
                     raise ValueError(f"no {key}")
-            needed = {f"quantised/{name}.safetensors" for names in data["kernels"].values() for name in names if name != "fp32"}
+            given = {name for names in data["kernels"].values() for name in names}
+            needed = {f"quantised/{name}.safetensors" for name in given if CATALOGUE[name].quantised}
             if missing := sorted((needed | {"meta_network.safetensors"}) - set(files)):
                 raise ValueError(f"no {missing[0]} in its list")
         except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
@@ -154,10 +155,15 @@ class SupernetFolder:
         }
 
     def quantized(self, unit: Unit, kernel: Kernel) -> Quantized:
-        """The trained codes of a unit. Raises InputError for a kernel it was not given, DamagedFileError for tensors of another shape."""
+        """The trained codes of a unit; for another provider's kernel those trained for its counterpart, the scales rounded as it has them.
+
+        Raises InputError for a kernel it was not given, DamagedFileError for tensors of another shape.
+        """
         names = self.description["kernels"].get(unit.name, ())
-        if kernel.name not in names or not kernel.quantised:
+        asked, trained = kernel, counterpart(kernel.name, names)
+        if not trained or not kernel.quantised:
             raise InputError(f"expected a quantised kernel among {', '.join(names)} for unit {unit.name!r}, got {kernel.name!r}")
+        kernel = CATALOGUE[trained]
         from safetensors import SafetensorError, safe_open
 
         path = self.directory / "quantised" / f"{kernel.name}.safetensors"
@@ -171,6 +177,7 @@ class SupernetFolder:
                 raise ValueError(f"shapes {packed.shape}, {scales.shape}, expected {expected[0]}, {expected[1]}")
         except (OSError, SafetensorError, ValueError) as error:
             raise DamagedFileError(f"expected codes of unit {unit.name!r} in {path}, got: {error}", _REMEDY) from error
+        scales = scales.astype(asked.float_type).astype(np.float32)
         return Quantized(unpack(packed, kernel.container_bits, width), scales, zero_points, unit.K)
 
     def trained(self) -> dict[str, np.ndarray]:
