@@ -80,7 +80,7 @@ def test_a_bare_name_takes_more_bits_for_an_embedding_alone() -> None:
     units = (Unit("e", "Gather", 64, 8, "embedding"), Unit("l", "MatMul", 64, 8))
     assert dict(uniform("w2g32-fp16", units)) == {"e": "w3g32-fp16", "l": "w2g32-fp16"}
     without = [name for name in KERNELS if not name.startswith("w2")]
-    with pytest.raises(PolicyError, match="'l' .MatMul 64x8. has no w2g32-fp16 kernel"):
+    with pytest.raises(PolicyError, match=r"'l' \(MatMul 64x8\) has no w2g32-fp16 kernel"):
         uniform("w2g32-fp16", units, without)
 
 
