@@ -75,6 +75,15 @@ def test_an_embeddings_zero_points_end_on_a_byte() -> None:
     assert legal(Unit("u", "Gather", 96, 8), CATALOGUE["fp16"])
 
 
+def test_a_bare_name_takes_more_bits_for_an_embedding_alone() -> None:
+    """A linear without the kernel that was asked for is an error: a package of other bits would pass for it."""
+    units = (Unit("e", "Gather", 64, 8, "embedding"), Unit("l", "MatMul", 64, 8))
+    assert dict(uniform("w2g32-fp16", units)) == {"e": "w3g32-fp16", "l": "w2g32-fp16"}
+    without = [name for name in KERNELS if not name.startswith("w2")]
+    with pytest.raises(PolicyError, match=r"'l' \(MatMul 64x8\) has no w2g32-fp16 kernel"):
+        uniform("w2g32-fp16", units, without)
+
+
 def test_a_policy_is_carried_to_another_provider_by_its_bits() -> None:
     units = tuple(Unit(name, "MatMul", 256, 64) for name in "abcdef")
     there = {"a": "fp32", "b": "w8a8", "c": "w4g128", "d": "w3g32", "e": "w4g32+w8a8", "f": "w2g32"}

@@ -135,12 +135,12 @@ def candidates(unit: Unit, available: Iterable[str] = offered()) -> tuple[str, .
 
 
 def uniform(name: str, units: Sequence[Unit], available: Iterable[str] | None = None) -> Policy:
-    """The policy a bare kernel name means: that kernel on every linear, the legal one of the same bits on embedding and head, or of
-    the next more.
+    """The policy a bare kernel name means: that kernel on every linear, the legal one of the same bits on embedding and head; on an
+    embedding that has none, of the next more.
 
     available: default all of the kernel's provider.
 
-    Raises PolicyError for an unknown name, or a unit with no kernel of these bits or more.
+    Raises PolicyError for an unknown name, or a unit with no kernel of these bits.
     """
     if name not in CATALOGUE:
         raise PolicyError(f"expected a kernel among {', '.join(CATALOGUE)}, got {name!r}", "or name a policy file that exists")
@@ -148,7 +148,10 @@ def uniform(name: str, units: Sequence[Unit], available: Iterable[str] | None = 
     choice = {}
     for unit in units:
         names = candidates(unit, available)
-        enough = [other for other in names if CATALOGUE[other].weight_bits >= CATALOGUE[name].weight_bits]
+        wanted = CATALOGUE[name].weight_bits
+        enough = [other for other in names if CATALOGUE[other].weight_bits == wanted]
+        if unit.op == "Gather":
+            enough += [other for other in names if CATALOGUE[other].weight_bits > wanted]
         if name in names:
             choice[unit.name] = name
         elif enough:
