@@ -41,7 +41,7 @@ from toolchain.commands.workflow import Choice, cut, opened
 from toolchain.errors import BittailorError, InputError
 from toolchain.files import scratch, write_atomic
 from toolchain.graph.oneunit import random_weights, write_one_unit
-from toolchain.kernels import CATALOGUE, legal, uniform
+from toolchain.kernels import CATALOGUE, legal, offered, uniform
 from toolchain.profiler.probe import TOLERANCE
 from toolchain.progress import note
 from toolchain.quantize.affine import dequantize, quantize_activation
@@ -49,7 +49,7 @@ from toolchain.spec import Unit, Workload
 
 CPUS = ("cortex-a76", "cortex-a72", "max,sme=off")
 KERNELS = ("fp32", "w8a8", "w8g32", "w4g32", "w2g32")
-SINGLE = tuple(name for name, kernel in CATALOGUE.items() if not kernel.prefill)
+SINGLE = tuple(name for name in offered() if not CATALOGUE[name].prefill)
 """A kernel of two phases runs as its parts, which are here by themselves."""
 UNITS = (Unit("linear", "MatMul", 256, 48), Unit("ragged", "MatMul", 200, 48), Unit("embedding", "Gather", 256, 48))
 """200 is a width that no group divides."""

@@ -1,7 +1,7 @@
 """Which small graph tells how fast the machine is now? Candidates beside whole models in one rotation, for some minutes.
 
     python benchmarks/references.py [--seconds 420] [--models MODEL ...]    measure
-    python benchmarks/references.py --write                                make toolchain/profiler/graphs/{small,float,int8,large}
+    python benchmarks/references.py --write                                make toolchain/profiler/graphs/{small,float,int8,large,bare}
 
 A neighbour on the same host slows down what we time; a reference timed beside it is to say by how much. In blocks of 25 rounds: the
 standard deviation of log(model), and of log(model / reference), root mean square over the models of one kind of work. A reference pays
@@ -42,9 +42,10 @@ CANDIDATES = {
     "8 MB, one token": ("fp32", 512, 8, 1),
     "64 MB, one token": ("fp32", 1024, 16, 1),
 }
-LARGE = ("fp32", 4096, 2, 1)
-"""A GPU's: 128 MB, more than its L2 cache holds, and enough arithmetic to fill it."""
 """Name → number format, width, products, tokens."""
+OTHERS = {"large": ("fp32", 4096, 2, 1), "bare": ("fp32", 8, 1, 1)}
+"""large: a GPU's reference, 128 MB, more than its L2 cache holds, and enough arithmetic to fill it. bare: what a process with a runtime and
+nothing in it weighs."""
 CHOSEN = ("small", "float", "int8")
 KERNELS = ("w8g128", "w4g32", "w8a8")
 BLOCK = 25
@@ -85,7 +86,7 @@ def graph(form: str, width: int, products: int) -> onnx.ModelProto:
 
 def written(name: str, folder: Path) -> Path:
     """The candidate's graph as a folder's model.onnx."""
-    form, width, products, _ = {**CANDIDATES, "large": LARGE}[name]
+    form, width, products, _ = {**CANDIDATES, **OTHERS}[name]
     folder.mkdir(exist_ok=True)
     (folder / "model.onnx").write_bytes(graph(form, width, products).SerializeToString())
     return folder
@@ -99,7 +100,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
     if arguments.write:
-        for name in (*CHOSEN, "large"):
+        for name in (*CHOSEN, *OTHERS):
             written(name, GRAPHS / name)
         return
     seen: dict[str, list[float]] = {}

@@ -25,7 +25,7 @@ from toolchain.graph.assemble import assemble
 from toolchain.graph.model import Graph
 from toolchain.graph.oneunit import drawn
 from toolchain.hardware import thread_count
-from toolchain.kernels import CATALOGUE, uniform
+from toolchain.kernels import uniform
 from toolchain.profiler.agent import last_level_cache_bytes
 from toolchain.profiler.ask import Host
 from toolchain.profiler.measure import latencies, levelled, subject
@@ -52,7 +52,7 @@ def main() -> None:
         subjects = []
         for name in POLICIES:
             (place := folder / name).mkdir()
-            assemble(graph, uniform(name, graph.units, tuple(CATALOGUE)), drawn, place)
+            assemble(graph, uniform(name, graph.units), drawn, place)
             subjects += [subject(f"{name} {copy}", place, arguments.workload, graph.vocabulary) for copy in range(arguments.copies)]
         for process in range(arguments.processes):
             answer = host.time(random.Random(process).sample(subjects, len(subjects)), WINDOWS)
@@ -69,7 +69,7 @@ def main() -> None:
         windows = mean(stdev(load.trials) for loads in processes for load in loads)
         copies = mean(stdev(load.value or 0.0 for load in loads) for loads in processes)
         means = [mean(load.value or 0.0 for load in loads) for loads in processes]
-        kind = working_set_of(graph.units, uniform(name, graph.units, tuple(CATALOGUE)), last_level_cache_bytes())
+        kind = working_set_of(graph.units, uniform(name, graph.units), last_level_cache_bytes())
         bound = work(resource == "latency_ms" and arguments.workload.kind == "generate", kind)
         over = [value / reference[bound] for value, reference in zip(means, references, strict=True)]
         cells = [name, resource, f"{middle:.2f} ms", *(f"{value / middle:.1%}" for value in (windows, copies, stdev(means)))]
