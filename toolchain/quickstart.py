@@ -42,7 +42,7 @@ def quickstart(out: Path, steps: int | None) -> tuple[dict[str, Any], str]:
     device = load("local")
     tables = [out / "profiles"]
     with _stage("1/5 profile", seconds), workflow.opened(EMBEDDED) as model:
-        workflow.measure_costs(model.graph, device, tables[0], None, f"bittailor profile {EMBEDDED}", renew=False)
+        workflow.measure_costs(model.graph, device, tables[0], None, f"bittailor profile {EMBEDDED}", renew=False, energy=False)
     with _stage("2/5 train", seconds):
         trained = _finished(out / "supernet", steps or STEPS)
         if trained is None:

@@ -116,12 +116,15 @@ def find_costs(
     return costs
 
 
-def measure_costs(graph: Graph, device: Device, folder: Path, workload: Workload | None, command: str, renew: bool) -> Costs:
-    """Profile what is missing into `folder`/<device>/ and write the derived budgets beside the table."""
+def measure_costs(
+    graph: Graph, device: Device, folder: Path, workload: Workload | None, command: str, renew: bool, energy: bool = True
+) -> Costs:
+    """Profile what is missing into `folder`/<device>/ and write the derived budgets beside the table. energy: where there is a meter, of
+    that too, which takes minutes."""
     path = folder / device.name / "table.jsonl"
     workload = workload or default_workload(graph)
     host = Host.of(device)
-    name, reason = host.meter()
+    name, reason = host.meter() if energy else ("none", "it was not asked for")
     header = current_header(device, host.threads, f"none: {reason}" if reason else name, command)
     table = profile(graph, header, device, workload, path, renew)
     costs = Costs(cost_model(graph, table, workload), table, path)
