@@ -41,7 +41,6 @@ from toolchain.files import scratch, write_atomic
 from toolchain.graph.assemble import assemble
 from toolchain.graph.model import Graph
 from toolchain.graph.oneunit import drawn
-from toolchain.hardware import thread_count
 from toolchain.kernels import mean_bits
 from toolchain.profiler import ask, meters
 from toolchain.profiler.ask import Host
@@ -172,7 +171,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(words)
     device = hardware.load(arguments.device)
-    host = Host(device, thread_count(device))
+    host = Host.of(device)
     workload = Workload.parse(arguments.workload) if arguments.workload else None
     ready = (Path(arguments.model) / "graph.json").is_file()
     with nullcontext() if ready else opened(arguments.model) as source:

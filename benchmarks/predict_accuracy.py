@@ -40,7 +40,6 @@ from toolchain.files import scratch, write_atomic
 from toolchain.graph.assemble import assemble
 from toolchain.graph.model import Graph
 from toolchain.graph.oneunit import drawn
-from toolchain.hardware import thread_count
 from toolchain.kernels import CATALOGUE, candidates, mean_bits
 from toolchain.profiler.ask import Host
 from toolchain.profiler.measure import latencies, levelled, subject
@@ -136,7 +135,7 @@ def main() -> None:
                 if set(names[start : start + arguments.group]) <= set(into):
                     continue
                 group = {name: policies[name] for name in names[start : start + arguments.group]}
-                host = Host(device, thread_count(device))
+                host = Host.of(device)
                 rows = measured(graph, group, known, arguments.workload, host, memory=number == 0)
                 seen_known = {anchor.name: rows.pop(anchor.name) for anchor in known}
                 into |= {name: {**row, "known": seen_known} for name, row in rows.items()}

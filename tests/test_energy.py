@@ -243,7 +243,7 @@ def test_profile_and_check_by_a_constructed_counter(
     windows and all arithmetic are real. So every row must say 30 W times its own run's time, and nothing above idle."""
     from toolchain.profiler import model_rows, profile, unit_rows
 
-    monkeypatch.setattr(profile, "working_kernels", lambda: ("fp32", "w8g32", "w4g32"))
+    monkeypatch.setattr(profile, "working_kernels_of", lambda host: ("fp32", "w8g32", "w4g32"))
     for module, name, few in ((unit_rows, "WINDOWS", 5), (model_rows, "WINDOWS", 5), (model_rows, "SESSIONS", 1)):
         monkeypatch.setattr(module, name, few)
     monkeypatch.setattr(model_rows, "MIXED", 2)

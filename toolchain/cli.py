@@ -82,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         "units", answers.units, "every unit: name, op, K, N, parameters, candidate kernels", "bittailor units pocket-llama-6m"
     )
     sub.add_argument("model", metavar="MODEL", help="folder, hub id, pocket-llama-6m, or a supernet")
+    sub.add_argument("--device", default="local", help="whose kernels: a device of hardware/ (default: local)")
 
     sub = command(
         "profile",

@@ -68,8 +68,11 @@ def offered(provider: str = CPU) -> tuple[str, ...]:
 
 
 def full_precision(provider: str = CPU) -> str:
-    """Name of the kernel that quantises nothing: fp32 on the CPU, fp16 on CUDA."""
-    return next(name for name in offered(provider) if not CATALOGUE[name].quantised)
+    """Name of the kernel that quantises nothing: fp32 on the CPU, fp16 on CUDA. Raises PolicyError for a provider without kernels."""
+    found = next((name for name in offered(provider) if not CATALOGUE[name].quantised), None)
+    if found is None:
+        raise PolicyError(f"expected provider {CPU} or {CUDA}, whose kernels the catalogue has, got {provider}")
+    return found
 
 
 def float_type(names: Iterable[str]) -> str:

@@ -56,11 +56,12 @@ def devices(arguments: Namespace) -> Answer:
 
 
 def units(arguments: Namespace) -> Answer:
+    from toolchain import hardware
     from toolchain.commands import workflow
     from toolchain.kernels import candidates
-    from toolchain.profiler.probe import working_kernels
     from toolchain.report import table
 
+    available = workflow.kernels_of(hardware.load(arguments.device), workflow.profile_folders(None))
     with workflow.opened(arguments.model) as source:
         rows: list[dict[str, Any]] = [
             {
@@ -69,7 +70,7 @@ def units(arguments: Namespace) -> Answer:
                 "K": unit.K,
                 "N": unit.N,
                 "parameters": unit.parameters,
-                "kernels": list(candidates(unit, working_kernels())),
+                "kernels": list(candidates(unit, available)),
             }
             for unit in source.graph.units
         ]
@@ -283,16 +284,11 @@ def evaluate(arguments: Namespace) -> Answer:
 
 
 def run(arguments: Namespace) -> Answer:
-    from toolchain.hardware import has_provider
+    from toolchain.commands.scoring import serving_provider
     from toolchain.package.generate import generate
     from toolchain.package.manifest import open_package
-    from toolchain.progress import note
-    from toolchain.spec import CPU
 
     package = open_package(Path(arguments.package))
-    here = has_provider(package.provider)
-    if not here.usable:
-        note(f"bittailor: made for {package.provider}, runs on the CPU instead: {here.reason}")
-    made = generate(package.directory, arguments.prompt, arguments.tokens, provider=package.provider if here.usable else CPU)
+    made = generate(package.directory, arguments.prompt, arguments.tokens, provider=serving_provider(package.directory))
     # An encoder-decoder answers its source; a decoder goes on with the prompt.
     return Answer(made.to_json(), made.text if package.kind == "encoder-decoder" else arguments.prompt + made.text)

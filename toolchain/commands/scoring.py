@@ -10,10 +10,12 @@ from typing import Any
 from toolchain.errors import InputError
 from toolchain.evaluate.fidelity import fidelity
 from toolchain.evaluate.perplexity import perplexity
-from toolchain.hardware import load, thread_count
+from toolchain.hardware import has_provider, load, thread_count
 from toolchain.kernels import CATALOGUE
 from toolchain.package.manifest import is_package, open_package
+from toolchain.progress import note
 from toolchain.session import cache_slots, is_encoder_decoder, open_session
+from toolchain.spec import CPU
 from toolchain.text import documents, load_tokenizer, record, separator_id, windows
 
 
@@ -27,7 +29,8 @@ def evaluate(what: str, text: Sequence[Path], window: int, reference: str | None
             raise InputError(
                 f"expected a decoder or an encoder to evaluate, got the encoder-decoder {what}", "type: bittailor run PACKAGE TEXT"
             )
-        decoder = bool(cache_slots(open_session(directory, threads)))
+        provider = serving_provider(directory)
+        decoder = bool(cache_slots(open_session(directory, threads, provider)))
         context = _context(directory)
         if window > context:
             raise InputError(
@@ -43,12 +46,22 @@ def evaluate(what: str, text: Sequence[Path], window: int, reference: str | None
         }
         if decoder:
             stepwise = _two_phases(directory)
-            value, count = perplexity(directory, tokens, threads, stepwise)
+            value, count = perplexity(directory, tokens, threads, stepwise, provider)
             how = {"how": "token by token, since the package prefills with other kernels than it decodes with"} if stepwise else {}
             return {**result, "perplexity": value, "tokens": count, **how}
         with _folder(reference or _source_of(directory)) as reference_directory:
-            seen = fidelity(directory, reference_directory, tokens, threads)
+            seen = fidelity(directory, reference_directory, tokens, threads, provider)
         return {**result, "cosine": seen.cosine, "relative_mse": seen.relative_mse, "tokens": seen.tokens}
+
+
+def serving_provider(directory: Path) -> str:
+    """The provider that a package was made for, if the runtime here has it; else the CPU's, and a note that says so."""
+    made_for = open_package(directory, verify=False).provider if is_package(directory) else CPU
+    here = has_provider(made_for)
+    if here.usable:
+        return made_for
+    note(f"bittailor: made for {made_for}, runs on the CPU instead: {here.reason}")
+    return CPU
 
 
 @contextmanager

@@ -99,7 +99,7 @@ def find_costs(
     check_workload(graph, workload)
     paths = find_tables(device.name, folders)
     path, table = paths[0], open_table(paths[0])
-    if device.at_hand:  # of another the table alone is needed
+    if device.at_hand and has_provider(device.provider).usable:  # of another the table alone is needed
         refuse_if_stale(table, current_header(device, thread_count(device)))
     predictor = ShapePredictor.of([table, *map(open_table, paths[1:])]) if allow_predicted else None
     try:

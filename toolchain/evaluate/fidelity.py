@@ -11,6 +11,7 @@ import numpy as np
 from toolchain.errors import InputError
 from toolchain.progress import track
 from toolchain.session import cache_slots, open_session, token_feeds
+from toolchain.spec import CPU
 
 
 @dataclass(frozen=True)
@@ -28,15 +29,16 @@ class Fidelity:
         return asdict(self)
 
 
-def fidelity(directory: Path, reference_directory: Path, windows: np.ndarray, threads: int = 0) -> Fidelity:
+def fidelity(directory: Path, reference_directory: Path, windows: np.ndarray, threads: int = 0, provider: str = CPU) -> Fidelity:
     """Compare the first outputs ([1, T, width] or [1, width]) of two encoder folders on windows int64 [n, T], each window alone.
+    provider: what the first one runs on; the reference runs on the CPU.
 
     A token whose vector is zero in both counts as cosine 1, in one only as 0. Raises InputError for graphs that have a cache
     (decoders: use perplexity) or whose outputs differ in shape.
     """
     if windows.ndim != 2 or windows.size == 0:
         raise InputError(f"expected token windows [n, length], got {list(windows.shape)}")
-    sessions = [open_session(folder, threads) for folder in (directory, reference_directory)]
+    sessions = [open_session(directory, threads, provider), open_session(reference_directory, threads)]
     for session, folder in zip(sessions, (directory, reference_directory), strict=True):
         if cache_slots(session):
             raise InputError(f"expected an encoder in {folder}, got a decoder (it has a cache)", "decoders: use perplexity")

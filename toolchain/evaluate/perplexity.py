@@ -11,11 +11,14 @@ from toolchain.decoding import Decoder
 from toolchain.errors import InputError
 from toolchain.progress import track
 from toolchain.session import cache_slots, open_session, token_feeds
+from toolchain.spec import CPU
 
 _ROWS = 64  # positions whose logits are turned into float64 at once: bounds memory for large vocabularies
 
 
-def perplexity(directory: Path, windows: np.ndarray, threads: int = 0, stepwise: bool = False) -> tuple[float, int]:
+def perplexity(
+    directory: Path, windows: np.ndarray, threads: int = 0, stepwise: bool = False, provider: str = CPU
+) -> tuple[float, int]:
     """(perplexity, number of predicted tokens) of `directory/model.onnx` on windows int64 [n, length].
 
     Every window is its own run from an empty cache: its first token is context only, the other length − 1 are predicted. Batch 1,
@@ -25,14 +28,14 @@ def perplexity(directory: Path, windows: np.ndarray, threads: int = 0, stepwise:
     """
     if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
         raise InputError(f"expected token windows [n, length] with n >= 1 and length >= 2, got {list(windows.shape)}")
-    session = open_session(directory, threads)
+    session = open_session(directory, threads, provider)
     logits = next((item for item in session.get_outputs() if item.name == "logits"), None)
     if logits is None:
         raise InputError(f"expected a decoder with an output named logits in {directory}, got none", "encoders: use fidelity")
     if isinstance(logits.shape[-1], int) and not 0 <= windows.min() <= windows.max() < logits.shape[-1]:
         raise InputError(f"expected token ids from 0 to {logits.shape[-1] - 1}, got {windows.min()} to {windows.max()}")
     empty = {slot.past: slot.zeros(0) for slot in cache_slots(session)}
-    decoder = Decoder(directory, threads, windows.shape[1]) if stepwise else None
+    decoder = Decoder(directory, threads, windows.shape[1], provider=provider) if stepwise else None
     total = 0.0
     for row in track(windows, len(windows), "perplexity"):
         if decoder:
