@@ -436,6 +436,42 @@ def test_a_busy_cpu_is_no_busy_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert agent.tolerated(CUDA) == agent.BUSY
 
 
+class _Libcuda:
+    """A driver that notes what it is asked and answers zeros: it holds no GPU."""
+
+    def __init__(self, asked: list[str]) -> None:
+        self._asked = asked
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        def answer(*arguments: object) -> int:
+            self._asked.append(name)
+            return 0
+
+        return answer
+
+
+def test_who_asks_for_a_gpus_name_takes_none_of_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A primary context is hundreds of MB, which another process that measures memory would see come and go."""
+    from toolchain.profiler import gpu as libcuda
+
+    asked: list[str] = []
+    monkeypatch.setattr(libcuda.ctypes, "CDLL", lambda name: _Libcuda(asked))
+    kept = [function for function in vars(libcuda).values() if hasattr(function, "cache_clear")]
+    for function in kept:
+        function.cache_clear()
+    try:
+        libcuda.name()
+        libcuda.cache_bytes()
+        assert not any("Ctx" in name for name in asked), asked
+        libcuda.used_bytes()
+        libcuda.used_bytes()
+        assert asked.index("cuDevicePrimaryCtxRetain") < asked.index("cuMemGetInfo_v2")
+        assert (asked.count("cuInit"), asked.count("cuDevicePrimaryCtxRetain")) == (1, 1)
+    finally:
+        for function in kept:
+            function.cache_clear()
+
+
 # ---- with a GPU
 
 
