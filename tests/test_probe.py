@@ -112,7 +112,9 @@ def test_what_is_no_number_is_not_right_on_another_machine_either() -> None:
         device = Device("board", transport="ssh", host="board.lan")
 
         def outputs(self, subjects: list[dict[str, Any]]) -> dict[str, list[Any] | None]:
-            made: dict[str, list[Any] | None] = agent.outputs({"subjects": [{**item, "provider": CPU} for item in subjects]})["outputs"]
+            made: dict[str, list[Any] | None] = agent.outputs({"subjects": [{**item, "provider": CPU} for item in subjects]})[
+                "outputs"
+            ]
             for name, outputs in made.items():
                 if name.startswith("w8a8 ") and outputs:
                     outputs[0][0][0] = float("nan")

@@ -61,6 +61,13 @@ def name() -> str:
     return f"{text.value.decode()} sm_{_attribute(_MAJOR)}{_attribute(_MINOR)} ({_attribute(_MULTIPROCESSORS)} multiprocessors)"
 
 
+def pci_bus_id() -> str:
+    """Where the GPU is plugged in: the one name of it that CUDA and NVML share, whose numbers differ."""
+    text = ctypes.create_string_buffer(32)
+    _call(_driver(), "cuDeviceGetPCIBusId", text, len(text), _device())
+    return text.value.decode()
+
+
 def cache_bytes() -> int:
     """Size of the GPU's L2 cache."""
     return _attribute(_L2_CACHE_BYTES)
