@@ -4,6 +4,7 @@ computes the same nodes in fp16; what needs a GPU is at the end and skipped with
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -434,6 +435,42 @@ def test_a_busy_cpu_is_no_busy_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert agent.tolerated(CUDA) == pytest.approx(14 / 16)
     monkeypatch.setattr(agent.os, "cpu_count", lambda: 2)
     assert agent.tolerated(CUDA) == agent.BUSY
+
+
+@pytest.fixture
+def asked_for_energy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str, str], dict[str, Any]]:
+    """`asked_for_energy(provider, meter)` → what the agent wants of `energy.measure`. NVML is made up, the other meters constructed."""
+    from constructed_sysfs import package, write
+    from test_meters import _driver
+
+    class Nothing:
+        def runs(self) -> dict[str, Callable[[], int]]:
+            return {}
+
+    seen: dict[str, Any] = {}
+    sensor = {"name": "ina238", "power1_input": 2_500_000}
+    tree = write(tmp_path, {**package(0, 0), **{f"class/hwmon/hwmon0/{name}": content for name, content in sensor.items()}})
+    monkeypatch.setitem(sys.modules, "pynvml", _driver(lambda handle: 0))
+    monkeypatch.setattr("onnxruntime.set_global_thread_pool_sizes", lambda *sizes: None)
+    monkeypatch.setattr(agent, "_settle", lambda: None)
+    monkeypatch.setattr(agent.os, "cpu_count", lambda: 16)
+    monkeypatch.setitem(agent.SUBJECTS, "nothing", lambda *words: Nothing())
+    monkeypatch.setattr(agent.energy, "measure", lambda meter, *words, **more: seen.update(meter=meter.name, **more) or {})
+
+    def ask(provider: str, meter: str) -> dict[str, Any]:
+        seen.clear()
+        subjects = [{"name": "m", "kind": "nothing"}]
+        request = {"threads": 1, "provider": provider, "subjects": subjects, "meter": meter, "sysfs": str(tree)}
+        assert agent.energy_of_subjects({**request, "windows": 2, "window_s": 0})["reason"] == ""
+        assert seen["meter"] == meter
+        return seen
+
+    return ask
+
+
+def test_a_gpus_energy_is_measured_warm(asked_for_energy: Callable[[str, str], dict[str, Any]]) -> None:
+    assert asked_for_energy(CUDA, "nvml")["warm_up_s"] == agent.WARM_UP_SECONDS[CUDA]
+    assert asked_for_energy(CPU, "rapl")["warm_up_s"] == 0
 
 
 class _Libcuda:

@@ -129,6 +129,29 @@ def test_disturbed_windows_are_repeated_and_a_busy_machine_gives_no_valid_trial(
     assert "other processes" in seen["reason"]
 
 
+def test_all_phases_are_warm_before_the_first_is_measured(hand: Hand) -> None:
+    """After the idle window, for which they must not have run. At 60 W for the first four seconds of work, at 100 W from then on: of a
+    window that opened half a second after idle, a sixteenth would be wrong."""
+    ran: dict[str, list[float]] = {"prefill": [], "decode": []}
+
+    def phase(name: str) -> Callable[[], int]:
+        def run() -> int:
+            ran[name].append(hand())
+            hand.sleep(0.01)
+            return 1
+
+        return run
+
+    warm = IDLE_ENDS + 4.0
+    trace = [(time, mj - 0.4 * BUSY_MW * max(0.0, min(time, warm) - IDLE_ENDS)) for time, mj in _trace(60)]
+    answer = _measure(hand, trace, {name: phase(name) for name in ran}, warm_up_s=5.0)
+    assert answer["idle_mw"] == pytest.approx(IDLE_MW, rel=0.002)
+    assert min(ran["prefill"]) == pytest.approx(IDLE_ENDS, abs=2 * STEP)
+    assert min(ran["decode"]) < IDLE_ENDS + 1.0  # all of them, not the first alone
+    for seen in answer["measured"]["package"].values():
+        assert seen["energy_mj"] == pytest.approx([BUSY_MW * 0.01] * 2, rel=0.005)
+
+
 class _Sensor:
     """Power that is sampled when it is read."""
 
