@@ -473,6 +473,13 @@ def test_a_gpus_energy_is_measured_warm(asked_for_energy: Callable[[str, str], d
     assert asked_for_energy(CPU, "rapl")["warm_up_s"] == 0
 
 
+def test_a_meter_that_sees_the_cpus_is_disturbed_by_them(asked_for_energy: Callable[[str, str], dict[str, Any]]) -> None:
+    """A board's sensors beside a GPU count what 14 of 16 busy CPUs draw; NVML does not."""
+    assert asked_for_energy(CUDA, "nvml")["busy"] == agent.tolerated(CUDA) > agent.BUSY
+    assert asked_for_energy(CUDA, "hwmon")["busy"] == agent.BUSY
+    assert asked_for_energy(CPU, "rapl")["busy"] == agent.BUSY
+
+
 class _Libcuda:
     """A driver that notes what it is asked and answers zeros: it holds no GPU."""
 
