@@ -4,7 +4,7 @@
 |-----------|--------------------------------------|----------------------------------------------|-----------------------------------|
 | `rapl`    | CPU packages, all of them            | counter, ~1 ms, wraps are followed; 1 s      | root since 2020: `sudo chmod a+r` |
 | `nvml`    | one NVIDIA GPU's board               | counter, ~100 ms; 5 s or 50 steps            | none; needs `nvidia-ml-py`        |
-| `hwmon`   | a board's rails (INA chips, ACPI)    | samples, 20 ms or as the chip says; 5 s      | mostly none                       |
+| `hwmon`   | a board's rails (INA chips, ACPI)    | samples, 20 ms or as the chip says; 5 s or 50 | mostly none                       |
 | `battery` | the whole device, screen included    | poor: gauge, 1 to 30 s; 60 s or 50 steps     | none; on Android the shell user's |
 | `none`    | nothing: energy is null, with reason |                                              |                                   |
 
