@@ -194,7 +194,12 @@ def test_rails_without_a_common_input_are_added_and_named(tmp_path: Path) -> Non
 
 def test_a_power_meter_that_averages_is_read_once_an_interval(tmp_path: Path) -> None:
     """ACPI's: sampled as if it told the power of now, a window of 5 s would hold five of its numbers and call them 250."""
-    meter = {"name": "power_meter", "power1_average": 210_000_000, "power1_average_interval": 1000, "power1_average_interval_max": 9000}
+    meter = {
+        "name": "power_meter",
+        "power1_average": 210_000_000,
+        "power1_average_interval": 1000,
+        "power1_average_interval_max": 9000,
+    }
     tree = write(tmp_path, {f"class/hwmon/hwmon2/{name}": content for name, content in meter.items()})
     (rail,) = board_rails(tree)
     assert (rail.name, rail.power_mw(), rail.interval_s) == ("power_meter power1", 210_000, 1.0)
