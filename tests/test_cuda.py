@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Result
+from fast_host import FastHost
 
 from toolchain.decoding import check_cache
 from toolchain.errors import InputError, PolicyError
@@ -227,6 +228,20 @@ def test_a_t5_in_fp16_is_refused(graphs: Any, tmp_path: Path) -> None:
     graph = graphs("t5")
     with pytest.raises(InputError, match="expected a decoder or an encoder"):
         assemble(graph, uniform("w8g32-fp16", graph.units), round_to_nearest(graph), tmp_path)
+
+
+def test_a_t5_is_refused_for_a_gpu_before_anything_is_measured(graphs: Any, tmp_path: Path, fast: FastHost) -> None:
+    """Its units would all be measured, and then no whole model of them could be made."""
+    from small_tables import header_here
+
+    from toolchain.profiler.profile import default_workload, profile
+
+    header = replace(header_here(), kernels=KERNELS, provider=CUDA)
+    graph = graphs("t5")
+    with pytest.raises(InputError, match="expected a decoder or an encoder"):
+        profile(graph, header, load("local-cuda"), default_workload(graph), tmp_path / "table.jsonl")
+    assert fast.timed == []
+    assert fast.weighed == 0
 
 
 def test_a_table_of_a_gpu_gives_policies_of_its_kernels(graphs: Any) -> None:
