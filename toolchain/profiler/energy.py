@@ -95,7 +95,7 @@ def measure(
     windows = 1 + len(phases) * trials
     if (needed_s := windows * (seconds + WARM_S)) > LONGEST_S:
         raise MeterError(
-            f"{meter.name} ({meter.reads}) moves every {step_s:.3g} s: {windows} windows of {seconds:.3g} s would take"
+            f"{meter.name} ({meter.reads}) moves every {step_s:.3g} s: {windows} windows of {seconds:.0f} s would take"
             f" {needed_s / 60:.0f} min, {LONGEST_S / 60:.0f} are the most"
         )
     taking = _Taking(meter, step_s, seconds, clock, busy)
