@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from hypothesis import HealthCheck, settings
 
 from toolchain.costs.table import CostTable
 from toolchain.graph.model import Graph
+from toolchain.profiler import ask
 from toolchain.profiler.ask import Host
 from toolchain.spec import Kernel
 
@@ -26,6 +28,21 @@ ROOT = Path(__file__).parent.parent
 # A busy 2-core machine is no reason to fail; in CI the examples are the same in every run.
 settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize="CI" in os.environ)
 settings.load_profile("here")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_meters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """This machine's own meters are not read: `local` says meter: auto, and a profile by one takes minutes and has rows of its own.
+
+    Agents are processes of their own: /sys goes with the request, and what they must not import lies first on their path.
+    """
+    hidden = tmp_path_factory.mktemp("hidden")
+    (hidden / "pynvml.py").write_text("raise ImportError('hidden from tests')\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ask, "SYSFS", str(tmp_path_factory.mktemp("sys")))
+        patch.setitem(sys.modules, "pynvml", None)
+        patch.setenv("PYTHONPATH", str(hidden), prepend=os.pathsep)
+        yield
 
 
 @dataclass(frozen=True)
@@ -149,8 +166,8 @@ def copied(folder: Path, to: Path) -> Path:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """For subprocesses: the checkout importable from any working directory."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), **more}
+    """For subprocesses: the checkout importable from any working directory, this machine's NVML hidden as it is here."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]]), **more}
 
 
 def quantised(kernels: dict[str, Kernel]) -> list[Kernel]:

@@ -81,6 +81,29 @@ def test_the_agent_finds_what_its_host_finds(tmp_path: Path, monkeypatch: pytest
     assert (tmp_path / "mark").exists()
 
 
+NVML = """
+class NVMLError(Exception):
+    pass
+def nvmlInit(): pass
+def nvmlShutdown(): pass
+def nvmlDeviceGetHandleByIndex(index): return index
+nvmlDeviceGetHandleByPciBusId = nvmlDeviceGetHandleByIndex
+def nvmlDeviceGetName(gpu): return "a GPU"
+def nvmlDeviceGetTotalEnergyConsumption(gpu): return 0
+"""
+
+
+def test_no_test_reads_a_meter_of_the_machine_it_runs_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a laptop, or beside a GPU, the profiles of these tests would take hours and have other rows."""
+    (tmp_path / "pynvml.py").write_text(NVML)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(tmp_path)])))
+    states = HOST.identify()["meters"]
+    assert "not installed" in states.pop("nvml")
+    assert all(ask.SYSFS in reason for reason in states.values()), states
+    assert Path(ask.SYSFS) != Path("/sys")
+    assert HOST.meter()[0] == "none"
+
+
 def test_what_the_agent_refuses_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(BittailorError, match=r"model\.onnx"):
         HOST.peak({"name": "x", "kind": "unit", "folder": str(tmp_path), "tokens": 1, "rows": 1})

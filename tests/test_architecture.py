@@ -45,7 +45,7 @@ def test_the_command_starts_without_loading_what_only_some_commands_need():
 
 
 def test_a_device_lists_devices_and_checks_its_arguments_without_the_training_stack():
-    done = _without(TRAINING_STACK, "from toolchain.cli import main\nsys.exit(main(['devices', '--json']))")
+    done = _without(TRAINING_STACK, "from toolchain.cli import main\nsys.exit(main(['devices', '--device', 'local', '--json']))")
     assert done.returncode == 0, done.stderr
     assert '"local"' in done.stdout
 

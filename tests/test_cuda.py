@@ -4,6 +4,7 @@ computes the same nodes in fp16; what needs a GPU is at the end and skipped with
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Result
+from fast_host import FastHost
 
 from toolchain.decoding import check_cache
 from toolchain.errors import InputError, PolicyError
@@ -228,6 +230,20 @@ def test_a_t5_in_fp16_is_refused(graphs: Any, tmp_path: Path) -> None:
         assemble(graph, uniform("w8g32-fp16", graph.units), round_to_nearest(graph), tmp_path)
 
 
+def test_a_t5_is_refused_for_a_gpu_before_anything_is_measured(graphs: Any, tmp_path: Path, fast: FastHost) -> None:
+    """Its units would all be measured, and then no whole model of them could be made."""
+    from small_tables import header_here
+
+    from toolchain.profiler.profile import default_workload, profile
+
+    header = replace(header_here(), kernels=KERNELS, provider=CUDA)
+    graph = graphs("t5")
+    with pytest.raises(InputError, match="expected a decoder or an encoder"):
+        profile(graph, header, load("local-cuda"), default_workload(graph), tmp_path / "table.jsonl")
+    assert fast.timed == []
+    assert fast.weighed == 0
+
+
 def test_a_table_of_a_gpu_gives_policies_of_its_kernels(graphs: Any) -> None:
     """And a cache of half the bytes."""
     from small_tables import complete_table, header_here
@@ -428,10 +444,10 @@ def _file(folder: Path, models: Any) -> Path:
 
 
 def test_devices_says_why_the_gpu_is_not_reachable(cli: Callable[..., Result]) -> None:
-    rows = {row["device"]: row for row in cli("devices", "--json").json["devices"]}
-    assert rows["local-cuda"]["provider"] == CUDA
+    (row,) = cli("devices", "--device", "local-cuda", "--json").json["devices"]  # all would be other people's boards too
+    assert row["provider"] == CUDA
     if not has_provider(CUDA).usable:
-        assert "has no CUDAExecutionProvider" in rows["local-cuda"]["reachable"]
+        assert "has no CUDAExecutionProvider" in row["reachable"]
 
 
 @pytest.mark.filterwarnings("ignore:Specified provider")
@@ -479,6 +495,86 @@ def test_a_busy_cpu_is_no_busy_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert agent.tolerated(CUDA) == pytest.approx(14 / 16)
     monkeypatch.setattr(agent.os, "cpu_count", lambda: 2)
     assert agent.tolerated(CUDA) == agent.BUSY
+
+
+@pytest.fixture
+def asked_for_energy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str, str], dict[str, Any]]:
+    """`asked_for_energy(provider, meter)` → what the agent wants of `energy.measure`. NVML is made up, the other meters constructed."""
+    from constructed_sysfs import package, write
+    from test_meters import _driver
+
+    class Nothing:
+        def runs(self) -> dict[str, Callable[[], int]]:
+            return {}
+
+    seen: dict[str, Any] = {}
+    sensor = {"name": "ina238", "power1_input": 2_500_000}
+    tree = write(tmp_path, {**package(0, 0), **{f"class/hwmon/hwmon0/{name}": content for name, content in sensor.items()}})
+    monkeypatch.setitem(sys.modules, "pynvml", _driver(lambda handle: 0))
+    monkeypatch.setattr("onnxruntime.set_global_thread_pool_sizes", lambda *sizes: None)
+    monkeypatch.setattr(agent, "_settle", lambda: None)
+    monkeypatch.setattr(agent.os, "cpu_count", lambda: 16)
+    monkeypatch.setitem(agent.SUBJECTS, "nothing", lambda *words: Nothing())
+    monkeypatch.setattr(agent.energy, "measure", lambda meter, *words, **more: seen.update(meter=meter.name, **more) or {})
+
+    def ask(provider: str, meter: str) -> dict[str, Any]:
+        seen.clear()
+        subjects = [{"name": "m", "kind": "nothing"}]
+        request = {"threads": 1, "provider": provider, "subjects": subjects, "meter": meter, "sysfs": str(tree)}
+        assert agent.energy_of_subjects({**request, "windows": 2, "window_s": 0})["reason"] == ""
+        assert seen["meter"] == meter
+        return seen
+
+    return ask
+
+
+def test_a_gpus_energy_is_measured_warm(asked_for_energy: Callable[[str, str], dict[str, Any]]) -> None:
+    assert asked_for_energy(CUDA, "nvml")["warm_up_s"] == agent.WARM_UP_SECONDS[CUDA]
+    assert asked_for_energy(CPU, "rapl")["warm_up_s"] == 0
+
+
+def test_a_meter_that_sees_the_cpus_is_disturbed_by_them(asked_for_energy: Callable[[str, str], dict[str, Any]]) -> None:
+    """A board's sensors beside a GPU count what 14 of 16 busy CPUs draw; NVML does not."""
+    assert asked_for_energy(CUDA, "nvml")["busy"] == agent.tolerated(CUDA) > agent.BUSY
+    assert asked_for_energy(CUDA, "hwmon")["busy"] == agent.BUSY
+    assert asked_for_energy(CPU, "rapl")["busy"] == agent.BUSY
+
+
+class _Libcuda:
+    """A driver that notes what it is asked and answers zeros: it holds no GPU."""
+
+    def __init__(self, asked: list[str]) -> None:
+        self._asked = asked
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        def answer(*arguments: object) -> int:
+            self._asked.append(name)
+            return 0
+
+        return answer
+
+
+def test_who_asks_for_a_gpus_name_takes_none_of_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A primary context is hundreds of MB, which another process that measures memory would see come and go."""
+    from toolchain.profiler import gpu as libcuda
+
+    asked: list[str] = []
+    monkeypatch.setattr(libcuda.ctypes, "CDLL", lambda name: _Libcuda(asked))
+    kept = [function for function in vars(libcuda).values() if hasattr(function, "cache_clear")]
+    for function in kept:
+        function.cache_clear()
+    try:
+        libcuda.name()
+        libcuda.cache_bytes()
+        libcuda.pci_bus_id()
+        assert not any("Ctx" in name for name in asked), asked
+        libcuda.used_bytes()
+        libcuda.used_bytes()
+        assert asked.index("cuDevicePrimaryCtxRetain") < asked.index("cuMemGetInfo_v2")
+        assert (asked.count("cuInit"), asked.count("cuDevicePrimaryCtxRetain")) == (1, 1)
+    finally:
+        for function in kept:
+            function.cache_clear()
 
 
 # ---- with a GPU

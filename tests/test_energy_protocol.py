@@ -13,13 +13,14 @@ from constructed_sysfs import Hand
 from tiny_graphs import attention
 
 from toolchain.errors import MeterError
-from toolchain.profiler import energy, model_rows
+from toolchain.profiler import ask, energy, model_rows
 from toolchain.profiler.contention import Usage
 from toolchain.profiler.energy import Clock, measure
 from toolchain.profiler.measure import subject as measure_subject
 from toolchain.profiler.meters import Reading
 from toolchain.profiler.meters.replay import Replay
 from toolchain.profiler.subjects import SUBJECTS, Generate
+from toolchain.profiler.transports import jobs
 from toolchain.spec import Workload
 
 STEP = 0.1
@@ -127,6 +128,50 @@ def test_disturbed_windows_are_repeated_and_a_busy_machine_gives_no_valid_trial(
     seen = _measure(again, _trace(60), {"run": _taking(again, 0.01)})["measured"]["package"]["run"]
     assert (seen["valid"], seen["dropped"], len(seen["energy_mj"])) == (False, 2, 3)
     assert "other processes" in seen["reason"]
+
+
+def test_all_phases_are_warm_before_the_first_is_measured(hand: Hand) -> None:
+    """After the idle window, for which they must not have run. At 60 W for the first four seconds of work, at 100 W from then on: of a
+    window that opened half a second after idle, a sixteenth would be wrong."""
+    ran: dict[str, list[float]] = {"prefill": [], "decode": []}
+
+    def phase(name: str) -> Callable[[], int]:
+        def run() -> int:
+            ran[name].append(hand())
+            hand.sleep(0.01)
+            return 1
+
+        return run
+
+    warm = IDLE_ENDS + 4.0
+    trace = [(time, mj - 0.4 * BUSY_MW * max(0.0, min(time, warm) - IDLE_ENDS)) for time, mj in _trace(60)]
+    answer = _measure(hand, trace, {name: phase(name) for name in ran}, warm_up_s=5.0)
+    assert answer["idle_mw"] == pytest.approx(IDLE_MW, rel=0.002)
+    assert min(ran["prefill"]) == pytest.approx(IDLE_ENDS, abs=2 * STEP)
+    assert min(ran["decode"]) < IDLE_ENDS + 1.0  # all of them, not the first alone
+    for seen in answer["measured"]["package"].values():
+        assert seen["energy_mj"] == pytest.approx([BUSY_MW * 0.01] * 2, rel=0.005)
+
+
+def test_what_would_outlast_the_desks_patience_is_not_begun(hand: Hand) -> None:
+    """A gauge that moves every second: 31 windows of 50 s. The desk would give up, and with it all else that it measured."""
+    assert min(ask.TIMEOUT_SECONDS, jobs.LIMIT_SECONDS) - energy.LONGEST_S >= 300
+    phases = {str(place): _taking(hand, 0.5) for place in range(5)}
+    with pytest.raises(MeterError, match=r"moves every 1 s: 31 windows of 50 s would take 26 min, 25 are the most"):
+        _measure(hand, _trace(3000, 0.0, step=1.0), phases, trials=6)
+    assert hand() < 10
+
+
+def test_windows_that_are_repeated_end_before_the_desks_patience_does(hand: Hand, quiet: type[_Quiet]) -> None:
+    """What is valid by then is told; a phase that is not says why."""
+    quiet.others = [0.0, *[0.0, 0.5] * 2, *[0.5] * 100]
+    phases = {"prefill": _taking(hand, 0.5), "decode": _taking(hand, 0.5)}
+    answer = _measure(hand, _trace(3000, 0.0, step=1.0), phases, trials=14)
+    assert hand() <= energy.LONGEST_S + 2
+    first, second = (answer["measured"]["package"][phase] for phase in phases)
+    assert (first["valid"], first["reason"], len(first["energy_mj"])) == (True, "", 2)
+    assert (second["valid"], second["energy_mj"]) == (False, [])
+    assert "fitted into 25 min" in second["reason"]
 
 
 class _Sensor:

@@ -127,10 +127,12 @@ def test_a_provider_that_the_runtime_lacks_is_not_reachable():
     [
         ("none", "CPUExecutionProvider", ["rapl"], "none", "says meter: none"),
         ("auto", "CPUExecutionProvider", ["rapl", "hwmon"], "rapl", ""),
-        ("auto", "CPUExecutionProvider", ["nvml", "battery"], "battery", ""),
+        ("auto", "CPUExecutionProvider", ["nvml", "hwmon", "battery"], "hwmon", ""),
+        ("auto", "CPUExecutionProvider", ["nvml", "battery"], "none", "no rapl here; no hwmon here; meter: battery in the file of"),
+        ("battery", "CPUExecutionProvider", ["rapl", "battery"], "battery", ""),  # it takes hours: never without being asked for
         ("rapl", "CPUExecutionProvider", ["rapl"], "rapl", ""),
         ("rapl", "CPUExecutionProvider", ["hwmon"], "none", "no energy meter: no rapl here"),
-        ("auto", "CUDAExecutionProvider", ["rapl"], "none", "no nvml here; no hwmon here; no battery here"),
+        ("auto", "CUDAExecutionProvider", ["rapl"], "none", "no energy meter: no nvml here; no hwmon here"),
         ("auto", "CUDAExecutionProvider", ["nvml", "hwmon"], "nvml", ""),
         ("hwmon", "CUDAExecutionProvider", ["nvml", "hwmon"], "hwmon", ""),  # a board's sensors see its GPU too
         ("rapl", "CUDAExecutionProvider", ["rapl"], "none", "cannot see"),

@@ -19,7 +19,8 @@ from constructed_sysfs import RANGE_UJ, Hand, advancing, package, write
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolchain.errors import MeterError
+from toolchain.errors import InputError, MeterError
+from toolchain.profiler import gpu
 from toolchain.profiler.meters import METERS, open_meter, states
 from toolchain.profiler.meters.battery import Battery
 from toolchain.profiler.meters.hwmon import Hwmon, board_rails
@@ -191,6 +192,22 @@ def test_rails_without_a_common_input_are_added_and_named(tmp_path: Path) -> Non
     assert [rail.power_mw() for rail in found] == [4800, 4500, 2500]
 
 
+def test_a_power_meter_that_averages_is_read_once_an_interval(tmp_path: Path) -> None:
+    """ACPI's: sampled as if it told the power of now, a window of 5 s would hold five of its numbers and call them 250."""
+    meter = {
+        "name": "power_meter",
+        "power1_average": 210_000_000,
+        "power1_average_interval": 1000,
+        "power1_average_interval_max": 9000,
+    }
+    tree = write(tmp_path, {f"class/hwmon/hwmon2/{name}": content for name, content in meter.items()})
+    (rail,) = board_rails(tree)
+    assert (rail.name, rail.power_mw(), rail.interval_s) == ("power_meter power1", 210_000, 1.0)
+    assert Hwmon(tree, Hand(), threaded=False).step_s == 1.0
+    (tree / "class/hwmon/hwmon2/power1_average_interval").unlink()
+    assert Hwmon(tree, Hand(), threaded=False).step_s == pytest.approx(0.02)
+
+
 def test_an_old_jetson_tells_milliwatts_by_another_way(tmp_path: Path) -> None:
     chip = "bus/i2c/drivers/ina3221x/6-0040/iio_device"
     tree = write(tmp_path, {f"{chip}/rail_name_0": "POM_5V_IN", f"{chip}/in_power0_input": 2345})
@@ -283,21 +300,51 @@ def _driver(counter: Any) -> SimpleNamespace:
         nvmlInit=lambda: None,
         nvmlShutdown=lambda: None,
         nvmlDeviceGetHandleByIndex=lambda index: f"gpu {index}",
+        nvmlDeviceGetHandleByPciBusId=lambda bus: f"on bus {bus}",
         nvmlDeviceGetHandleByUUID=lambda name: name,
         nvmlDeviceGetName=lambda handle: f"a GPU, {handle}",
         nvmlDeviceGetTotalEnergyConsumption=counter,
     )
 
 
+def _no_libcuda() -> str:
+    raise InputError("expected an NVIDIA driver, got none")
+
+
 def test_a_gpus_counter_is_that_of_the_gpu_cuda_sees(monkeypatch: pytest.MonkeyPatch) -> None:
     values = iter([1_000, 1_000, 1_750, 20])
     monkeypatch.setitem(sys.modules, "pynvml", _driver(lambda handle: next(values)))
+    monkeypatch.setattr(gpu, "pci_bus_id", _no_libcuda)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
     meter = Nvml()
     assert (meter.reads, meter.least_window_s) == ("a GPU, gpu 3", 5.0)
     assert (meter.read().changes, meter.read().energy_mj) == (0, 750)
     with pytest.raises(MeterError, match="fell from 1750 to 20"):
         meter.read()
+
+
+def test_a_gpu_is_found_by_its_bus_because_cuda_and_nvml_count_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's first is its fastest; NVML's is the one on the lowest bus. Of CUDA_VISIBLE_DEVICES CUDA knows, as of its own order."""
+    monkeypatch.setitem(sys.modules, "pynvml", _driver(lambda handle: 0))
+    monkeypatch.setattr(gpu, "pci_bus_id", lambda: "0000:65:00.0")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert Nvml().reads == "a GPU, on bus 0000:65:00.0"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert Nvml().reads == "a GPU, on bus 0000:65:00.0"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1")
+    with pytest.raises(MeterError, match="part of a GPU"):
+        Nvml()
+
+
+def test_a_gpu_that_does_not_tell_its_name_gives_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(_: object) -> str:
+        raise _Refused("GPU is lost")
+
+    driver = _driver(lambda handle: 0)
+    driver.nvmlDeviceGetName = lost
+    monkeypatch.setitem(sys.modules, "pynvml", driver)
+    with pytest.raises(MeterError, match=r"NVML does not answer \(GPU is lost\)"):
+        Nvml()
 
 
 def test_a_gpu_without_counter_or_a_part_of_one_gives_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,9 +12,9 @@ import pytest
 
 from toolchain.errors import DamagedFileError
 from toolchain.kernels import CATALOGUE, legal, offered, parts
-from toolchain.profiler import probe
+from toolchain.profiler import agent, probe
 from toolchain.quantize.affine import Quantized
-from toolchain.spec import Kernel, Unit
+from toolchain.spec import CPU, Device, Kernel, Unit
 
 UNITS = {op: Unit("probe", op, 256, 48) for op in ("MatMul", "Gather")}
 
@@ -77,3 +77,48 @@ def test_a_kernel_that_the_runtime_refuses_is_not_offered(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(probe, "open_session", refusing)
     assert probe.working_kernels() == ("fp32", "w8a8")
+
+
+class _Spoilt:
+    """A session whose answer to the last token count is no number in one place."""
+
+    def __init__(self, real: Any) -> None:
+        self._real = real
+
+    def run(self, names: None, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+        (y,) = self._real.run(names, feeds)
+        if len(feeds["x"]) == probe._TOKENS[-1]:
+            y[0, 0] = np.nan
+        return [y]
+
+
+@pytest.mark.usefixtures("fresh")
+def test_what_is_no_number_is_not_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN is no larger than a tolerance, and what max makes of it depends on the order."""
+    real = probe.open_session
+
+    def spoiling(folder: Path, **how: Any) -> object:
+        quantised = b"MatMulNBits" in (folder / "model.onnx").read_bytes()
+        return _Spoilt(real(folder, **how)) if quantised else real(folder, **how)
+
+    monkeypatch.setattr(probe, "open_session", spoiling)
+    assert probe.working_kernels() == ("fp32", "w8a8")
+
+
+def test_what_is_no_number_is_not_right_on_another_machine_either() -> None:
+    class Board:
+        """Computes everything right on this runtime, but for one NaN."""
+
+        device = Device("board", transport="ssh", host="board.lan")
+
+        def outputs(self, subjects: list[dict[str, Any]]) -> dict[str, list[Any] | None]:
+            made: dict[str, list[Any] | None] = agent.outputs({"subjects": [{**item, "provider": CPU} for item in subjects]})[
+                "outputs"
+            ]
+            for name, outputs in made.items():
+                if name.startswith("w8a8 ") and outputs:
+                    outputs[0][0][0] = float("nan")
+            return made
+
+    whole = tuple(name for name in offered() if "w8a8" not in name)
+    assert probe.working_kernels_of(Board()) == whole  # type: ignore[arg-type]

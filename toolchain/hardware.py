@@ -135,8 +135,9 @@ def meter(device: Device, states: Mapping[str, str]) -> tuple[str, str]:
     """(name of the meter that measures this device's energy or "none", why none does).
 
     states: by meter, why it cannot be read on the device, or "" (`profiler.meters.states`, the agent's `identify`). "auto" takes the first
-    that works of those that see what the provider runs on. One that does not is refused: RAPL does not see a GPU's energy, and NVML sees
-    nothing else; a board's sensors and its battery see both.
+    that works of those that see what the provider runs on, but no battery: a profile by its gauge takes hours, so a device's file must
+    name it. One that does not see that is refused: RAPL does not see a GPU's energy, and NVML sees nothing else; a board's sensors and
+    its battery see both.
     """
     if device.meter == "none":
         return "none", f"hardware/{device.name}.yaml says meter: none"
@@ -144,10 +145,12 @@ def meter(device: Device, states: Mapping[str, str]) -> tuple[str, str]:
     fitting = (own, "hwmon", "battery")
     if device.meter not in ("auto", *fitting):
         return "none", f"{device.meter} cannot see the energy of {device.provider}"
-    asked = fitting if device.meter == "auto" else (device.meter,)
+    asked = (own, "hwmon") if device.meter == "auto" else (device.meter,)
     reasons = {name: states.get(name, "not known to the agent there") for name in asked}
     if works := next((name for name, reason in reasons.items() if not reason), ""):
         return works, ""
+    if device.meter == "auto" and states.get("battery") == "":
+        reasons["battery"] = f"meter: battery in the file of {device.name!r} asks its battery, which takes hours"
     return "none", f"no energy meter: {'; '.join(reasons.values())}"
 
 

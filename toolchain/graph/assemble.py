@@ -8,7 +8,7 @@ ensures:  the folder runs on stock onnxruntime; equal tensors are stored once; s
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -71,16 +71,21 @@ def _stand_in(graph: Graph, unit: Unit, kernel: Kernel) -> Quantized:
     return Quantized(codes, scales, zero_points, unit.K)
 
 
+def check_float_type(graph: Graph, kernels: Iterable[str]) -> None:
+    """Raise InputError where the kernels are in fp16 and the graph cannot be: an encoder-decoder's."""
+    if graph.kind == "encoder-decoder" and float_type(kernels) == "float16":
+        raise InputError(
+            f"expected a decoder or an encoder for kernels in fp16, got an encoder-decoder ({graph.architecture})",
+            "T5's activations leave fp16's range; choose a device with the CPU provider",
+        )
+
+
 def _assembled(
     graph: Graph, policy: Mapping[str, str], weights: Weights, writer: DataWriter, layers: int
 ) -> dict[str, onnx.ModelProto]:
     """File name → model. A unit in several files is quantised and stored once. Raises InputError for an encoder-decoder in fp16."""
     half = float_type(policy.values()) == "float16"
-    if half and graph.kind == "encoder-decoder":
-        raise InputError(
-            f"expected a decoder or an encoder for kernels in fp16, got an encoder-decoder ({graph.architecture})",
-            "T5's activations leave fp16's range; choose a device with the CPU provider",
-        )
+    check_float_type(graph, policy.values())
     replacements = _Replacements(policy, weights, writer)
     models = {name: read_model(graph.directory, name) for name in graph.files}
     for model in models.values():

@@ -288,7 +288,10 @@ def energy_of_subjects(request: dict[str, Any]) -> dict[str, Any]:
     try:
         _settle()
         windows, window_s = int(request["windows"]), float(request["window_s"])
-        return {"reason": "", **energy.measure(meter, subjects, windows, window_s, busy=tolerated(request.get("provider", CPU)))}
+        provider = request.get("provider", CPU)
+        warm_up_s = WARM_UP_SECONDS.get(provider, 0.0)
+        busy = tolerated(provider) if meter.name == "nvml" else BUSY  # every other meter sees what the CPUs do
+        return {"reason": "", **energy.measure(meter, subjects, windows, window_s, busy=busy, warm_up_s=warm_up_s)}
     except MeterError as error:
         return {"reason": str(error)}
     finally:

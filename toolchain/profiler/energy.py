@@ -5,7 +5,8 @@
     wait until      watch how often one window in    half a second,  window: runs back to back,                    ≥ 2 clean
     others use      a counter       which nothing    twice at least, ≥ the meter's least and                       trials of
     < 15% of the    steps           runs: idle power on until the    ≥ 50 of its steps, and on                     each phase
-    CPUs (≤ 10 s)                                    counter steps   until it steps again
+    CPUs (≤ 10 s)                   (GPU: then 5 s   counter steps   until it steps again
+                                    of all phases)
 
 A window, not a run, is a trial: total = energy of the window / executions, above idle = total − idle power × seconds / executions. Because
 it opens and closes on a step, what a counter holds back at one end is what it held back at the other. A window in which others used
@@ -16,7 +17,7 @@ One phase runs at a time, over and over, since a step of decoding costs a small 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
@@ -29,6 +30,8 @@ from toolchain.profiler.meters import Meter, Reading
 STEPS = 50
 """Steps of a counter, or samples, that a window holds at least: one more or less at an end is 2% of it."""
 LEAST_TRIALS = 2
+LONGEST_S = 1500.0
+"""What one process measures at most: the desk waits for half an hour (`ask.TIMEOUT_SECONDS`), and models are loaded before this begins."""
 WARM_S = 0.5
 """Clocks that fell at rest have risen again."""
 BUSY = 0.15
@@ -68,14 +71,17 @@ def measure(
     window_s: float = 0.0,
     clock: Clock | None = None,
     busy: float = BUSY,
+    warm_up_s: float = 0.0,
 ) -> dict[str, Any]:
     """{"meter", "step_s", "window_s", "idle_mw", "measured": {name: {phase: {"energy_mj": [...], "above_idle_mj": [...], "run_ms": [...],
     "error", "dropped", "valid", "reason"}}}}.
 
-    window_s: seconds of a window; 0: the meter's least. busy: the share of the CPUs from which on others disturb. Raises MeterError where
-    it cannot tell even the idle power; later on, what was measured stays, and the phases that were not say why.
+    window_s: seconds of a window; 0: the meter's least. busy: the share of the CPUs from which on others disturb. warm_up_s: for how long
+    all phases run before the first turn. Raises MeterError where it cannot tell even the idle power, or the windows would take longer than
+    `LONGEST_S`; later on, what was measured stays, and the phases that were not say why.
     """
     clock = clock or Clock()
+    start = clock.now()
     step_s = meter.step_s or step_seconds(meter, clock)
     least_s = max(meter.least_window_s, STEPS * step_s)
     if window_s and window_s < least_s:
@@ -83,15 +89,26 @@ def measure(
             f"a window of {window_s:g} s is too short for {meter.name}, which moves every {step_s * 1e3:.3g} ms:"
             f" {least_s:.3g} s are the least"
         )
-    taking = _Taking(meter, step_s, window_s or least_s, clock, busy)
-    idle_mw = taking.idle_mw()
+    seconds = window_s or least_s
     phases = {(name, phase): run for name, runs in subjects.items() for phase, run in runs.items()}
     trials = max(LEAST_TRIALS, trials)
+    windows = 1 + len(phases) * trials
+    if (needed_s := windows * (seconds + WARM_S)) > LONGEST_S:
+        raise MeterError(
+            f"{meter.name} ({meter.reads}) moves every {step_s:.3g} s: {windows} windows of {seconds:.0f} s would take"
+            f" {needed_s / 60:.0f} min, {LONGEST_S / 60:.0f} are the most"
+        )
+    taking = _Taking(meter, step_s, seconds, clock, busy)
+    idle_mw = taking.idle_mw()
+    taking.warm_up(phases.values(), warm_up_s)
     clean: dict[tuple[str, str], list[Window]] = {key: [] for key in phases}
     disturbed: dict[tuple[str, str], list[Window]] = {key: [] for key in phases}
     gone = ""
     while not gone and (open_ := [key for key in phases if _goes_on(clean[key], disturbed[key], trials)]):
         for key in open_:
+            if clock.now() + seconds - start > LONGEST_S:
+                gone = f"not all trials fitted into {LONGEST_S / 60:.0f} min: others used the CPU, or one run is long"
+                break
             watch = Watch()
             try:
                 window = taking.window(phases[key])
@@ -187,6 +204,14 @@ class _Taking:
     def _rest(self) -> int:
         self.clock.sleep(min(self.step_s, 0.01))
         return 1
+
+    def warm_up(self, runs: Collection[Run], seconds: float) -> None:
+        """Run all of them in turn until so many seconds are over: a GPU that idled comes to speed in seconds, not in `WARM_S`."""
+        start = self.clock.now()
+        while self.clock.now() - start < seconds:
+            for run in runs:
+                run()
+            self.meter.read()  # some counters must be read now and then
 
     def window(self, run: Run) -> Window:
         """Raises MeterError if the meter does not move under this load, or vanishes."""

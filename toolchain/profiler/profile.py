@@ -20,6 +20,7 @@ from toolchain.costs.rows import Header, Row, at_speed
 from toolchain.costs.table import CostTable, open_table, refuse_if_stale
 from toolchain.errors import InputError, MeterError
 from toolchain.files import scratch
+from toolchain.graph.assemble import check_float_type
 from toolchain.graph.model import Graph
 from toolchain.profiler import energy_rows, model_rows, unit_rows
 from toolchain.profiler.ask import Host, References
@@ -76,6 +77,7 @@ def profile(graph: Graph, header: Header, device: Device, workload: Workload, pa
     Raises StaleTableError, DamagedFileError, InputError.
     """
     check_workload(graph, workload)
+    check_float_type(graph, header.kernels)
     table = CostTable(header, {})
     if path.exists() and not renew:
         table = open_table(path)

@@ -4,14 +4,15 @@
 |-----------|--------------------------------------|----------------------------------------------|-----------------------------------|
 | `rapl`    | CPU packages, all of them            | counter, ~1 ms, wraps are followed; 1 s      | root since 2020: `sudo chmod a+r` |
 | `nvml`    | one NVIDIA GPU's board               | counter, ~100 ms; 5 s or 50 steps            | none; needs `nvidia-ml-py`        |
-| `hwmon`   | a board's rails (INA chips, ACPI)    | samples, 20 ms or as the chip says; 5 s      | mostly none                       |
+| `hwmon`   | a board's rails (INA chips, ACPI)    | samples, 20 ms or more; 5 s or 50 samples    | mostly none                       |
 | `battery` | the whole device, screen included    | poor: gauge, 1 to 30 s; 60 s or 50 steps     | none; on Android the shell user's |
 | `none`    | nothing: energy is null, with reason |                                              |                                   |
 
-`meter: auto` takes the first that can be read: for a CPU provider rapl, hwmon, battery; for a GPU's nvml, hwmon, battery. A meter counts
-all that happens on what it sees: the trials of a disturbed window are repeated, and idle energy is measured to be told apart. Where a meter
-cannot tell (no permission, too short a window, a counter that stands still, a meter that vanishes in the middle, a counter that may have
-wrapped unseen, a battery on its charger) there is no number but a reason.
+`meter: auto` takes the first that can be read: for a CPU provider rapl, hwmon; for a GPU's nvml, hwmon. A battery must be asked for by
+name, since a profile by it takes hours. A meter counts all that happens on what it sees: the trials of a disturbed window are repeated,
+and idle energy is measured to be told apart. Where a meter cannot tell (no permission, too short a window, one so long that the trials
+would take more than 25 minutes, a counter that stands still, a meter that vanishes in the middle, a counter that may have wrapped unseen,
+a battery on its charger) there is no number but a reason.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """hwmon: power sensors of boards, above all TI's INA chips (Jetson's INA3221), and the power meter that a server's ACPI describes.
 
-    class/hwmon/hwmonN/{name, inM_label, inM_input (mV), currM_input (mA), powerM_input | powerM_average (µW), update_interval (ms)}
+    class/hwmon/hwmonN/{name, inM_label, inM_input (mV), currM_input (mA), powerM_input (µW), update_interval (ms),
+                          powerM_average (µW), powerM_average_interval (ms)}
     bus/i2c/drivers/ina3221x/*/iio*/{rail_name_M, in_powerM_input (mW)}          JetPack 4 and older
 
+An ACPI power meter tells the average over its interval, often a second or more: it is read no faster, and windows are 50 intervals long.
 Which rails are added: the board's input alone where a rail has its name (VDD_IN, POM_5V_IN, VIN), since the others hang on it; else every
 rail of every chip. A rail that feeds another one is then counted twice, so `reads` names them all: on a board that is not Jetson Orin
 Nano or NX, look at the schematic. Sensors of other chips (fans, GPUs, network cards) are never added.
@@ -83,13 +85,14 @@ def _hwmon_rails(sysfs: Path) -> list[Rail]:
         chip = text(folder / "name")
         if not _CHIPS.fullmatch(chip):
             continue
-        said = text(folder / "update_interval")
-        interval = int(said) / 1e3 if said.isdigit() else 0.0
+        interval = _seconds(folder / "update_interval")
         powers = sorted(folder.glob("power*_input")) or sorted(folder.glob("power*_average"))
         if powers:
             labels = [text(path.with_name(f"{_stem(path)}_label")) for path in powers]
+            slowest = [max(interval, _seconds(path.with_name(f"{path.name}_interval"))) for path in powers]
             rails += [
-                Rail(_named(chip, label, _stem(path)), (path,), 1e3, interval) for label, path in zip(labels, powers, strict=True)
+                Rail(_named(chip, label, _stem(path)), (path,), 1e3, least)
+                for label, path, least in zip(labels, powers, slowest, strict=True)
             ]
             continue
         for current in sorted(folder.glob("curr*_input")):
@@ -110,6 +113,12 @@ def _iio_rails(sysfs: Path) -> list[Rail]:
                 if label != _UNUSED:
                     rails.append(Rail(_named("ina3221x", label, _stem(path)), (path,), 1.0, 0.0))
     return rails
+
+
+def _seconds(path: Path) -> float:
+    """An interval that a chip tells in ms; 0 where it tells none."""
+    said = text(path)
+    return int(said) / 1e3 if said.isdigit() else 0.0
 
 
 def _named(chip: str, label: str, otherwise: str) -> str:

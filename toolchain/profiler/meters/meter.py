@@ -25,7 +25,7 @@ class Meter(Protocol):
 
     name, reads        "rapl", "package-0 + package-1": what its number is the energy of
     sampled            it samples power (and takes a sample when it is read) instead of reading a counter that steps
-    step_s             seconds between two samples; of a counter 0: how often it steps is seen by watching it (`protocol.step_seconds`)
+    step_s             seconds between two samples; of a counter 0: how often it steps is seen by watching it (`energy.step_seconds`)
     least_window_s     no shorter window is a measurement
     patience_s         how long a counter may stand still while it is watched
     longest_gap_s      it must be read at least this often

@@ -1,17 +1,20 @@
 """NVML: the total-energy counter of one NVIDIA GPU, in mJ since the driver was loaded. It sees the GPU's board and nothing else.
 
-The counter steps about every 100 ms, so windows are 5 s or longer (Zeus). The GPU is the one that the CUDA provider uses: the first of
-CUDA_VISIBLE_DEVICES, or 0. Volta or newer. `pynvml` (nvidia-ml-py) is imported here alone.
+The counter steps about every 100 ms, so windows are 5 s or longer (Zeus). The GPU is the one that the CUDA provider uses, CUDA's first,
+found by its PCI bus: NVML counts GPUs by bus, CUDA the fastest first (CUDA_DEVICE_ORDER) and only those in CUDA_VISIBLE_DEVICES. Where
+libcuda does not answer it is the first of CUDA_VISIBLE_DEVICES, or 0. Volta or newer. `pynvml` (nvidia-ml-py) is imported here alone.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from math import inf
 from pathlib import Path
 from typing import Any
 
-from toolchain.errors import MeterError
+from toolchain.errors import InputError, MeterError
+from toolchain.profiler import gpu
 from toolchain.profiler.meters.meter import Reading
 
 
@@ -34,7 +37,7 @@ class Nvml:
             raise MeterError(f"NVML does not answer ({error})") from error
         try:
             self._gpu = _visible(pynvml)
-            name = pynvml.nvmlDeviceGetName(self._gpu)
+            name = self._asked(pynvml.nvmlDeviceGetName)
             self.reads = name.decode() if isinstance(name, bytes) else str(name)
             self._first = self._last = self._counter_mj()
         except BaseException:
@@ -55,8 +58,11 @@ class Nvml:
         self._nvml.nvmlShutdown()
 
     def _counter_mj(self) -> int:
+        return int(self._asked(self._nvml.nvmlDeviceGetTotalEnergyConsumption))
+
+    def _asked(self, question: Callable[[Any], Any]) -> Any:
         try:
-            return int(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._gpu))
+            return question(self._gpu)
         except self._nvml.NVMLError as error:
             raise MeterError(f"NVML does not answer ({error})") from error
 
@@ -67,6 +73,12 @@ def _visible(pynvml: Any) -> Any:
     if first.startswith("MIG"):
         raise MeterError("NVML has no energy counter for a part of a GPU (MIG)")
     try:
+        bus = gpu.pci_bus_id()
+    except InputError:
+        bus = ""
+    try:
+        if bus:
+            return pynvml.nvmlDeviceGetHandleByPciBusId(bus)
         if first.startswith("GPU"):
             return pynvml.nvmlDeviceGetHandleByUUID(first)
         return pynvml.nvmlDeviceGetHandleByIndex(int(first))
