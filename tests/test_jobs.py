@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from toolchain.errors import BittailorError, UnreachableError
 from toolchain.profiler import agent, bundle, probe
 from toolchain.profiler.ask import Host
 from toolchain.profiler.probe import working_kernels
-from toolchain.profiler.transports import jobs
+from toolchain.profiler.transports import doorkeeper, jobs
 from toolchain.profiler.transports.jobs import Link
 from toolchain.profiler.transports.local import Local
 from toolchain.profiler.transports.pipe import COMMAND, Piece
@@ -148,7 +149,7 @@ def test_a_desk_that_comes_back_finds_what_it_had_started(
 def test_a_device_that_stays_away_is_given_up_with_one_line(board: Device, subject: dict[str, Any]) -> None:
     link, _ = _link(board, [WHOLE] * 5 + [REPLY_LOST] * 99, patience_s=100)
     with pytest.raises(
-        UnreachableError, match=r"'board' did not answer again for 10\d s; what it measured is kept there"
+        UnreachableError, match=r"'board' did not answer again for 10\d s; what it measured is kept there for an hour"
     ) as caught:
         link.ask(_peak(subject))
     assert "\n" not in str(caught.value)
@@ -194,6 +195,80 @@ def test_a_folder_that_others_may_write_is_refused(board: Device) -> None:
     Path(board.folder).chmod(0o777)
     with pytest.raises(BittailorError, match="chmod go-w"):
         _link(board)[0].ask({"action": "identify"})
+
+
+def test_desks_that_ask_one_board_the_same_at_once_do_not_break_each_other(board: Device, subject: dict[str, Any]) -> None:
+    """The first that has the answer removes the job; the others wait for it still."""
+    at_once = threading.Barrier(4)
+
+    def ask(_: int) -> int:
+        link, _cable = _link(board)
+        at_once.wait()
+        return link.ask(_peak(subject))["peak_bytes"]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert min(pool.map(ask, range(4))) >= 0
+    assert _kept(board) == []
+    files = [path for path in (Path(board.folder) / "files").iterdir() if path.stat().st_nlink == 1]
+    assert len(files) == 3
+    assert {jobs.sha256(path) for path in files} == {path.name for path in files}, "a part stayed, or a file came out wrong"
+
+
+def test_a_file_that_another_desk_sent_meanwhile_does_no_harm(board: Device, subject: dict[str, Any]) -> None:
+    """One desk's upload stands still at half; another sends the whole of the file, and is done; then the first goes on."""
+    padding = Path(subject["folder"]) / "padding.bin"
+    digest, data = jobs.sha256(padding), padding.read_bytes()
+    root = doorkeeper._root(board.folder)
+    reader, writer = os.pipe()
+    header = {"caller": "a" * 32, "files": [{"sha256": digest, "size": len(data), "offset": 0}]}
+    with ThreadPoolExecutor(1) as pool, os.fdopen(reader, "rb") as source, os.fdopen(writer, "wb", 0) as sink:
+        slow = pool.submit(doorkeeper.put, root, header, source)
+        sink.write(data[:50_000])
+        while sum(path.stat().st_size for path in (root / "files").iterdir()) < 50_000:
+            time.sleep(0.01)
+        link, cable = _link(board)
+        assert link.ask(_peak(subject))["peak_bytes"] >= 0
+        assert {piece.path.name: piece.offset for piece in cable.sent}["padding.bin"] == 0, "it took what was still being written"
+        sink.write(data[50_000:])
+        assert slow.result(timeout=30) == {"stored": 1}
+    assert (root / "files" / digest).read_bytes() == data
+    assert [path.name for path in (root / "files").iterdir() if path.name.endswith(".part")] == []
+
+
+def test_what_a_killed_desk_had_sent_is_gone_on_with_by_the_next(board: Device, subject: dict[str, Any]) -> None:
+    first, _ = _link(board, [WHOLE] * 5 + [SENDING_CUT] + [REPLY_LOST] * 9, patience_s=0)
+    with pytest.raises(UnreachableError):
+        first.ask(_peak(subject))
+    second, cable = _link(board)
+    second.ask(_peak(subject))
+    assert 50_000 < {piece.path.name: piece.offset for piece in cable.sent}["padding.bin"] < 200_000
+
+
+def test_nobody_takes_another_desks_word_for_who_the_device_is(
+    board: Device, subject: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first never got its answer. Since then the device may have another runtime."""
+    first, _ = _link(board, [WHOLE] * 3 + [REPLY_LOST] * 9, patience_s=0)
+    with pytest.raises(UnreachableError):
+        first.identify()
+    (left,) = (Path(board.folder) / "jobs").iterdir()
+    while not (left / "answer.json").exists():
+        time.sleep(0.05)
+    (left / "answer.json").write_text(json.dumps({"cpu": "an earlier one", "runtime": "onnxruntime 0.1"}))
+    assert _link(board)[0].identify()["cpu"] != "an earlier one"
+
+
+def test_an_old_answer_is_not_taken_for_a_measurement_of_now(board: Device, subject: dict[str, Any]) -> None:
+    first, _ = _link(board, [WHOLE] * 6 + [WAITING_CUT] * 9, patience_s=0)
+    with pytest.raises(UnreachableError):
+        first.ask(_peak(subject))
+    (left,) = (Path(board.folder) / "jobs").iterdir()
+    while not (left / "answer.json").exists():
+        time.sleep(0.05)
+    os.utime(left / "answer.json", (time.time() - 2 * 3600,) * 2)
+    assert _link(board)[0].ask(_peak(subject))["peak_bytes"] >= 0
+    assert _started(board) == ["peak"] * 2
+    assert _kept(board) == []
 
 
 def test_what_nobody_came_back_for_goes_after_a_week(board: Device, subject: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ a program that runs, pushes and pulls here."""
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -136,6 +137,6 @@ def test_a_job_behind_adb_is_pushed_run_and_pulled(serial: str, tmp_path: Path, 
     assert {call[0] for call in calls} == {"push", "shell", "pull"}
     assert all(call[1:] == ["-T", COMMAND] for call in calls if call[0] == "shell")
     pushed = [call[2] for call in calls if call[0] == "push"]
-    assert pushed[0] == f"{tmp_path}/phone/incoming/{bundle.agent_sha256()}"
+    assert re.fullmatch(re.escape(f"{tmp_path}/phone/incoming/{bundle.agent_sha256()}.") + "[0-9a-f]{32}", pushed[0])
     assert len(pushed) == len(set(pushed)) == 2
     assert [Adb(phone).words()[-3:]] == [["shell", "-T", COMMAND]]

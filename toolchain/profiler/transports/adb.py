@@ -1,6 +1,6 @@
 """Devices behind Android's adb: files are pushed, the agent is run, its answer is pulled.
 
-    adb [-s serial] push FILE FOLDER/incoming/<sha256>
+    adb [-s serial] push FILE FOLDER/incoming/<sha256>.<caller>
     adb [-s serial] shell -T COMMAND
     adb [-s serial] pull FOLDER/jobs/<id>/answer.json FILE
 
@@ -38,7 +38,7 @@ class Adb(Pipe):
 
     def send(self, header: Mapping[str, Any], pieces: Sequence[Piece]) -> dict[str, Any]:
         for piece in pieces:
-            self._run("push", str(Path(piece.path)), f"{header['root']}/incoming/{piece.sha256}")
+            self._run("push", str(Path(piece.path)), f"{header['root']}/incoming/{piece.sha256}.{header['caller']}")
         return super().exchange({**header, "op": "adopt", "files": [piece.described() for piece in pieces]}, patience_s=600)
 
     def failure(self, code: int, said: str) -> UnreachableError:
