@@ -9,7 +9,8 @@ stdout   `bittailor-reply LENGTH` and a JSON object. After one with an answer: `
     FOLDER/journal.txt          one line for each agent that was started
 
 A job is started once, however often it is asked for, and goes on without the link. Its folder goes when the desk says it has the
-answer; desks that waited for the same job start it anew then. A desk that comes later takes no answer older than it says. What nobody came back for goes after a week, and files beyond 2 GiB that no job names sooner, the longest unused first.
+answer; desks that waited for the same job start it anew then. A desk that comes later takes no answer older than it says.
+What nobody came back for goes after a week, and files beyond 2 GiB that no job names sooner, the longest unused first.
 Standard library only, Python 3.8 or newer; imports nothing of ours, because nothing of ours need be here.
 """
 
