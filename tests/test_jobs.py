@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -402,6 +403,67 @@ def test_devices_are_profiled_at_once_and_one_that_fails_stops_no_other(
 def test_two_devices_of_one_name_are_refused(tiny_bert: Path, tmp_path: Path, cli: Any) -> None:
     path = _device_file(tmp_path, "one")
     assert "expected each device once, got 'one'" in cli("profile", tiny_bert, "--device", path, "--device", path).error
+
+
+@pytest.mark.parametrize("broken", [KeyError("meters"), ValueError("not a number"), OSError("no such device")])
+def test_a_device_that_raises_does_not_hide_the_others(
+    tmp_path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch, broken: Exception
+) -> None:
+    """One at hand, one in a folder."""
+    (tmp_path / "here.yaml").write_text("name: here\n")
+    words = [word for path in (tmp_path / "here.yaml", _device_file(tmp_path, "there")) for word in ("--device", path)]
+    real = Host.identify
+
+    def identify(host: Host) -> dict[str, Any]:
+        if host.device.name in ("here", "there"):
+            raise broken
+        return real(host)
+
+    monkeypatch.setattr(Host, "identify", identify)
+    rows = cli("devices", "--json", *words, "--device", "local").json["devices"]
+    assert [row["reachable"] for row in rows] == [f"no: {type(broken).__name__}: {broken}"] * 2 + ["yes"]
+
+
+def test_devices_of_this_machine_are_measured_one_after_the_other(
+    tiny_bert: Path, tmp_path: Path, cli: Any, fast: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [tmp_path / f"{name}.yaml" for name in ("one", "two")]
+    for path in paths:
+        path.write_text(f"name: {path.stem}\n")
+    turns: list[str] = []
+    answered = Host.time
+
+    def time_of(host: Host, *words: Any) -> dict[str, Any]:
+        turns.append(host.device.name)
+        time.sleep(0.05)
+        return answered(host, *words)
+
+    monkeypatch.setattr(Host, "time", time_of)
+    words = [word for path in paths for word in ("--device", path)]
+    assert set(cli("profile", tiny_bert, "--profiles", tmp_path / "profiles", "--json", *words).json["devices"]) == {"one", "two"}
+    changes = [(before, after) for before, after in itertools.pairwise(turns) if before != after]
+    assert len(changes) == 1, turns
+
+
+def test_what_nobody_expected_of_one_device_is_its_line_and_not_the_end_of_all(
+    tiny_bert: Path, tmp_path: Path, cli: Any, fast: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [tmp_path / f"{name}.yaml" for name in ("one", "two")]
+    for path in paths:
+        path.write_text(f"name: {path.stem}\n")
+    answered = Host.peak
+
+    def peak(host: Host, subject: dict[str, Any]) -> dict[str, int]:
+        return {}["peak_bytes"] if host.device.name == "one" else answered(host, subject)
+
+    monkeypatch.setattr(Host, "peak", peak)
+    words = [word for path in paths for word in ("--device", path)]
+    result = cli("profile", tiny_bert, "--profiles", tmp_path / "profiles", "--json", *words)
+    assert result.code == 2
+    assert (set(result.json["devices"]), result.json["failed"]) == ({"two"}, {"one": "KeyError: 'peak_bytes'"})
+    assert "bittailor: one failed: KeyError: 'peak_bytes'" in result.err
+    with pytest.raises(KeyError):  # alone, it is a fault that somebody wants to see whole
+        cli("profile", tiny_bert, "--profiles", tmp_path / "profiles", "--device", paths[0])
 
 
 def test_kernels_are_those_that_work_on_the_device(board: Device, monkeypatch: pytest.MonkeyPatch) -> None:
