@@ -26,6 +26,7 @@ from toolchain.profiler.agent import PROTOCOL
 from toolchain.profiler.bundle import agent_bytes, agent_sha256
 from toolchain.profiler.transports import transport_of
 from toolchain.profiler.transports.pipe import Piece, Transport
+from toolchain.profiler.transports.replies import answer_of, malformed
 from toolchain.progress import note
 from toolchain.spec import Device
 
@@ -133,6 +134,7 @@ class Link:
         while time.monotonic() < deadline:
             reply = self._patiently(lambda: self._exchange(header), self._patience_s)
             if missing := reply.get("missing"):
+                self._check_missing(missing, sources)
                 lacking.append(missing)
                 if lacking[-_SENDING_ROUNDS:].count(missing) == _SENDING_ROUNDS:  # not one byte more each time
                     problem = (
@@ -148,8 +150,15 @@ class Link:
                 if not reply["settled"]:
                     self._owed.append(number)
                     self._settle()
-                return _read(reply["answer"], self.device)
+                return answer_of(reply["answer"], str(request["action"]), self.device)
         raise BittailorError(f"expected an answer from the agent on {self.device.name!r} within {2 * limit_s:.0f} s, got none")
+
+    def _check_missing(self, missing: Mapping[str, int], sources: Mapping[str, Path]) -> None:
+        """Raise BittailorError where the device lacks what it was never told of, or has more of it than there is."""
+        sizes = {**{digest: path.stat().st_size for digest, path in sources.items()}, agent_sha256(): len(agent_bytes())}
+        for digest, there in missing.items():
+            if there > sizes.get(digest, -1):
+                raise malformed(self.device, "the name and length of a file that we have", f"{digest[:12]}... of {there} bytes")
 
     def _exchange(self, header: Mapping[str, Any]) -> dict[str, Any]:
         owed = list(self._owed)
@@ -226,13 +235,3 @@ def _described(request: Mapping[str, Any], files: dict[str, Path]) -> dict[str, 
         return names[str(root)]
 
     return walk(request)
-
-
-def _read(text: str, device: Device) -> dict[str, Any]:
-    try:
-        answer = json.loads(text)
-    except ValueError:
-        raise BittailorError(f"expected JSON from the agent on {device.name!r}, got {text[:80]!r}") from None
-    if "error" in answer:
-        raise BittailorError(answer["error"])
-    return answer
