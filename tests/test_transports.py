@@ -58,6 +58,7 @@ def test_ssh_is_told_to_check_and_never_to_ask(device: Device) -> None:
 def test_what_a_file_says_is_never_read_by_a_shell(python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Such a file is refused where it is read; here it gets through all the same."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))  # where the shell would go
     for field in ({"python": python}, {"python": "python3", "folder": f"{tmp_path}/{python}"}):
         device = Device("board", **{"folder": str(tmp_path / "board"), **field})
         if field["python"] == python:

@@ -24,9 +24,11 @@ from toolchain.profiler.transports.replies import LONGEST_BYTES, malformed, plai
 from toolchain.spec import Device
 
 COMMAND = (
-    'exec sh -c \'IFS= read -r p && exec "$p" -I -c "import sys; exec(sys.stdin.buffer.read(int(sys.stdin.buffer.readline())))"\''
+    "exec sh -c 'cd 2>/dev/null; IFS= read -r p && "
+    'exec "$p" -I -c "import sys; exec(sys.stdin.buffer.read(int(sys.stdin.buffer.readline())))"\''
 )
-"""Runs in any login shell: reads the interpreter's path, then has it run what follows on stdin. -I: whatever the home folder holds."""
+"""Runs in any login shell: reads the interpreter's path, from the home folder (Android has none, and stays where it is), then has it run
+what follows on stdin. -I: whatever the home folder holds."""
 NO_INTERPRETER = (126, 127)
 _PIECE = 1 << 20
 _MOST_SAID = 1 << 18
@@ -71,7 +73,12 @@ class Pipe:
 
     @property
     def python(self) -> str:
-        return self.device.python or "python3"
+        """As the shell there finds it: from the home folder, where `COMMAND` goes."""
+        return self._from_home(self.device.python) or "python3"
+
+    @staticmethod
+    def _from_home(path: str) -> str:
+        return path.removeprefix("~/")
 
     def exchange(self, header: Mapping[str, Any], patience_s: float) -> dict[str, Any]:
         return self._talk(header, (), patience_s)
