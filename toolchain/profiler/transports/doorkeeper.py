@@ -10,12 +10,14 @@ stdout   `bittailor-reply LENGTH` and a JSON object. After one with an answer: `
 
 A job is started once, however often it is asked for, and goes on without the link. Its folder goes when the desk says it has the
 answer; desks that waited for the same job start it anew then. A desk that comes later takes no answer older than it says.
-What nobody came back for goes after a week, and files beyond 2 GiB that no job names sooner, the longest unused first.
+What nobody came back for goes after a week, and files beyond 2 GiB that no job names sooner, the longest unused first, but never within
+the hour.
 Standard library only, Python 3.8 or newer; imports nothing of ours, because nothing of ours need be here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -33,6 +35,8 @@ from typing import IO, Any
 MARK = b"bittailor-reply"
 POLL_SECONDS, RECEIVED_SECONDS = 0.1, 10.0
 KEPT_SECONDS, KEPT_BYTES = 7 * 24 * 3600, 2 << 30
+SPARED_SECONDS = 3600
+"""However large: it is being sent, or the job that names it starts with the next exchange."""
 _PIECE = 1 << 20
 
 
@@ -317,19 +321,28 @@ def _remove_job(root: Path, name: str) -> None:
 
 def _sweep(root: Path, now: float) -> None:
     """The rule of the module's docstring."""
-    for place in (root / "jobs").iterdir():
-        if now - place.stat().st_mtime > KEPT_SECONDS and not ((place / "alive").exists() and _running(place)):
+    for place, state in _found(root / "jobs"):
+        if now - state.st_mtime > KEPT_SECONDS and not ((place / "alive").exists() and _running(place)):
             shutil.rmtree(place, ignore_errors=True)
-    files = [path for folder in ("files", "incoming") for path in (root / folder).iterdir()]
-    files.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    files = [*_found(root / "files"), *_found(root / "incoming")]
     kept = 0
-    for path in files:
-        state = path.stat()
-        if state.st_nlink > 1:
+    for path, state in sorted(files, key=lambda found: found[1].st_mtime, reverse=True):
+        age = now - state.st_mtime
+        if state.st_nlink > 1 or age < SPARED_SECONDS:  # a job names it, or will
             continue
         kept += state.st_size
-        if kept > KEPT_BYTES or now - state.st_mtime > KEPT_SECONDS:
-            path.unlink()
+        if kept > KEPT_BYTES or age > KEPT_SECONDS:
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+
+
+def _found(folder: Path) -> list[tuple[Path, os.stat_result]]:
+    """What is there, with its state; what another exchange removes meanwhile, is not."""
+    found = []
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found.append((path, path.stat()))
+    return found
 
 
 def _hex(text: str) -> str:
