@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from conftest import environment
 
 import toolchain
 from toolchain.costs.table import open_table
-from toolchain.errors import BittailorError, UnreachableError
+from toolchain.errors import BittailorError, InputError, UnreachableError
 from toolchain.profiler import agent, bundle, probe
 from toolchain.profiler.ask import Host
 from toolchain.profiler.probe import working_kernels
@@ -29,7 +30,7 @@ from toolchain.profiler.transports import doorkeeper, jobs
 from toolchain.profiler.transports.jobs import Link
 from toolchain.profiler.transports.local import Local
 from toolchain.profiler.transports.pipe import COMMAND, Piece
-from toolchain.spec import Device
+from toolchain.spec import CUDA, Device
 
 WHOLE = ""
 REPLY_LOST = "{command} | (head -c 1; kill -9 0)"
@@ -482,6 +483,76 @@ def test_kernels_are_those_that_work_on_the_device(board: Device, monkeypatch: p
     monkeypatch.setattr(Host, "outputs", outputs)
     wrong = {"w4g32", "w4g32+w8a8", "w2g128"}
     assert probe.working_kernels_of(Host(board, 1)) == tuple(name for name in working_kernels() if name not in wrong)
+
+
+def test_a_runtime_without_the_provider_is_not_asked_to_compute(board: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it said for want of a GPU would read as kernels that compute wrong."""
+    real = Host.identify
+
+    def identify(host: Host) -> dict[str, Any]:
+        return real(Host(board, 1))
+
+    monkeypatch.setattr(Host, "identify", identify)
+    with pytest.raises(InputError, match=r"onnxruntime .* on 'board' has no CUDAExecutionProvider, only .*CPUExecutionProvider"):
+        probe.working_kernels_of(Host(replace(board, provider=CUDA), 1))
+    assert _started(board) == []
+
+
+def test_what_is_asked_of_a_device_is_small_and_its_numbers_travel_as_files(board: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The request goes down the link with every exchange; files go once, and from where they broke off."""
+    longest = 0
+    exchange = Local.exchange
+
+    def measured(self: Local, header: Any, patience_s: float) -> dict[str, Any]:
+        nonlocal longest
+        longest = max(longest, len(json.dumps(header)))
+        return exchange(self, header, patience_s)
+
+    monkeypatch.setattr(Local, "exchange", measured)
+    assert probe.working_kernels_of(Host(board, 1)) == working_kernels()
+    assert 1_000 < longest < 100_000
+
+
+@pytest.mark.parametrize("python", ["~/venv/bin/python", "venv/bin/python"])
+def test_an_interpreter_is_found_from_the_home_folder(
+    python: str, board: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    (home / "venv" / "bin").mkdir(parents=True)
+    (home / "venv" / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (home / "venv" / "bin" / "python").chmod(0o755)
+    monkeypatch.setenv("HOME", str(home))
+    assert _link(replace(board, python=python))[0].identify()["protocol"] == agent.PROTOCOL
+
+
+def test_what_is_being_sent_is_not_swept(board: Device) -> None:
+    """However long it is: here a part of 3 GiB (of nothing) and a file as long."""
+    assert _link(board)[0].machine
+    files = Path(board.folder) / "files"
+    names = [f"{'1' * 64}.{'2' * 32}.part", "3" * 64, "4" * 64]
+    for name in names:
+        with open(files / name, "wb") as stream:
+            stream.truncate(3 << 30)
+    os.utime(files / names[2], (time.time() - 2 * 3600,) * 2)
+    assert _link(board)[0].machine
+    assert sorted(os.listdir(files)) == names[:2]
+
+
+def test_one_profile_asks_a_device_once_who_it_is(
+    tiny_bert: Path, tmp_path: Path, cli: Any, fast: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One link, for the header, the kernels and the rows; the times are made up."""
+    asked = []
+    real = Link._job
+
+    def job(self: Link, request: Any, *more: Any) -> dict[str, Any]:
+        asked.append(request["action"])
+        return real(self, request, *more)
+
+    monkeypatch.setattr(Link, "_job", job)
+    path = _device_file(tmp_path, "one")
+    assert cli("profile", tiny_bert, "--profiles", tmp_path / "profiles", "--device", path, "--json").code in (0, 3)
+    assert asked == ["identify", "outputs"]
 
 
 def test_all_threads_are_the_devices_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
