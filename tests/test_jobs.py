@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -10,6 +11,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +22,15 @@ from conftest import environment
 
 import toolchain
 from toolchain.costs.table import open_table
-from toolchain.errors import BittailorError, UnreachableError
+from toolchain.errors import BittailorError, InputError, UnreachableError
 from toolchain.profiler import agent, bundle, probe
 from toolchain.profiler.ask import Host
 from toolchain.profiler.probe import working_kernels
-from toolchain.profiler.transports import jobs
+from toolchain.profiler.transports import doorkeeper, jobs
 from toolchain.profiler.transports.jobs import Link
 from toolchain.profiler.transports.local import Local
 from toolchain.profiler.transports.pipe import COMMAND, Piece
-from toolchain.spec import Device
+from toolchain.spec import CUDA, Device
 
 WHOLE = ""
 REPLY_LOST = "{command} | (head -c 1; kill -9 0)"
@@ -148,7 +151,7 @@ def test_a_desk_that_comes_back_finds_what_it_had_started(
 def test_a_device_that_stays_away_is_given_up_with_one_line(board: Device, subject: dict[str, Any]) -> None:
     link, _ = _link(board, [WHOLE] * 5 + [REPLY_LOST] * 99, patience_s=100)
     with pytest.raises(
-        UnreachableError, match=r"'board' did not answer again for 10\d s; what it measured is kept there"
+        UnreachableError, match=r"'board' did not answer again for 10\d s; what it measured is kept there for an hour"
     ) as caught:
         link.ask(_peak(subject))
     assert "\n" not in str(caught.value)
@@ -194,6 +197,80 @@ def test_a_folder_that_others_may_write_is_refused(board: Device) -> None:
     Path(board.folder).chmod(0o777)
     with pytest.raises(BittailorError, match="chmod go-w"):
         _link(board)[0].ask({"action": "identify"})
+
+
+def test_desks_that_ask_one_board_the_same_at_once_do_not_break_each_other(board: Device, subject: dict[str, Any]) -> None:
+    """The first that has the answer removes the job; the others wait for it still."""
+    at_once = threading.Barrier(4)
+
+    def ask(_: int) -> int:
+        link, _cable = _link(board)
+        at_once.wait()
+        return link.ask(_peak(subject))["peak_bytes"]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert min(pool.map(ask, range(4))) >= 0
+    assert _kept(board) == []
+    files = [path for path in (Path(board.folder) / "files").iterdir() if path.stat().st_nlink == 1]
+    assert len(files) == 3
+    assert {jobs.sha256(path) for path in files} == {path.name for path in files}, "a part stayed, or a file came out wrong"
+
+
+def test_a_file_that_another_desk_sent_meanwhile_does_no_harm(board: Device, subject: dict[str, Any]) -> None:
+    """One desk's upload stands still at half; another sends the whole of the file, and is done; then the first goes on."""
+    padding = Path(subject["folder"]) / "padding.bin"
+    digest, data = jobs.sha256(padding), padding.read_bytes()
+    root = doorkeeper._root(board.folder)
+    reader, writer = os.pipe()
+    header = {"caller": "a" * 32, "files": [{"sha256": digest, "size": len(data), "offset": 0}]}
+    with ThreadPoolExecutor(1) as pool, os.fdopen(reader, "rb") as source, os.fdopen(writer, "wb", 0) as sink:
+        slow = pool.submit(doorkeeper.put, root, header, source)
+        sink.write(data[:50_000])
+        while sum(path.stat().st_size for path in (root / "files").iterdir()) < 50_000:
+            time.sleep(0.01)
+        link, cable = _link(board)
+        assert link.ask(_peak(subject))["peak_bytes"] >= 0
+        assert {piece.path.name: piece.offset for piece in cable.sent}["padding.bin"] == 0, "it took what was still being written"
+        sink.write(data[50_000:])
+        assert slow.result(timeout=30) == {"stored": 1}
+    assert (root / "files" / digest).read_bytes() == data
+    assert [path.name for path in (root / "files").iterdir() if path.name.endswith(".part")] == []
+
+
+def test_what_a_killed_desk_had_sent_is_gone_on_with_by_the_next(board: Device, subject: dict[str, Any]) -> None:
+    first, _ = _link(board, [WHOLE] * 5 + [SENDING_CUT] + [REPLY_LOST] * 9, patience_s=0)
+    with pytest.raises(UnreachableError):
+        first.ask(_peak(subject))
+    second, cable = _link(board)
+    second.ask(_peak(subject))
+    assert 50_000 < {piece.path.name: piece.offset for piece in cable.sent}["padding.bin"] < 200_000
+
+
+def test_nobody_takes_another_desks_word_for_who_the_device_is(
+    board: Device, subject: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first never got its answer. Since then the device may have another runtime."""
+    first, _ = _link(board, [WHOLE] * 3 + [REPLY_LOST] * 9, patience_s=0)
+    with pytest.raises(UnreachableError):
+        first.identify()
+    (left,) = (Path(board.folder) / "jobs").iterdir()
+    while not (left / "answer.json").exists():
+        time.sleep(0.05)
+    (left / "answer.json").write_text(json.dumps({"cpu": "an earlier one", "runtime": "onnxruntime 0.1"}))
+    assert _link(board)[0].identify()["cpu"] != "an earlier one"
+
+
+def test_an_old_answer_is_not_taken_for_a_measurement_of_now(board: Device, subject: dict[str, Any]) -> None:
+    first, _ = _link(board, [WHOLE] * 6 + [WAITING_CUT] * 9, patience_s=0)
+    with pytest.raises(UnreachableError):
+        first.ask(_peak(subject))
+    (left,) = (Path(board.folder) / "jobs").iterdir()
+    while not (left / "answer.json").exists():
+        time.sleep(0.05)
+    os.utime(left / "answer.json", (time.time() - 2 * 3600,) * 2)
+    assert _link(board)[0].ask(_peak(subject))["peak_bytes"] >= 0
+    assert _started(board) == ["peak"] * 2
+    assert _kept(board) == []
 
 
 def test_what_nobody_came_back_for_goes_after_a_week(board: Device, subject: dict[str, Any]) -> None:
@@ -329,6 +406,67 @@ def test_two_devices_of_one_name_are_refused(tiny_bert: Path, tmp_path: Path, cl
     assert "expected each device once, got 'one'" in cli("profile", tiny_bert, "--device", path, "--device", path).error
 
 
+@pytest.mark.parametrize("broken", [KeyError("meters"), ValueError("not a number"), OSError("no such device")])
+def test_a_device_that_raises_does_not_hide_the_others(
+    tmp_path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch, broken: Exception
+) -> None:
+    """One at hand, one in a folder."""
+    (tmp_path / "here.yaml").write_text("name: here\n")
+    words = [word for path in (tmp_path / "here.yaml", _device_file(tmp_path, "there")) for word in ("--device", path)]
+    real = Host.identify
+
+    def identify(host: Host) -> dict[str, Any]:
+        if host.device.name in ("here", "there"):
+            raise broken
+        return real(host)
+
+    monkeypatch.setattr(Host, "identify", identify)
+    rows = cli("devices", "--json", *words, "--device", "local").json["devices"]
+    assert [row["reachable"] for row in rows] == [f"no: {type(broken).__name__}: {broken}"] * 2 + ["yes"]
+
+
+def test_devices_of_this_machine_are_measured_one_after_the_other(
+    tiny_bert: Path, tmp_path: Path, cli: Any, fast: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [tmp_path / f"{name}.yaml" for name in ("one", "two")]
+    for path in paths:
+        path.write_text(f"name: {path.stem}\n")
+    turns: list[str] = []
+    answered = Host.time
+
+    def time_of(host: Host, *words: Any) -> dict[str, Any]:
+        turns.append(host.device.name)
+        time.sleep(0.05)
+        return answered(host, *words)
+
+    monkeypatch.setattr(Host, "time", time_of)
+    words = [word for path in paths for word in ("--device", path)]
+    assert set(cli("profile", tiny_bert, "--profiles", tmp_path / "profiles", "--json", *words).json["devices"]) == {"one", "two"}
+    changes = [(before, after) for before, after in itertools.pairwise(turns) if before != after]
+    assert len(changes) == 1, turns
+
+
+def test_what_nobody_expected_of_one_device_is_its_line_and_not_the_end_of_all(
+    tiny_bert: Path, tmp_path: Path, cli: Any, fast: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [tmp_path / f"{name}.yaml" for name in ("one", "two")]
+    for path in paths:
+        path.write_text(f"name: {path.stem}\n")
+    answered = Host.peak
+
+    def peak(host: Host, subject: dict[str, Any]) -> dict[str, int]:
+        return {}["peak_bytes"] if host.device.name == "one" else answered(host, subject)
+
+    monkeypatch.setattr(Host, "peak", peak)
+    words = [word for path in paths for word in ("--device", path)]
+    result = cli("profile", tiny_bert, "--profiles", tmp_path / "profiles", "--json", *words)
+    assert result.code == 2
+    assert (set(result.json["devices"]), result.json["failed"]) == ({"two"}, {"one": "KeyError: 'peak_bytes'"})
+    assert "bittailor: one failed: KeyError: 'peak_bytes'" in result.err
+    with pytest.raises(KeyError):  # alone, it is a fault that somebody wants to see whole
+        cli("profile", tiny_bert, "--profiles", tmp_path / "profiles", "--device", paths[0])
+
+
 def test_kernels_are_those_that_work_on_the_device(board: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     """The runtime there computes one kernel wrong and refuses another."""
     real = Host.outputs
@@ -345,6 +483,76 @@ def test_kernels_are_those_that_work_on_the_device(board: Device, monkeypatch: p
     monkeypatch.setattr(Host, "outputs", outputs)
     wrong = {"w4g32", "w4g32+w8a8", "w2g128"}
     assert probe.working_kernels_of(Host(board, 1)) == tuple(name for name in working_kernels() if name not in wrong)
+
+
+def test_a_runtime_without_the_provider_is_not_asked_to_compute(board: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it said for want of a GPU would read as kernels that compute wrong."""
+    real = Host.identify
+
+    def identify(host: Host) -> dict[str, Any]:
+        return real(Host(board, 1))
+
+    monkeypatch.setattr(Host, "identify", identify)
+    with pytest.raises(InputError, match=r"onnxruntime .* on 'board' has no CUDAExecutionProvider, only .*CPUExecutionProvider"):
+        probe.working_kernels_of(Host(replace(board, provider=CUDA), 1))
+    assert _started(board) == []
+
+
+def test_what_is_asked_of_a_device_is_small_and_its_numbers_travel_as_files(board: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The request goes down the link with every exchange; files go once, and from where they broke off."""
+    longest = 0
+    exchange = Local.exchange
+
+    def measured(self: Local, header: Any, patience_s: float) -> dict[str, Any]:
+        nonlocal longest
+        longest = max(longest, len(json.dumps(header)))
+        return exchange(self, header, patience_s)
+
+    monkeypatch.setattr(Local, "exchange", measured)
+    assert probe.working_kernels_of(Host(board, 1)) == working_kernels()
+    assert 1_000 < longest < 100_000
+
+
+@pytest.mark.parametrize("python", ["~/venv/bin/python", "venv/bin/python"])
+def test_an_interpreter_is_found_from_the_home_folder(
+    python: str, board: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    (home / "venv" / "bin").mkdir(parents=True)
+    (home / "venv" / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (home / "venv" / "bin" / "python").chmod(0o755)
+    monkeypatch.setenv("HOME", str(home))
+    assert _link(replace(board, python=python))[0].identify()["protocol"] == agent.PROTOCOL
+
+
+def test_what_is_being_sent_is_not_swept(board: Device) -> None:
+    """However long it is: here a part of 3 GiB (of nothing) and a file as long."""
+    assert _link(board)[0].machine
+    files = Path(board.folder) / "files"
+    names = [f"{'1' * 64}.{'2' * 32}.part", "3" * 64, "4" * 64]
+    for name in names:
+        with open(files / name, "wb") as stream:
+            stream.truncate(3 << 30)
+    os.utime(files / names[2], (time.time() - 2 * 3600,) * 2)
+    assert _link(board)[0].machine
+    assert sorted(os.listdir(files)) == names[:2]
+
+
+def test_one_profile_asks_a_device_once_who_it_is(
+    tiny_bert: Path, tmp_path: Path, cli: Any, fast: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One link, for the header, the kernels and the rows; the times are made up."""
+    asked = []
+    real = Link._job
+
+    def job(self: Link, request: Any, *more: Any) -> dict[str, Any]:
+        asked.append(request["action"])
+        return real(self, request, *more)
+
+    monkeypatch.setattr(Link, "_job", job)
+    path = _device_file(tmp_path, "one")
+    assert cli("profile", tiny_bert, "--profiles", tmp_path / "profiles", "--device", path, "--json").code in (0, 3)
+    assert asked == ["identify", "outputs"]
 
 
 def test_all_threads_are_the_devices_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

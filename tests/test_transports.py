@@ -3,7 +3,9 @@ a program that runs, pushes and pulls here."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,12 +16,12 @@ from typing import Any
 import pytest
 from ssh_server import free_port
 
-from toolchain.errors import UnreachableError
+from toolchain.errors import BittailorError, UnreachableError
 from toolchain.profiler import agent, bundle
-from toolchain.profiler.transports import transport_of
+from toolchain.profiler.transports import replies, transport_of
 from toolchain.profiler.transports.adb import Adb
 from toolchain.profiler.transports.jobs import Link
-from toolchain.profiler.transports.pipe import COMMAND
+from toolchain.profiler.transports.pipe import COMMAND, Pipe, last_line
 from toolchain.profiler.transports.ssh import Ssh
 from toolchain.spec import Device
 
@@ -56,6 +58,7 @@ def test_ssh_is_told_to_check_and_never_to_ask(device: Device) -> None:
 def test_what_a_file_says_is_never_read_by_a_shell(python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Such a file is refused where it is read; here it gets through all the same."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))  # where the shell would go
     for field in ({"python": python}, {"python": "python3", "folder": f"{tmp_path}/{python}"}):
         device = Device("board", **{"folder": str(tmp_path / "board"), **field})
         if field["python"] == python:
@@ -136,6 +139,110 @@ def test_a_job_behind_adb_is_pushed_run_and_pulled(serial: str, tmp_path: Path, 
     assert {call[0] for call in calls} == {"push", "shell", "pull"}
     assert all(call[1:] == ["-T", COMMAND] for call in calls if call[0] == "shell")
     pushed = [call[2] for call in calls if call[0] == "push"]
-    assert pushed[0] == f"{tmp_path}/phone/incoming/{bundle.agent_sha256()}"
+    assert re.fullmatch(re.escape(f"{tmp_path}/phone/incoming/{bundle.agent_sha256()}.") + "[0-9a-f]{32}", pushed[0])
     assert len(pushed) == len(set(pushed)) == 2
     assert [Adb(phone).words()[-3:]] == [["shell", "-T", COMMAND]]
+
+
+# ---- what a device says that is not ours
+
+_DEEP = "[" * 100_000
+_SAYS = {
+    "length is no number": "bittailor-reply x\n{}",
+    "length is negative": "bittailor-reply -1\n{}",
+    "longer than it may be": f"bittailor-reply {1 << 40}\n{{}}",
+    "no JSON": "bittailor-reply 3\nabc",
+    "no UTF-8": "bittailor-reply 3\n\\377\\377\\377",
+    "too deep": f"bittailor-reply {len(_DEEP)}\n{_DEEP}",
+    "a list": "bittailor-reply 2\n[]",
+    "nothing of a hello": "bittailor-reply 2\n{}",
+    "wrong types": 'bittailor-reply 60\n{"python": 3, "machine": "m", "cpus": "2", "folder": "/f"}     ',
+    "a version that is none": 'bittailor-reply 62\n{"python": "3.x", "machine": "m", "cpus": 2, "folder": "/f"}     ',
+    "no end of greeting": "hello " * 100_000,
+    "a steered terminal": 'bittailor-reply 32\n{"error": "\\u001b[2J\\u0007gone"}   ',
+}
+
+
+class Says(Pipe):
+    """A device that says the same to everything."""
+
+    def __init__(self, device: Device, path: Path) -> None:
+        super().__init__(device)
+        self._path = path
+
+    def words(self) -> list[str]:
+        return ["sh", "-c", f"cat {self._path}; cat >/dev/null"]
+
+    def failure(self, code: int, said: str) -> UnreachableError:
+        return UnreachableError(f"ended without a reply: {last_line(said, code)}")
+
+
+@pytest.mark.parametrize("case", _SAYS)
+def test_what_is_no_reply_is_one_line(case: str, tmp_path: Path) -> None:
+    (tmp_path / "said").write_bytes(_SAYS[case].replace("\\377", "\udcff").encode(errors="surrogateescape"))
+    board = Device("board", transport="ssh", host="pi")
+    with pytest.raises(BittailorError, match="board") as caught:
+        assert Link(board, Says(board, tmp_path / "said"), patience_s=0).machine
+    assert str(caught.value).isprintable()
+
+
+def _reply(**fields: object) -> dict[str, object]:
+    return {"of_another": False, "age_s": 0.0, "settled": True, **fields}
+
+
+class Answers:
+    """A transport of a device that says it is fine, and then this."""
+
+    def __init__(self, reply: dict[str, object], sent: list[object]) -> None:
+        self._reply, self._sent = reply, sent
+
+    def exchange(self, header: Any, patience_s: float) -> dict[str, Any]:
+        hello = {"python": "3.11.2", "machine": "m", "cpus": 1, "folder": "/f"}
+        return replies.reply_of(json.dumps(hello if header["op"] == "hello" else self._reply).encode(), header["op"], PHONE)
+
+    def send(self, header: Any, pieces: Any) -> dict[str, Any]:
+        self._sent += pieces
+        return {"stored": len(pieces)}
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        {"missing": {"0" * 64: 0}},
+        {"missing": {"../../etc/passwd": 0}},
+        {"missing": {bundle.agent_sha256(): 1 << 40}},
+        {"missing": {bundle.agent_sha256(): -1}},
+        {"missing": [bundle.agent_sha256()]},
+        {"colour": "red"},
+        {"died": ["x"]},
+        _reply(answer=7),
+        _reply(answer="[]"),
+        _reply(answer=_DEEP),
+        _reply(answer=json.dumps({"cpu": "x"})),
+        _reply(answer=json.dumps(dict.fromkeys(("cpu", "cache_bytes", "runtime", "protocol", "providers", "meters"), 1))),
+    ],
+)
+def test_what_is_no_answer_is_one_line_and_nothing_is_sent(reply: dict[str, object]) -> None:
+    sent: list[object] = []
+    with pytest.raises(BittailorError, match="'phone'"):
+        Link(PHONE, Answers(reply, sent), patience_s=0).identify()
+    assert sent == []
+
+
+def test_what_steers_a_terminal_is_taken_out_of_an_answer() -> None:
+    identity = {"cpu": "\x1b[2J\x07a CPU", "cache_bytes": 1, "runtime": "r", "protocol": "p", "providers": ["\n"], "meters": {}}
+    got = Link(PHONE, Answers(_reply(answer=json.dumps(identity)), []), patience_s=0).identify()
+    assert (got["cpu"], got["providers"]) == ("\ufffd[2J\ufffda CPU", ["\ufffd"])
+
+
+def test_a_file_without_end_is_not_pulled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "adb").write_text(
+        f'#!/bin/sh\nexec {sys.executable} -c "import sys, time\nwith open(sys.argv[3], chr(119)) as f:\n'
+        ' while True: f.write(chr(120) * 1000); f.flush(); time.sleep(0.001)" "$@"\n'
+    )
+    (tmp_path / "adb").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr("toolchain.profiler.transports.adb.LONGEST_BYTES", 100_000)
+    with pytest.raises(BittailorError, match="at most 100000 bytes from 'phone', got a longer one"):
+        Adb(PHONE)._run("pull", "/there", str(tmp_path / "here"), bounded=tmp_path / "here")
+    assert (tmp_path / "here").stat().st_size < 10_000_000

@@ -78,6 +78,12 @@ class MissingPackageError(BittailorError):
     """An optional dependency is not installed."""
 
 
+def reason_of(error: BaseException) -> str:
+    """Why something failed, in one line: what a BittailorError says, of others their type too."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, BittailorError) else f"{type(error).__name__}: {text}"
+
+
 def require(module: str, extra: str = "train"):  # noqa: ANN201 - a module object, whatever it is
     """Import and return `module`; raises MissingPackageError naming the extra that brings it."""
     import importlib

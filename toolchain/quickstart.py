@@ -25,6 +25,7 @@ from toolchain.graph.build import EMBEDDED
 from toolchain.hardware import load, thread_count
 from toolchain.kernels import uniform
 from toolchain.policy.budgets import FRACTIONS
+from toolchain.profiler.ask import Host
 from toolchain.profiler.measure import measure_package
 from toolchain.progress import note
 from toolchain.report import table
@@ -115,7 +116,7 @@ def _full_precision(source: workflow.Source, costs: workflow.Costs, device: Devi
     policy = _fp32(source)
     with scratch() as folder:
         assemble(source.graph, policy, source.weights, folder)
-        seen = measure_package(folder, costs.model.workload, device, thread_count(device), source.graph.vocabulary)
+        seen = measure_package(folder, costs.model.workload, Host(device, thread_count(device)), source.graph.vocabulary)
         size = float(sum(path.stat().st_size for path in [*folder.iterdir(), *source.graph.companions()]))
     predicted = costs.model.totals(policy)
     return _figures("fp32", 32.0, predicted, seen.measurements, size) | {"verdict": "no budget"}

@@ -76,7 +76,7 @@ def check_package(directory: Path, device: Device, limits: Mapping[str, float]) 
         raise InputError("expected a package with a budget or limits, got neither", "type for example: --latency-ms 20")
     note(f"measuring {directory} for {package.workload}: some ten seconds{' and energy: minutes' if budget.energy_mj else ''}")
     host = Host.of(device)
-    seen = measure_package(directory, package.workload, device, host.threads, package.vocabulary)
+    seen = measure_package(directory, package.workload, host, package.vocabulary)
     energy_mj, energy = _energy(package, host, budget)
     measurements = {**seen.measurements, **_counted(package), "energy_mj": energy_mj}
     slowness = _slowness(package, seen, host) if not limits else {}

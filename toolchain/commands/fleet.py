@@ -5,17 +5,22 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 from toolchain.commands.workflow import Costs, measure_costs
-from toolchain.errors import BittailorError, InputError
+from toolchain.errors import InputError, reason_of
 from toolchain.graph.model import Graph
 from toolchain.progress import note
 from toolchain.spec import Device, Workload
 
 AT_ONCE = 32
-"""Devices. The desk builds graphs and waits; what is measured is measured on them."""
+"""Devices. The desk builds graphs and waits, where they are other machines."""
+_HERE = Lock()
+"""Held by the device at hand that is measured now: another beside it would be its noise. What lies in a folder of this machine is not
+asked to wait, since it stands for another; its windows in which others used the CPUs are dropped."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +32,9 @@ class Profiled:
 
     @property
     def failure(self) -> str:
-        """Why it failed, in one line; empty if it did not. Raises what is nobody's fault but ours."""
+        """Why it failed, in one line; empty if it did not. What nobody expected too: the others' tables are no less there."""
         error = self.done.exception()
-        if error is None:
-            return ""
-        if isinstance(error, BittailorError | OSError):
-            return " ".join(str(error).split())
-        raise error
+        return reason_of(error) if error else ""
 
     def costs(self) -> Costs:
         """Raises what stopped it."""
@@ -54,10 +55,11 @@ def profile_all(
     def measure(device: Device) -> Costs:
         command = "bittailor " + shlex.join(["profile", model, "--device", device.name])
         try:
-            return measure_costs(graph, device, folder, workload, command, renew)
-        except BittailorError as error:
+            with _HERE if device.at_hand else nullcontext():
+                return measure_costs(graph, device, folder, workload, command, renew)
+        except Exception as error:
             if len(devices) > 1:
-                note(f"bittailor: {device.name} failed: {error}")
+                note(f"bittailor: {device.name} failed: {reason_of(error)}")
             raise
 
     if len(devices) == 1:  # in the main thread: its progress line is redrawn, and Ctrl-C stops it

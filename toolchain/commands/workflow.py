@@ -31,7 +31,7 @@ from toolchain.package.manifest import Package
 from toolchain.policy import budgets, proposal
 from toolchain.profiler.ask import Host
 from toolchain.profiler.probe import working_kernels
-from toolchain.profiler.profile import check_workload, current_header, default_workload, profile
+from toolchain.profiler.profile import check_workload, current_header, default_workload, header_of, profile
 from toolchain.progress import note
 from toolchain.spec import Budget, Cost, Device, Estimate, Policy, Workload
 
@@ -125,8 +125,8 @@ def measure_costs(
     workload = workload or default_workload(graph)
     host = Host.of(device)
     name, reason = host.meter() if energy else ("none", "it was not asked for")
-    header = current_header(device, host.threads, f"none: {reason}" if reason else name, command)
-    table = profile(graph, header, device, workload, path, renew)
+    header = header_of(host, f"none: {reason}" if reason else name, command)
+    table = profile(graph, header, host, workload, path, renew)
     costs = Costs(cost_model(graph, table, workload), table, path)
     derived = {name: budget.to_json() for name, budget in budgets.derive(costs.model).items()}
     write_atomic(_budget_file(path, graph, workload), json.dumps({"workload": str(workload), **derived}, indent=1) + "\n")

@@ -37,7 +37,7 @@ import numpy as np
 
 import toolchain
 from toolchain.errors import BittailorError, DamagedFileError, InputError, MeterError
-from toolchain.files import write_atomic
+from toolchain.files import inside, write_atomic
 from toolchain.profiler import energy, gpu, meters
 from toolchain.profiler.contention import Watch
 from toolchain.profiler.subjects import GRAPHS, SUBJECTS, References, Subject, Unit
@@ -138,7 +138,7 @@ def identify(request: dict[str, Any]) -> dict[str, Any]:
 
 def outputs(request: dict[str, Any]) -> dict[str, Any]:
     """{"outputs": {name: [first output of each run] or null where the runtime refuses the graph}} of subjects [{name, folder, inputs}]:
-    an input "x" is a list of numbers as deep as its shape. For asking whether this runtime computes right, not for timing."""
+    an input is the name of a .npy file beside the graph. For asking whether this runtime computes right, not for timing."""
     made: dict[str, list[Any] | None] = {}
     for subject in request["subjects"]:
         try:
@@ -146,8 +146,10 @@ def outputs(request: dict[str, Any]) -> dict[str, Any]:
         except DamagedFileError:
             made[subject["name"]] = None
             continue
+        folder = Path(subject["folder"])
+        inputs = [np.load(inside(folder, name), allow_pickle=False) for name in subject["inputs"]]
         dtype = {"tensor(int64)": np.int64, "tensor(float16)": np.float16}.get(session.get_inputs()[0].type, np.float32)
-        made[subject["name"]] = [session.run(None, {"x": np.array(x, dtype)})[0].tolist() for x in subject["inputs"]]
+        made[subject["name"]] = [session.run(None, {"x": x.astype(dtype)})[0].tolist() for x in inputs]
     return {"outputs": made}
 
 

@@ -79,7 +79,7 @@ class Host:
         return self._ask({"action": "peak", "threads": self.threads, "subject": subject})
 
     def outputs(self, subjects: Sequence[dict[str, Any]]) -> dict[str, list[Any] | None]:
-        """{name: [what the graph makes of each of its inputs]}, or None where the runtime there refuses the graph."""
+        """{name: [what the graph makes of each of its inputs, .npy files beside it]}, or None where the runtime there refuses the graph."""
         return self._ask({"action": "outputs", "subjects": list(subjects)})["outputs"]
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class Host:
             )
         request = {**request, "provider": self.device.provider}
         if not self.device.at_hand:
-            return self.link.ask(request, {**IDENTIFY, "provider": self.device.provider})
+            return self.link.ask(request, {**IDENTIFY, "sysfs": SYSFS, "provider": self.device.provider})
         if not (state := has_provider(self.device.provider)).usable:
             raise InputError(
                 f"expected {self.device.provider} for {self.device.name!r}: {state.reason}",

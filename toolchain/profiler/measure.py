@@ -10,7 +10,7 @@ from typing import Any
 
 from toolchain.costs.operations import runs
 from toolchain.profiler.ask import Host
-from toolchain.spec import Device, Measurement, Workload
+from toolchain.spec import Measurement, Workload
 
 MEMORY_TRIALS = 3
 ENERGY_TRIALS = 6
@@ -78,12 +78,9 @@ def latencies(trials: Sequence[Mapping[str, float]], valid: bool) -> dict[str, M
     return {names[phase]: summarise((trial[phase] / 1e6 for trial in trials), valid) for phase in present}
 
 
-def measure_package(
-    folder: Path, workload: Workload, device: Device, threads: int, vocabulary: int, windows: int = 25
-) -> Observation:
+def measure_package(folder: Path, workload: Workload, host: Host, vocabulary: int, windows: int = 25) -> Observation:
     """Measure one package: `windows` clean trials of 200 ms or more, and the peak memory of three fresh processes."""
     what = subject("package", folder, workload, vocabulary)
-    host = Host(device, threads)
     answer = host.time([what], windows)
     measured = latencies(answer["trials"]["package"], answer["valid"])
     weighed = [host.peak(what) for _ in range(MEMORY_TRIALS)]

@@ -32,14 +32,18 @@ from toolchain.spec import WORKS, Device, Unit, Workload
 
 
 def current_header(device: Device, threads: int, meter: str = "", command: str = "") -> Header:
+    """`header_of` the device with so many threads."""
+    return header_of(Host(device, threads), meter, command)
+
+
+def header_of(host: Host, meter: str = "", command: str = "") -> Header:
     """The header of a table measured now: what the agent says of its machine, and the kernels that work there."""
-    host = Host(device, threads)
     answer = host.identify()
     return Header(
-        device=device.name,
+        device=host.device.name,
         cpu=answer["cpu"],
-        provider=device.provider,
-        threads=threads,
+        provider=host.device.provider,
+        threads=host.threads,
         runtime=answer["runtime"],
         protocol=answer["protocol"],
         meter=meter,
@@ -70,10 +74,10 @@ def check_workload(graph: Graph, workload: Workload) -> None:
         raise InputError(f"expected at most {graph.context} tokens, the model's context, got {workload}")
 
 
-def profile(graph: Graph, header: Header, device: Device, workload: Workload, path: Path, renew: bool = False) -> CostTable:
+def profile(graph: Graph, header: Header, host: Host, workload: Workload, path: Path, renew: bool = False) -> CostTable:
     """Measure what the table at `path` lacks for this model and workload, and return the whole table.
 
-    header: `current_header`, the machine as it is now. renew: start over instead of refusing a stale table.
+    header: `header_of` the host, the machine as it is now. renew: start over instead of refusing a stale table.
     Raises StaleTableError, DamagedFileError, InputError.
     """
     check_workload(graph, workload)
@@ -84,14 +88,13 @@ def profile(graph: Graph, header: Header, device: Device, workload: Workload, pa
         refuse_if_stale(table, header)
     with scratch() as folder:
         packages = model_rows.Packages(graph, folder)
-        host = Host(device, header.threads)
         jobs = list(_jobs(graph, host, workload, table, packages))
         meter, said, gone = header.meter.partition(":")[0], "", ""
         if meter not in ("", "none"):
             table = replace(table, header=replace(table.header, meter=header.meter))
             energy, said = _energy_jobs(graph, host, workload, table, packages, meter)
             jobs += energy
-        for job in track(jobs, len(jobs), f"profile {Path(graph.source).name} on {device.name}{said}"):
+        for job in track(jobs, len(jobs), f"profile {Path(graph.source).name} on {host.device.name}{said}"):
             if job.energy and gone:
                 continue
             try:

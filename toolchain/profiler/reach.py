@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from toolchain.errors import BittailorError
+from toolchain.errors import reason_of
 from toolchain.hardware import Availability, reachable, thread_count
 from toolchain.profiler.ask import Host
 from toolchain.spec import Device
@@ -32,16 +32,17 @@ def reach_all(devices: Sequence[Device]) -> list[Reached]:
 
 
 def reach(device: Device) -> Reached:
-    """One device's state. Never raises for a device that does not answer: that is the answer."""
-    if device.at_hand:
-        name, reason = Host(device, 0).meter() if (state := reachable(device)).usable else ("none", state.reason)
-        return Reached(device, state, thread_count(device), f"none: {reason}" if reason else name)
+    """One device's state. Never raises: what stops it is that device's answer, and no reason to hide the others."""
     try:
+        if device.at_hand and not (state := reachable(device)).usable:
+            return Reached(device, state, thread_count(device), f"none: {state.reason}")
         host = Host.of(device, PATIENCE_SECONDS)
-        state = _has_provider(device, host)
+        if not device.at_hand:
+            state = _has_provider(device, host)
         name, reason = host.meter()
-    except BittailorError as error:
-        return Reached(device, Availability(False, str(error)), device.threads or None, "none: the device was not asked")
+    except Exception as error:  # noqa: BLE001 - a device may answer anything
+        state = Availability(False, reason_of(error))
+        return Reached(device, state, device.threads or None, "none: the device was not asked")
     return Reached(device, state, host.threads, f"none: {reason}" if reason else name)
 
 

@@ -1,6 +1,6 @@
 """Devices behind Android's adb: files are pushed, the agent is run, its answer is pulled.
 
-    adb [-s serial] push FILE FOLDER/incoming/<sha256>
+    adb [-s serial] push FILE FOLDER/incoming/<sha256>.<caller>
     adb [-s serial] shell -T COMMAND
     adb [-s serial] pull FOLDER/jobs/<id>/answer.json FILE
 
@@ -9,7 +9,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,9 @@ from typing import Any
 from toolchain.errors import LostLinkError, UnreachableError
 from toolchain.files import scratch, sha256
 from toolchain.profiler.transports.pipe import COMMAND, Piece, Pipe, last_line, missing_program
+from toolchain.profiler.transports.replies import LONGEST_BYTES, malformed
+
+_LOOK_SECONDS = 0.1
 
 
 class Adb(Pipe):
@@ -31,14 +36,14 @@ class Adb(Pipe):
             return reply
         with scratch() as folder:
             path = folder / "answer.json"
-            self._run("pull", str(reply["done"]), str(path))
+            self._run("pull", str(reply["done"]), str(path), bounded=path)
             if sha256(path) != reply["sha256"]:
                 raise LostLinkError(f"expected the answer of {self.device.name!r} as it was written, got it cut short")
-            return {**reply, "answer": path.read_text(), "settled": False}
+            return {**reply, "answer": path.read_text(errors="replace"), "settled": False}
 
     def send(self, header: Mapping[str, Any], pieces: Sequence[Piece]) -> dict[str, Any]:
         for piece in pieces:
-            self._run("push", str(Path(piece.path)), f"{header['root']}/incoming/{piece.sha256}")
+            self._run("push", str(Path(piece.path)), f"{header['root']}/incoming/{piece.sha256}.{header['caller']}")
         return super().exchange({**header, "op": "adopt", "files": [piece.described() for piece in pieces]}, patience_s=600)
 
     def failure(self, code: int, said: str) -> UnreachableError:
@@ -57,10 +62,26 @@ class Adb(Pipe):
     def _adb(self) -> list[str]:
         return ["adb", *(["-s", self.device.serial] if self.device.serial else [])]
 
-    def _run(self, *words: str) -> None:
-        try:
-            done = subprocess.run([*self._adb(), *words], capture_output=True, text=True, errors="replace", check=False)
-        except FileNotFoundError:
-            raise missing_program("adb") from None
-        if done.returncode:
-            raise self.failure(done.returncode, done.stderr or done.stdout)
+    def _run(self, *words: str, bounded: Path | None = None) -> None:
+        """One adb command. bounded: the file it writes here, which may not become longer than a reply may be."""
+        with tempfile.TemporaryFile() as said:
+            try:
+                child = subprocess.Popen([*self._adb(), *words], stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+            except FileNotFoundError:
+                raise missing_program("adb") from None
+            try:
+                while True:
+                    ended = child.poll() is not None
+                    if bounded and bounded.exists() and bounded.stat().st_size > LONGEST_BYTES:
+                        raise malformed(self.device, f"an answer of at most {LONGEST_BYTES} bytes", "a longer one")
+                    if ended:
+                        break
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        child.wait(_LOOK_SECONDS)
+            finally:
+                if child.poll() is None:
+                    child.kill()
+                    child.wait()
+            if child.returncode:
+                said.seek(0)
+                raise self.failure(child.returncode, said.read().decode(errors="replace"))

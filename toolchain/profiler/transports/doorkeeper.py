@@ -3,17 +3,21 @@
 stdin    length of the header, the header (JSON), then the bytes of the files it names
 stdout   `bittailor-reply LENGTH` and a JSON object. After one with an answer: `received` comes on stdin, and `settled` goes back
 
-    FOLDER/files/<sha256>       graphs, packages and the agent, read-only; <sha256>.part while half of it is here
+    FOLDER/files/<sha256>       graphs, packages and the agent, read-only; <sha256>.<caller>.part while half of it is here, locked while
+                                it is written: what a desk left of another's is gone on with, unless that one still writes
     FOLDER/jobs/<id>/           request.json, inputs/, stderr.txt, answer.json; `alive` is locked for as long as the job's agent lives
     FOLDER/journal.txt          one line for each agent that was started
 
 A job is started once, however often it is asked for, and goes on without the link. Its folder goes when the desk says it has the
-answer. What nobody came back for goes after a week, and files beyond 2 GiB that no job names sooner, the longest unused first.
+answer; desks that waited for the same job start it anew then. A desk that comes later takes no answer older than it says.
+What nobody came back for goes after a week, and files beyond 2 GiB that no job names sooner, the longest unused first, but never within
+the hour.
 Standard library only, Python 3.8 or newer; imports nothing of ours, because nothing of ours need be here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -31,6 +35,8 @@ from typing import IO, Any
 MARK = b"bittailor-reply"
 POLL_SECONDS, RECEIVED_SECONDS = 0.1, 10.0
 KEPT_SECONDS, KEPT_BYTES = 7 * 24 * 3600, 2 << 30
+SPARED_SECONDS = 3600
+"""However large: it is being sent, or the job that names it starts with the next exchange."""
 _PIECE = 1 << 20
 
 
@@ -83,8 +89,11 @@ def hello(root: Path, header: dict[str, Any], source: BufferedReader) -> dict[st
 def put(root: Path, header: dict[str, Any], source: BufferedReader) -> dict[str, Any]:
     """Receive files [{sha256, size, offset}], each from `offset` on. One that came out wrong is dropped: the job will find it missing."""
     for item in header["files"]:
-        part = root / "files" / (_digest_name(item["sha256"]) + ".part")
-        with open(part, "r+b" if item["offset"] else "wb") as stream:
+        part = _part(root, item["sha256"], header["caller"])
+        with open(part, "r+b" if part.exists() else "wb") as stream:
+            _taken(
+                stream
+            )  # says that somebody writes; an earlier self that hangs in a dead link may still hold it, and goes on nowhere
             stream.truncate(item["offset"])
             stream.seek(item["offset"])
             left = item["size"] - item["offset"]
@@ -102,22 +111,45 @@ def put(root: Path, header: dict[str, Any], source: BufferedReader) -> dict[str,
 def adopt(root: Path, header: dict[str, Any], source: BufferedReader) -> dict[str, Any]:
     """Take over files that something else has put into incoming/ (`adb push`)."""
     for item in header["files"]:
-        _adopt(root, root / "incoming" / _digest_name(item["sha256"]), item["sha256"])
+        _adopt(root, root / "incoming" / f"{_digest_name(item['sha256'])}.{_hex(header['caller'])}", item["sha256"])
     return {"stored": len(header["files"])}
 
 
 def _adopt(root: Path, part: Path, digest: str) -> None:
-    if _sha256(part) != digest:
-        part.unlink()
-        return
-    os.chmod(part, 0o444)
-    os.replace(part, root / "files" / digest)
+    """Give a file its name if it is what it is said to be; else, or if another desk was faster, it goes."""
+    try:
+        if (root / "files" / digest).is_file() or _sha256(part) != digest:
+            part.unlink()
+            return
+        os.chmod(part, 0o444)
+        os.replace(part, root / "files" / digest)
+    except FileNotFoundError:
+        pass  # an earlier self of the same desk was faster
+
+
+def _part(root: Path, digest: str, caller: str) -> Path:
+    return root / "files" / f"{_digest_name(digest)}.{_hex(caller)}.part"
+
+
+def _own_part(root: Path, digest: str, caller: str) -> Path:
+    """The caller's part of a file; what another left of it becomes that, if nobody writes it."""
+    own = _part(root, digest, caller)
+    for other in () if own.exists() else (root / "files").glob(f"{digest}*.part"):
+        try:
+            with open(other, "r+b") as stream:
+                if _taken(stream):
+                    os.rename(other, own)
+                    break
+        except FileNotFoundError:
+            continue
+    return own
 
 
 def settle(root: Path, header: dict[str, Any], source: BufferedReader) -> dict[str, Any]:
-    """Remove the jobs whose answers the desk has."""
+    """Remove the jobs whose answers the desk has. One without an answer is another desk's, which started it since."""
     for name in header["settled"]:
-        _remove_job(root, name)
+        if (root / "jobs" / _digest_name(name) / "answer.json").exists():
+            _remove_job(root, name)
     return {}
 
 
@@ -127,9 +159,30 @@ def job(root: Path, header: dict[str, Any], source: BufferedReader) -> dict[str,
     settle(root, header, source)
     place = root / "jobs" / _digest_name(header["job"])
     place.mkdir(exist_ok=True)
+    try:
+        first = open(place / "alive", "a")  # noqa: SIM115 - tells whether the folder is still the one that we found
+    except FileNotFoundError:
+        return {"running": True}  # removed in this instant, by who had its answer: asked again, it is started anew
+    with first:
+        try:
+            reply = _asked(root, place, header)
+        except FileNotFoundError:
+            if _here(place, first):
+                raise
+            return {"running": True}
+        return {"running": True} if "died" in reply and not _here(place, first) else reply
+
+
+def _asked(root: Path, place: Path, header: dict[str, Any]) -> dict[str, Any]:
+    """`job`, for as long as nobody removes it."""
     answer = place / "answer.json"
-    with open(place / "alive", "a") as alive:
+    if answer.exists() and _caller(place) != header["caller"] and _age(answer) > header["oldest_s"]:
+        _remove_job(root, header["job"])
+        return {"running": True}
+    with open(place / "alive", "a") as alive:  # closed before we wait: the lock is to live as long as the agent does
         if not answer.exists() and _taken(alive) and not answer.exists():
+            if not _here(place, alive):
+                return {"running": True}
             if _caller(place) == header["caller"]:
                 return {"died": _last_words(place)}
             missing = _missing(root, header)
@@ -143,9 +196,8 @@ def job(root: Path, header: dict[str, Any], source: BufferedReader) -> dict[str,
         if time.monotonic() > deadline:
             return {"running": True}
         time.sleep(POLL_SECONDS)
-    of_another = _caller(place) != header["caller"]
-    made = {"of_another": of_another, "age_s": max(0.0, time.time() - answer.stat().st_mtime)}
-    if header.get("pull"):
+    made = {"of_another": _caller(place) != header["caller"], "age_s": _age(answer)}
+    if header.get("pull"):  # may be gone before it is pulled: a pull that fails is a cut link, and asked again
         return {"done": str(answer), "sha256": _sha256(answer), **made}
     return {"answer": answer.read_text(), **made}
 
@@ -155,7 +207,7 @@ def _missing(root: Path, header: dict[str, Any]) -> dict[str, int]:
     if "sha256" in header["agent"]:
         wanted[header["agent"]["sha256"]] = None
     absent = [digest for digest in wanted if not (root / "files" / _digest_name(digest)).is_file()]
-    parts = {digest: root / "files" / (digest + ".part") for digest in absent}
+    parts = {digest: _own_part(root, digest, header["caller"]) for digest in absent}
     return {digest: part.stat().st_size if part.is_file() else 0 for digest, part in parts.items()}
 
 
@@ -214,8 +266,8 @@ def _place(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _taken(alive: IO[str]) -> bool:
-    """Whether we got the job's lock: nobody runs it. Who only looks at the lock holds it for an instant."""
+def _taken(alive: IO[Any]) -> bool:
+    """Whether we got the lock: nobody runs the job, or writes the part. Who only looks at the lock holds it for an instant."""
     for _ in range(5):
         try:
             fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -234,6 +286,18 @@ def _running(place: Path) -> bool:
     return False
 
 
+def _here(place: Path, alive: IO[str]) -> bool:
+    """Whether the folder is the one in which `alive` was opened, and not gone, or another of the same name."""
+    try:
+        return os.path.samestat(os.stat(place / "alive"), os.fstat(alive.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def _age(answer: Path) -> float:
+    return max(0.0, time.time() - answer.stat().st_mtime)
+
+
 def _caller(place: Path) -> str:
     path = place / "caller"
     return path.read_text() if path.is_file() else ""
@@ -246,24 +310,45 @@ def _last_words(place: Path) -> str:
 
 
 def _remove_job(root: Path, name: str) -> None:
-    shutil.rmtree(root / "jobs" / _digest_name(name), ignore_errors=True)
+    """All of it at once, for who looks there: an answer that is gone beside a lock that is free would be a death."""
+    gone = root / "jobs" / f"{_digest_name(name)}.{os.getpid()}"
+    try:
+        os.rename(root / "jobs" / name, gone)
+    except OSError:
+        return  # another was faster
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def _sweep(root: Path, now: float) -> None:
     """The rule of the module's docstring."""
-    for place in (root / "jobs").iterdir():
-        if now - place.stat().st_mtime > KEPT_SECONDS and not ((place / "alive").exists() and _running(place)):
+    for place, state in _found(root / "jobs"):
+        if now - state.st_mtime > KEPT_SECONDS and not ((place / "alive").exists() and _running(place)):
             shutil.rmtree(place, ignore_errors=True)
-    files = [path for folder in ("files", "incoming") for path in (root / folder).iterdir()]
-    files.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    files = [*_found(root / "files"), *_found(root / "incoming")]
     kept = 0
-    for path in files:
-        state = path.stat()
-        if state.st_nlink > 1:
+    for path, state in sorted(files, key=lambda found: found[1].st_mtime, reverse=True):
+        age = now - state.st_mtime
+        if state.st_nlink > 1 or age < SPARED_SECONDS:  # a job names it, or will
             continue
         kept += state.st_size
-        if kept > KEPT_BYTES or now - state.st_mtime > KEPT_SECONDS:
-            path.unlink()
+        if kept > KEPT_BYTES or age > KEPT_SECONDS:
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+
+
+def _found(folder: Path) -> list[tuple[Path, os.stat_result]]:
+    """What is there, with its state; what another exchange removes meanwhile, is not."""
+    found = []
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found.append((path, path.stat()))
+    return found
+
+
+def _hex(text: str) -> str:
+    if not text or set(text) - set("0123456789abcdef"):
+        raise Refused(f"expected a hexadecimal number, got {text!r}")
+    return text
 
 
 def _digest_name(text: str) -> str:

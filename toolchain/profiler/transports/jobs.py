@@ -1,11 +1,11 @@
 """The desk's side of a job: one request with its files, measured once on the device, however often the link is cut meanwhile.
 
-    request + digests of its files + agent + what runs there + how often it was asked before  →  the job's id
+    request + digests of its files + agent + what runs there + how often it was asked before  →  the job's id (of `identify`: and who asks)
     ask      sent files that are missing → the agent started, detached → its answer awaited, 20 s at a time
     cut      asked again, after 1, 2, 4, ... at most 15 s, for 300 s without a word from the device
     answered the device is told, and forgets the job; the next request of the same words is a measurement of its own
 
-A desk that is killed finds what it had started when the same command comes again. The device's half is `doorkeeper.py`.
+A desk that is killed finds what it had started when the same command comes again within the hour. The device's half is `doorkeeper.py`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from toolchain.profiler.agent import PROTOCOL
 from toolchain.profiler.bundle import agent_bytes, agent_sha256
 from toolchain.profiler.transports import transport_of
 from toolchain.profiler.transports.pipe import Piece, Transport
+from toolchain.profiler.transports.replies import answer_of, malformed
 from toolchain.progress import note
 from toolchain.spec import Device
 
@@ -37,6 +38,8 @@ FIRST_DELAY, LONGEST_DELAY = 1.0, 15.0
 HELLO_SECONDS, WAIT_SECONDS = 30.0, 20.0
 LIMIT_SECONDS, IDENTIFY_SECONDS = 1800.0, 60.0
 """How long a job may take on the device, once it is its turn there."""
+OLDEST_SECONDS = 3600.0
+"""An answer that waited longer for another desk is no measurement of this machine's now: it is taken anew."""
 IDENTIFY = {"action": "identify"}
 _SENDING_ROUNDS = 5
 """So often in a row may the same bytes be missing."""
@@ -88,7 +91,8 @@ class Link:
         """What the agent there says of its machine and runtime (`agent.identify`); asked once."""
         words = json.dumps(request, sort_keys=True)
         if words not in self._identities:
-            self._identities[words] = self._job(request, {}, {}, IDENTIFY_SECONDS)
+            # With the caller in its words: who the device is now, nobody else has asked.
+            self._identities[words] = self._job(request, {}, {"caller": self._caller}, IDENTIFY_SECONDS)
         return self._identities[words]
 
     def ask(self, request: Mapping[str, Any], identify: Mapping[str, Any] = IDENTIFY) -> dict[str, Any]:
@@ -123,12 +127,14 @@ class Link:
             "request": {**request, "desk": desk, "limit_s": limit_s},
             "inputs": digests,
             "wait_s": WAIT_SECONDS,
+            "oldest_s": OLDEST_SECONDS,
         }
         deadline = time.monotonic() + 2 * limit_s
         lacking: list[Mapping[str, int]] = []
         while time.monotonic() < deadline:
             reply = self._patiently(lambda: self._exchange(header), self._patience_s)
             if missing := reply.get("missing"):
+                self._check_missing(missing, sources)
                 lacking.append(missing)
                 if lacking[-_SENDING_ROUNDS:].count(missing) == _SENDING_ROUNDS:  # not one byte more each time
                     problem = (
@@ -144,8 +150,15 @@ class Link:
                 if not reply["settled"]:
                     self._owed.append(number)
                     self._settle()
-                return _read(reply["answer"], self.device)
+                return answer_of(reply["answer"], str(request["action"]), self.device)
         raise BittailorError(f"expected an answer from the agent on {self.device.name!r} within {2 * limit_s:.0f} s, got none")
+
+    def _check_missing(self, missing: Mapping[str, int], sources: Mapping[str, Path]) -> None:
+        """Raise BittailorError where the device lacks what it was never told of, or has more of it than there is."""
+        sizes = {**{digest: path.stat().st_size for digest, path in sources.items()}, agent_sha256(): len(agent_bytes())}
+        for digest, there in missing.items():
+            if there > sizes.get(digest, -1):
+                raise malformed(self.device, "the name and length of a file that we have", f"{digest[:12]}... of {there} bytes")
 
     def _exchange(self, header: Mapping[str, Any]) -> dict[str, Any]:
         owed = list(self._owed)
@@ -176,7 +189,9 @@ class Link:
                     if first:
                         raise
                     problem = f"{error.problem}: {self.device.name!r} did not answer again for {waited:.0f} s"
-                    raise UnreachableError(problem, "what it measured is kept there; type the same command again") from error
+                    raise UnreachableError(
+                        problem, "what it measured is kept there for an hour; type the same command again"
+                    ) from error
                 note(f"bittailor: {self.device.name}: {error.problem}; trying again in {delay:.0f} s")
                 self._sleep(delay)
                 waited, delay = waited + delay, min(2 * delay, LONGEST_DELAY)
@@ -220,13 +235,3 @@ def _described(request: Mapping[str, Any], files: dict[str, Path]) -> dict[str, 
         return names[str(root)]
 
     return walk(request)
-
-
-def _read(text: str, device: Device) -> dict[str, Any]:
-    try:
-        answer = json.loads(text)
-    except ValueError:
-        raise BittailorError(f"expected JSON from the agent on {device.name!r}, got {text[:80]!r}") from None
-    if "error" in answer:
-        raise BittailorError(answer["error"])
-    return answer

@@ -13,7 +13,7 @@ class Local(Pipe):
 
     @property
     def python(self) -> str:
-        return self.device.python or sys.executable
+        return self._from_home(self.device.python) or sys.executable
 
     def words(self) -> list[str]:
         return ["sh", "-c", COMMAND]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,16 +18,21 @@ from pathlib import Path
 from threading import Event, Timer
 from typing import IO, Any, Protocol
 
-from toolchain.errors import BittailorError, LostLinkError, UnreachableError
+from toolchain.errors import LostLinkError, UnreachableError
 from toolchain.profiler.transports import doorkeeper
+from toolchain.profiler.transports.replies import LONGEST_BYTES, malformed, plain, reply_of
 from toolchain.spec import Device
 
 COMMAND = (
-    'exec sh -c \'IFS= read -r p && exec "$p" -I -c "import sys; exec(sys.stdin.buffer.read(int(sys.stdin.buffer.readline())))"\''
+    "exec sh -c 'cd 2>/dev/null; IFS= read -r p && "
+    'exec "$p" -I -c "import sys; exec(sys.stdin.buffer.read(int(sys.stdin.buffer.readline())))"\''
 )
-"""Runs in any login shell: reads the interpreter's path, then has it run what follows on stdin. -I: whatever the home folder holds."""
+"""Runs in any login shell: reads the interpreter's path, from the home folder (Android has none, and stays where it is), then has it run
+what follows on stdin. -I: whatever the home folder holds."""
 NO_INTERPRETER = (126, 127)
 _PIECE = 1 << 20
+_MOST_SAID = 1 << 18
+"""Bytes of a login shell's greeting, or of what went wrong, that are read."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,12 @@ class Pipe:
 
     @property
     def python(self) -> str:
-        return self.device.python or "python3"
+        """As the shell there finds it: from the home folder, where `COMMAND` goes."""
+        return self._from_home(self.device.python) or "python3"
+
+    @staticmethod
+    def _from_home(path: str) -> str:
+        return path.removeprefix("~/")
 
     def exchange(self, header: Mapping[str, Any], patience_s: float) -> dict[str, Any]:
         return self._talk(header, (), patience_s)
@@ -92,7 +103,8 @@ class Pipe:
                     timer.start()
                 with contextlib.suppress(BrokenPipeError):  # the exit code tells more
                     self._say(child.stdin, header, pieces)
-                reply = _reply(child.stdout)
+                if (data := _reply(child.stdout, self.device)) is not None:
+                    reply = reply_of(data, header["op"], self.device)
                 if reply and "answer" in reply:
                     reply["settled"] = _received(child.stdin, child.stdout)
                 _close(child.stdin)
@@ -105,8 +117,8 @@ class Pipe:
                     child.kill()
                     child.wait()
             if reply is not None:
-                return _not_refused(reply, self.device)
-            errors.seek(0)
+                return reply
+            errors.seek(max(0, errors.seek(0, os.SEEK_END) - _MOST_SAID))
             said = errors.read().decode(errors="replace").replace("\r", "")
         if code in NO_INTERPRETER:
             problem = f"expected the Python {self.python!r} on {self.device.name!r}, got: {last_line(said, code)}"
@@ -135,22 +147,25 @@ def missing_program(name: str) -> UnreachableError:
 def last_line(said: str, code: int) -> str:
     """What a program said last, or its exit code."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else f"exit code {code}"
+    return str(plain(lines[-1][:300])) if lines else f"exit code {code}"
 
 
-def _not_refused(reply: dict[str, Any], device: Device) -> dict[str, Any]:
-    if "error" in reply:
-        raise BittailorError(f"{device.name}: {reply['error']}")
-    return reply
-
-
-def _reply(stream: IO[bytes]) -> dict[str, Any] | None:
-    """The object behind the mark, whatever a login shell printed before; None if the stream ends without it."""
-    for line in stream:
+def _reply(stream: IO[bytes], device: Device) -> bytes | None:
+    """What is behind the mark, whatever a login shell printed before; None if the stream ends without it."""
+    before = 0
+    while line := stream.readline(_MOST_SAID):
         if line.startswith(doorkeeper.MARK + b" "):
-            length = int(line.split()[1])
+            number = line[len(doorkeeper.MARK) :].strip()
+            length = int(number) if number.isdigit() and len(number) < 20 else LONGEST_BYTES + 1
+            if length > LONGEST_BYTES:
+                raise malformed(
+                    device, f"a reply of at most {LONGEST_BYTES} bytes", f"the length {number[:40].decode(errors='replace')!r}"
+                )
             data = stream.read(length)
-            return json.loads(data) if len(data) == length else None
+            return data if len(data) == length else None
+        before += len(line)
+        if before > _MOST_SAID:
+            raise malformed(device, "the doorkeeper's reply", f"more than {_MOST_SAID} bytes of something else")
     return None
 
 
@@ -161,7 +176,7 @@ def _received(stdin: IO[bytes], stdout: IO[bytes]) -> bool:
         stdin.flush()
     except BrokenPipeError:
         return False
-    return stdout.readline() == b"settled\n"
+    return stdout.readline(16) == b"settled\n"
 
 
 def _expire(child: subprocess.Popen[bytes], expired: Event) -> None:
