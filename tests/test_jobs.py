@@ -35,7 +35,8 @@ from toolchain.spec import CUDA, Device
 WHOLE = ""
 REPLY_LOST = "{command} | (head -c 1; kill -9 0)"
 REPLY_HALVED = "{command} | (head -c 40; kill -9 0)"
-WAITING_CUT = "(sleep 0.4; kill -9 0) & {command}"
+WAITING_CUT = "(flock {folder}/busy sh -c 'until grep -qs peak {folder}/journal.txt; do sleep 0.02; done'; kill -9 0) & {command}"
+"""The device is busy until the job was started: it has no answer before the cut."""
 SENDING_CUT = "(head -c 200000; sleep 0.4; kill -9 0) | {command}"
 """Half a second more than the bytes: so that what was sent is written."""
 
@@ -51,7 +52,7 @@ class Cable(Local):
     def words(self) -> list[str]:
         cut = self.cuts.pop(0) if self.cuts else WHOLE
         # A session of its own: `kill 0` is to take this link, not the tests.
-        return ["setsid", "sh", "-c", cut.format(command=COMMAND)] if cut else super().words()
+        return ["setsid", "sh", "-c", cut.format(command=COMMAND, folder=self.device.folder)] if cut else super().words()
 
     def send(self, header: Any, pieces: Sequence[Piece]) -> dict[str, Any]:
         self.sent += pieces
@@ -93,11 +94,12 @@ def _kept(board: Device) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("place", "cut"), [*((place, REPLY_LOST) for place in range(7)), (4, REPLY_HALVED), (6, REPLY_HALVED), (6, WAITING_CUT)]
+    ("place", "cuts"),
+    [*((place, [REPLY_LOST] * 2) for place in range(7)), (4, [REPLY_HALVED] * 2), (6, [REPLY_HALVED] * 2), (6, [WAITING_CUT])],
 )
-def test_a_job_runs_once_wherever_the_link_is_cut(board: Device, subject: dict[str, Any], place: int, cut: str) -> None:
+def test_a_job_runs_once_wherever_the_link_is_cut(board: Device, subject: dict[str, Any], place: int, cuts: list[str]) -> None:
     """Exchanges, from 0 on: hello, identify, its agent sent, identify, the job, its files sent, the job. Two in a row are cut."""
-    link, cable = _link(board, [WHOLE] * place + [cut] * 2)
+    link, cable = _link(board, [WHOLE] * place + cuts)
     answer = link.ask(_peak(subject))
     assert answer["peak_bytes"] >= 0
     assert cable.cuts == []
