@@ -87,7 +87,7 @@ def test_profile_export_and_check_while_the_link_is_cut(
     result = cli("profile", tiny_bert, "--device", device, "--profiles", profiles, "--json")
     assert result.code in (0, 3), result.err
     assert cable.cuts == 4, left
-    assert result.err.count("trying again in") >= 2, result.err
+    assert result.err.count("no link to") >= 2, result.err  # one that is cut with its answer already here says nothing
     table = open_table(profiles / "board" / "table.jsonl")
     assert _rows(table) == _wanted(table)
     assert {row.policy for row in table.of(ModelRow)} >= {"fp32", "w8a8", "w4g32", "mixed-0", "mixed-1"}
