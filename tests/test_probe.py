@@ -111,6 +111,9 @@ def test_what_is_no_number_is_not_right_on_another_machine_either() -> None:
 
         device = Device("board", transport="ssh", host="board.lan")
 
+        def identify(self) -> dict[str, Any]:
+            return agent.identify({})
+
         def outputs(self, subjects: list[dict[str, Any]]) -> dict[str, list[Any] | None]:
             made: dict[str, list[Any] | None] = agent.outputs({"subjects": [{**item, "provider": CPU} for item in subjects]})[
                 "outputs"

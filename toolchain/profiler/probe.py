@@ -69,9 +69,10 @@ def working_kernels_of(host: Host) -> tuple[str, ...]:
                 weights, rng = random_weights(unit, kernel), np.random.default_rng(0)
                 write_one_unit(unit, kernel, weights, 1, place)
                 cases = [_case(unit, kernel, weights, tokens, rng) for tokens in _TOKENS]
-                for number, (x, _) in enumerate(cases):  # as files: the request goes down the link again with every exchange
-                    np.save(place / f"{number}.npy", x)
-                subjects.append({"name": label, "folder": str(place), "inputs": [f"{number}.npy" for number in range(len(cases))]})
+                inputs = {f"{tokens}.npy": x for tokens, (x, _) in zip(_TOKENS, cases, strict=True)}
+                for file, x in inputs.items():  # as files: the request goes down the link again with every exchange
+                    np.save(place / file, x)
+                subjects.append({"name": label, "folder": str(place), "inputs": list(inputs)})
                 wanted[label] = (name, [expected for _, expected in cases])
         made = host.outputs(subjects)
     wrong = set()
