@@ -58,7 +58,10 @@ def supernet(speaking: Path, profiles: Path, words: Path, tmp_path_factory: pyte
     return out
 
 
-@pytest.mark.parametrize("method", METHODS)
+SLOW = {"search"}  # it scores 150 subnets; what it takes of them is tested in test_choosing
+
+
+@pytest.mark.parametrize("method", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in METHODS])
 def test_every_method_keeps_the_budget(method: str, supernet: Path, profiles: Path, tmp_path: Path, cli: Any) -> None:
     done = cli(
         "export", supernet, "--budget", "low", "--method", method, "--profiles", profiles, "--out", tmp_path / "out", "--json"

@@ -307,7 +307,7 @@ SMALL: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", SMALL)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind == "t5")) for kind in SMALL])
 def test_from_a_model_to_a_package_by_a_budget(kind: str, models: Models, words: Path, tmp_path: Path, cli: Any) -> None:
     name, architecture, changes = SMALL[kind]
     model = speaking(models(name, architecture, **changes), tmp_path / "model")
