@@ -1,7 +1,7 @@
 """Which small graph tells how fast the machine is now? Candidates beside whole models in one rotation, for some minutes.
 
     python benchmarks/references.py [--seconds 420] [--models MODEL ...]    measure
-    python benchmarks/references.py --write                                make toolchain/profiler/graphs/{small,float,int8,large,bare}
+    python benchmarks/references.py --write                                make those of toolchain/profiler/graphs/
 
 A neighbour on the same host slows down what we time; a reference timed beside it is to say by how much. In blocks of 25 rounds: the
 standard deviation of log(model), and of log(model / reference), root mean square over the models of one kind of work. A reference pays
@@ -43,16 +43,18 @@ CANDIDATES = {
     "64 MB, one token": ("fp32", 1024, 16, 1),
 }
 """Name → number format, width, products, tokens."""
-OTHERS = {"large": ("fp32", 4096, 2, 1), "bare": ("fp32", 8, 1, 1)}
-"""large: a GPU's reference, 128 MB, more than its L2 cache holds, and enough arithmetic to fill it. bare: what a process with a runtime and
-nothing in it weighs."""
+OTHERS = {"large": ("fp32", 4096, 2, 1), "launches": ("chain", 256, 64, 1), "bare": ("fp32", 8, 1, 1)}
+"""large: a GPU's reference, 128 MB, more than its L2 cache holds, and enough arithmetic to fill it. launches: another one, kernels that
+wait for each other and do next to nothing, as a small decoder's do: where a neighbour slowed the CPU that launches them, a step took 1.6
+times as long, one small product alone 1.35 times. bare: what a process with a runtime and nothing in it weighs."""
 CHOSEN = ("small", "float", "int8")
 KERNELS = ("w8g128", "w4g32", "w8a8")
 BLOCK = 25
 
 
 def graph(form: str, width: int, products: int) -> onnx.ModelProto:
-    """`products` square products of one input. Weights are constants that onnxruntime folds when it loads, so the file is small."""
+    """`products` square products of one input, or a chain of as many sums and products of vectors. Weights are constants that onnxruntime
+    folds when it loads, so the file is small."""
     nodes, outputs, constants = [], [], []
 
     def constant(name: str, dtype: int, shape: list[int], value: float) -> str:
@@ -62,7 +64,10 @@ def graph(form: str, width: int, products: int) -> onnx.ModelProto:
         return name
 
     scale = helper.make_tensor("scale", TensorProto.FLOAT, [], [0.01])
-    for place in range(products):
+    for place in range(products if form == "chain" else 0):
+        value = constant(f"w{place}", TensorProto.FLOAT, [width], 0.01 * (place + 1))
+        nodes.append(helper.make_node(("Add", "Mul")[place % 2], [f"y{place - 1}" if place else "x", value], [f"y{place}"]))
+    for place in range(products if form != "chain" else 0):
         if form == "fp32":
             weight = constant(f"w{place}", TensorProto.FLOAT, [width, width], 0.01 * (place + 1))
             node = helper.make_node("MatMul", ["x", weight], [f"y{place}"])
@@ -76,6 +81,8 @@ def graph(form: str, width: int, products: int) -> onnx.ModelProto:
             node = helper.make_node("MatMulNBits", ["x", codes, scales], [f"y{place}"], domain="com.microsoft", **sizes)
         nodes.append(node)
         outputs.append(helper.make_tensor_value_info(f"y{place}", TensorProto.FLOAT, ["M", width]))
+    if form == "chain":
+        outputs.append(helper.make_tensor_value_info(f"y{products - 1}", TensorProto.FLOAT, ["M", width]))
     if form == "int8":
         constants.append(scale)
     inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["M", width])]

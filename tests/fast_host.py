@@ -19,6 +19,7 @@ class FastHost:
     """Every trial takes 1 ms, the reference 0.1 ms, every process 1 MB, every execution 20 mJ of which 5 are idle power's.
 
     timed, powered: names of the subjects; weighed: memory trials. power_fails: what the meter says from then on instead of a number.
+    reference_ns: the reference's time in windows of energy.
     """
 
     def __init__(self) -> None:
@@ -26,6 +27,7 @@ class FastHost:
         self.powered: list[str] = []
         self.weighed = 0
         self.power_fails = ""
+        self.reference_ns = 1e5
 
     def time(self, _: Host, subjects: Sequence[dict[str, Any]], windows: int) -> dict[str, Any]:
         self.timed += [subject["name"] for subject in subjects]
@@ -43,6 +45,7 @@ class FastHost:
             return {"reason": self.power_fails}
         self.powered += [subject["name"] for subject in subjects]
         seen = {"energy_mj": [20.0] * windows, "above_idle_mj": [15.0] * windows, "run_ms": [1.0] * windows}
+        seen |= {"reference_ns": dict.fromkeys(WORKS, [self.reference_ns] * windows)}
         seen |= {"error": 0.001, "dropped": 0, "valid": True, "reason": ""}
         measured = {item["name"]: {label.removesuffix("_ns"): seen for label in _labels(item)} for item in subjects}
         return {

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 from toolchain.costs.borrowed import describe
-from toolchain.costs.operations import tokens_in_flight, working_set
+from toolchain.costs.operations import tokens_in_flight, working_set, working_set_of
 from toolchain.costs.rows import Header, MemoryRow, ModelEnergyRow, ModelMemoryRow, ModelRow, UnitEnergyRow, UnitRow
 from toolchain.costs.table import CostTable
 from toolchain.graph.layers import units_within
@@ -117,5 +117,7 @@ def with_energy(graph: Graph, table: CostTable, workload: Workload, meter: str =
             energy_mj = OVERHEAD_MJ + sum(unit_mj(unit, policy[unit.name], tokens) for unit, tokens in running)
             at = {"phase": phase.name, "batch": phase.batch, "tokens": phase.tokens, "past": phase.past}
             named = {"model": graph.fingerprint, "layers": graph.layers, "policy": whole.anchor.name, "units": dict(policy)}
-            table = table.adding([ModelEnergyRow(**named, **at, **energy_values(energy_mj, values))])
+            kind = working_set_of(graph.units, policy, table.header.cache_bytes)
+            row = ModelEnergyRow(**named, **at, working_set=kind, **energy_values(energy_mj, values))
+            table = table.adding([row])
     return table

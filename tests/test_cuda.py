@@ -15,6 +15,7 @@ import pytest
 from conftest import Result
 from fast_host import FastHost
 
+from toolchain.costs.rows import UnitRow, at_speed, work
 from toolchain.decoding import check_cache
 from toolchain.errors import InputError, PolicyError
 from toolchain.graph.oneunit import random_weights, write_one_unit
@@ -33,9 +34,10 @@ from toolchain.kernels import (
     validate,
 )
 from toolchain.profiler import agent, probe
+from toolchain.profiler.subjects import GRAPHS
 from toolchain.quantize.affine import Quantized, dequantize, quantize, quantize_activation, unquantised
 from toolchain.session import CacheSlot, open_session
-from toolchain.spec import CPU, CUDA, Policy, Unit
+from toolchain.spec import CPU, CUDA, STREAMED_TOKEN, TOKEN, TOKENS, Policy, Unit
 
 KERNELS = offered(CUDA)
 QUANTISED = [name for name in KERNELS if CATALOGUE[name].quantised]
@@ -45,6 +47,28 @@ gpu = pytest.mark.skipif(not has_provider(CUDA).usable, reason=f"needs a GPU: {h
 
 
 # ---- the catalogue
+
+
+def test_what_a_gpus_cache_holds_is_bound_by_launching_kernels() -> None:
+    """Rows are brought to the table's speed by the reference that was seen to slow down with them."""
+    assert {work(one, "cached", CUDA) for one in (True, False)} == {work(True, "cached", CPU)} == {TOKEN}
+    assert [work(one, "streamed", CUDA) for one in (True, False)] == [work(one, "streamed", CPU) for one in (True, False)]
+    row = UnitRow("MatMul", 64, 64, "fp16", 8, "cached", 1.0, 0.1, 5, True)
+    speed = {TOKEN: 2.0, STREAMED_TOKEN: 3.0, TOKENS: 5.0}
+    assert [at_speed(row, speed, provider).latency_ms for provider in (CPU, CUDA)] == [5.0, 2.0]
+
+
+def test_the_launching_reference_is_a_chain_that_no_optimisation_shortens(tmp_path: Path) -> None:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(str(GRAPHS / "launches" / "model.onnx"), options, providers=[CPU])
+    import onnx
+
+    nodes = onnx.load(tmp_path / "optimised.onnx").graph.node
+    assert [node.op_type for node in nodes] == ["Add", "Mul"] * 32
 
 
 def test_a_kernel_is_one_providers() -> None:

@@ -21,7 +21,7 @@ from toolchain.costs.table import CostTable, open_table
 from toolchain.errors import DamagedFileError
 from toolchain.kernels import uniform
 from toolchain.profiler import ask, energy_rows
-from toolchain.spec import Workload
+from toolchain.spec import WORKS, Workload
 
 # ---- prediction
 
@@ -121,6 +121,17 @@ def test_energy_rows_read_back_and_damaged_ones_do_not(tmp_path: Path) -> None:
         open_table(path)
 
 
+def test_on_a_machine_that_became_slower_idle_powers_part_is_taken_back_to_the_tables_speed(
+    profiled: Profiled, profiles: Path, counter: Path, cli: Any, fast: FastHost
+) -> None:
+    """The reference takes twice as long as when the table began: of 20 mJ the 5 of idle power would have been 2.5."""
+    fast.reference_ns = 2e5
+    table = _profile(cli, profiled, profiles)[1]
+    assert {(row.energy_mj, row.above_idle_mj, row.run_ms) for row in table.of(ModelEnergyRow)} == {(17.5, 15.0, 0.5)}
+    for row in table.of(UnitEnergyRow):
+        assert row.energy_mj == pytest.approx(row.above_idle_mj + row.idle_mw * row.run_ms / 1e3)
+
+
 # ---- the commands, with a host that answers at once
 
 
@@ -134,10 +145,11 @@ def counter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def profiles(profiled: Profiled, tmp_path: Path) -> Path:
-    """The profile of a tiny model as a machine without meter left it, all rows valid."""
+    """The profile of a tiny model as a machine without meter left it, all rows valid, when the host that answers at once was as fast."""
     folder = copied(profiled.profiles, tmp_path / "profiles")
     path = folder / "local" / "table.jsonl"
     table = open_table(path)
+    table = replace(table, header=replace(table.header, reference_ns=dict.fromkeys(WORKS, 1e5)))
     table.adding([replace(row, valid=True) for row in table.rows.values() if hasattr(row, "valid")]).save(path)
     return folder
 
@@ -213,6 +225,7 @@ def test_check_holds_the_energy_of_a_whole_inference(
             "above_idle_spread_mj": 0.0,
             "window_s": 1.0,
             "meter_error": 0.001,
+            "phases": {"encode": {"energy_mj": 20.0, "above_idle_mj": 15.0, "reference_ns": dict.fromkeys(WORKS, 1e5)}},
         }
     assert "15 mJ of it above idle, which draws 5000 mW" in cli("check", out, "--energy-mj", 21).out
     fast.power_fails = "the counter of rapl (package-0) did not move in 2 s"

@@ -95,6 +95,27 @@ def test_a_slow_counter_asks_for_longer_windows(hand: Hand) -> None:
     assert answer["window_s"] == pytest.approx(energy.STEPS * 0.4, rel=0.01)
 
 
+def test_a_window_tells_the_references_time_and_does_not_count_it(hand: Hand) -> None:
+    """The reference takes 4 ms, every tenth time ten times as long: its mean, without the slowest twentieth, and a hundredth of the window,
+    which is taken off both the time and the energy."""
+    asked: list[float] = []
+
+    def reference() -> dict[str, float]:
+        asked.append(hand())
+        seconds = 0.04 if len(asked) % 10 == 0 else 0.004
+        hand.sleep(seconds)
+        return {"token": seconds * 1e9}
+
+    answer = _measure(hand, _trace(120), {"run": _taking(hand, 0.01)}, window_s=20.0, reference=reference)
+    seen = answer["measured"]["package"]["run"]
+    assert min(asked) > IDLE_ENDS + 15  # idle is idle: no reference either
+    assert 20 < len(asked) < 80
+    assert seen["energy_mj"] == pytest.approx([BUSY_MW * 0.01] * 2, rel=0.003)
+    assert seen["run_ms"] == pytest.approx([10.0] * 2, rel=0.001)
+    for nanoseconds in seen["reference_ns"]["token"]:
+        assert 4e6 < nanoseconds < 7.6e6
+
+
 def test_too_short_a_window_gives_a_reason(hand: Hand) -> None:
     with pytest.raises(MeterError, match="a window of 3 s is too short for replay, which moves every 100 ms: 5 s are the least"):
         _measure(hand, _trace(60), {"run": _taking(hand, 0.01)}, window_s=3.0, least_window_s=1.0)

@@ -230,7 +230,7 @@ class Choice:
 def _references(graph: Graph, policy: Policy, workload: Workload, header: Header) -> dict[str, dict[str, float]]:
     """Latency → {kind of work that bounds it under this policy: the reference's nanoseconds when the table began}."""
     kind = working_set_of(graph.units, policy, header.cache_bytes)
-    works = {phase.resource: work(phase.name == "decode", kind) for phase in workload.phases}
+    works = {phase.resource: work(phase.name == "decode", kind, header.provider) for phase in workload.phases}
     return {name: {bound: header.reference_ns[bound]} for name, bound in works.items()} if header.reference_ns else {}
 
 

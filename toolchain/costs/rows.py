@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from toolchain.spec import STREAMED_TOKEN, TOKEN, TOKENS
+from toolchain.spec import CPU, CUDA, STREAMED_TOKEN, TOKEN, TOKENS
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class UnitRow:
         return ("unit", self.op, self.K, self.N, self.working_set, self.tokens, self.kernel)
 
     @property
-    def work(self) -> str:
-        return work(self.tokens == 1, self.working_set)
+    def one_token(self) -> bool:
+        return self.tokens == 1
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,8 @@ class ModelRow:
         return ("model", self.model, self.phase, self.batch, self.tokens, self.past, self.layers, self.policy)
 
     @property
-    def work(self) -> str:
-        return work(self.phase == "decode", self.working_set)
+    def one_token(self) -> bool:
+        return self.phase == "decode"
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,8 @@ class Energy:
 
     energy_mj is all that was used meanwhile, above_idle_mj what is left of it without idle power: energy_mj = above_idle_mj +
     idle_mw · run_ms / 1000. meter: its name and what it sees, "rapl: package-0 + package-1". meter_error: relative, how far sampling or
-    the counter's steps (every step_s seconds) may be off in a window of window_s seconds. Not corrected for the machine's drift.
+    the counter's steps (every step_s seconds) may be off in a window of window_s seconds. Corrected for the machine's drift: work takes
+    its energy at any speed, but on a slower machine idle power flows for longer.
     """
 
     energy_mj: float
@@ -204,6 +205,10 @@ class UnitEnergyRow(Energy):
     working_set: str
 
     @property
+    def one_token(self) -> bool:
+        return self.tokens == 1
+
+    @property
     def key(self) -> tuple[Any, ...]:
         return ("unit energy", self.op, self.K, self.N, self.working_set, self.tokens, self.kernel)
 
@@ -220,6 +225,11 @@ class ModelEnergyRow(Energy):
     layers: int
     policy: str
     units: Mapping[str, str]
+    working_set: str
+
+    @property
+    def one_token(self) -> bool:
+        return self.phase == "decode"
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -238,16 +248,23 @@ KINDS: dict[str, type[Row]] = {
 }
 
 
-def at_speed(row: Row, speed: Mapping[str, float]) -> Row:
-    """The row as a machine would have shown it that takes `speed` times as long for this kind of work; memory and energy stay."""
-    if not isinstance(row, UnitRow | ModelRow):
+def at_speed(row: Row, speed: Mapping[str, float], provider: str = CPU) -> Row:
+    """The row as a machine would have shown it that takes `speed` times as long for this kind of work. Of energy, idle power's part grows
+    with the time, and what is above it stays; memory stays whole."""
+    if not isinstance(row, UnitRow | ModelRow | UnitEnergyRow | ModelEnergyRow):
         return row
-    factor = speed[row.work]
-    return replace(row, latency_ms=row.latency_ms * factor, spread_ms=row.spread_ms * factor)
+    factor = speed[work(row.one_token, row.working_set, provider)]
+    if isinstance(row, UnitRow | ModelRow):
+        return replace(row, latency_ms=row.latency_ms * factor, spread_ms=row.spread_ms * factor)
+    run_ms = row.run_ms * factor
+    return replace(row, run_ms=run_ms, energy_mj=row.above_idle_mj + row.idle_mw * run_ms / 1e3)
 
 
-def work(one_token: bool, working_set: str) -> str:
-    """What bounds such a run (`spec.WORKS`)."""
+def work(one_token: bool, working_set: str, provider: str = CPU) -> str:
+    """What bounds such a run (`spec.WORKS`). A GPU is done with what its cache holds before the next kernel is launched, of one token or of
+    several."""
+    if provider == CUDA and working_set != "streamed":
+        return TOKEN
     if not one_token:
         return TOKENS
     return STREAMED_TOKEN if working_set == "streamed" else TOKEN

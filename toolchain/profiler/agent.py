@@ -283,6 +283,8 @@ def energy_of_subjects(request: dict[str, Any]) -> dict[str, Any]:
     threads = int(request["threads"])
     onnxruntime.set_global_thread_pool_sizes(threads, 1)
     subjects = {item["name"]: SUBJECTS[item["kind"]](item, threads, True).runs() for item in request["subjects"]}
+    provider = request.get("provider", CPU)
+    reference = References(threads, provider).trial
     try:
         meter = meters.open_meter(request["meter"], Path(request["sysfs"]))
     except MeterError as error:
@@ -290,10 +292,10 @@ def energy_of_subjects(request: dict[str, Any]) -> dict[str, Any]:
     try:
         _settle()
         windows, window_s = int(request["windows"]), float(request["window_s"])
-        provider = request.get("provider", CPU)
         warm_up_s = WARM_UP_SECONDS.get(provider, 0.0)
         busy = tolerated(provider) if meter.name == "nvml" else BUSY  # every other meter sees what the CPUs do
-        return {"reason": "", **energy.measure(meter, subjects, windows, window_s, busy=busy, warm_up_s=warm_up_s)}
+        measured = energy.measure(meter, subjects, windows, window_s, busy=busy, warm_up_s=warm_up_s, reference=reference)
+        return {"reason": "", **measured}
     except MeterError as error:
         return {"reason": str(error)}
     finally:

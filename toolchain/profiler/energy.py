@@ -11,14 +11,15 @@
 A window, not a run, is a trial: total = energy of the window / executions, above idle = total − idle power × seconds / executions. Because
 it opens and closes on a step, what a counter holds back at one end is what it held back at the other. A window in which others used
 > 15% of the CPUs is dropped and repeated, at most as often as wanted: most meters see what others do too.
-One phase runs at a time, over and over, since a step of decoding costs a small part of a prefill.
+One phase runs at a time, over and over, since a step of decoding costs a small part of a prefill. A window also tells how fast the machine
+was: every now and then the reference runs, for a hundredth of the time; its time and as much of the energy are taken off.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -35,6 +36,8 @@ LONGEST_S = 1500.0
 WARM_S = 0.5
 """Clocks that fell at rest have risen again."""
 BUSY = 0.15
+REFERENCE_SHARE = 0.01
+"""Of a window's time, for the reference."""
 _WATCHED = 4  # steps that tell how often a counter steps
 _LOOK_S = 0.00025  # between two looks at it
 _STOPPED = 10
@@ -44,6 +47,8 @@ _STOPPED_S = 0.2
 
 Run = Callable[[], int]
 """Runs a phase once or some times, and says how often."""
+Reference = Callable[[], Mapping[str, float]]
+"""Runs the reference once → nanoseconds by kind of work."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +61,14 @@ class Clock:
 
 @dataclass(frozen=True)
 class Window:
-    """What a meter saw of a window. error: relative, how far sampling or stepping may be off at most."""
+    """What a meter saw of a window. error: relative, how far sampling or stepping may be off at most. reference_ns: by kind of work, how
+    long the reference took meanwhile: the mean, as a window's energy is one, without the slowest twentieth, which somebody held up."""
 
     energy_mj: float
     seconds: float
     executions: int
     error: float
+    reference_ns: Mapping[str, float] = field(default_factory=dict)
 
 
 def measure(
@@ -72,9 +79,10 @@ def measure(
     clock: Clock | None = None,
     busy: float = BUSY,
     warm_up_s: float = 0.0,
+    reference: Reference | None = None,
 ) -> dict[str, Any]:
     """{"meter", "step_s", "window_s", "idle_mw", "measured": {name: {phase: {"energy_mj": [...], "above_idle_mj": [...], "run_ms": [...],
-    "error", "dropped", "valid", "reason"}}}}.
+    "reference_ns": {work: [...]}, "error", "dropped", "valid", "reason"}}}}.
 
     window_s: seconds of a window; 0: the meter's least. busy: the share of the CPUs from which on others disturb. warm_up_s: for how long
     all phases run before the first turn. Raises MeterError where it cannot tell even the idle power, or the windows would take longer than
@@ -98,7 +106,7 @@ def measure(
             f"{meter.name} ({meter.reads}) moves every {step_s:.3g} s: {windows} windows of {seconds:.0f} s would take"
             f" {needed_s / 60:.0f} min, {LONGEST_S / 60:.0f} are the most"
         )
-    taking = _Taking(meter, step_s, seconds, clock, busy)
+    taking = _Taking(meter, step_s, seconds, clock, busy, reference)
     idle_mw = taking.idle_mw()
     taking.warm_up(phases.values(), warm_up_s)
     clean: dict[tuple[str, str], list[Window]] = {key: [] for key in phases}
@@ -142,6 +150,7 @@ def _told(clean: list[Window], disturbed: list[Window], idle_mw: float, gone: st
             "energy_mj": [],
             "above_idle_mj": [],
             "run_ms": [],
+            "reference_ns": {},
             "error": 0.0,
             "dropped": len(disturbed),
             "valid": False,
@@ -154,6 +163,7 @@ def _told(clean: list[Window], disturbed: list[Window], idle_mw: float, gone: st
         "energy_mj": total,
         "above_idle_mj": [energy - idle_mw * second for energy, second in zip(total, seconds, strict=True)],
         "run_ms": [second * 1e3 for second in seconds],
+        "reference_ns": {work: [window.reference_ns[work] for window in shown] for work in shown[0].reference_ns},
         "error": max(window.error for window in shown),
         "dropped": len(disturbed),
         "valid": valid,
@@ -185,6 +195,7 @@ class _Taking:
     seconds: float
     clock: Clock
     busy: float
+    reference: Reference | None = None
 
     def idle_mw(self) -> float:
         """Power while nothing of ours runs, from one undisturbed window, or the quietest of three."""
@@ -211,6 +222,8 @@ class _Taking:
         while self.clock.now() - start < seconds:
             for run in runs:
                 run()
+            if self.reference:
+                self.reference()
             self.meter.read()  # some counters must be read now and then
 
     def window(self, run: Run) -> Window:
@@ -224,18 +237,25 @@ class _Taking:
     def _window(self, run: Run, loaded: bool = False) -> Window:
         before, start, _ = self._at_step(run)
         read_at, executions = start, 0
+        references: list[Mapping[str, float]] = []
+        spent = 0.0
         while (now := self.clock.now()) - start < self.seconds:
             executions += run()
             if now - read_at > self.meter.longest_gap_s:
                 self.meter.read()
                 read_at = now
+            if loaded and self.reference and spent <= REFERENCE_SHARE * (now - start):
+                began = self.clock.now()
+                references.append(self.reference())
+                spent += self.clock.now() - began
         after, end, more = self._at_step(run)
         if loaded and after.changes == before.changes:  # at rest, a coarse sensor may well show one number
             raise MeterError(
                 f"{self.meter.name} ({self.meter.reads}) showed one and the same power for {end - start:.3g} s under load"
             )
-        energy = after.energy_mj - before.energy_mj
-        return Window(energy, end - start, executions + more, self._error(before, after, end - start))
+        seconds = end - start - spent
+        energy = (after.energy_mj - before.energy_mj) * seconds / (end - start)
+        return Window(energy, seconds, executions + more, self._error(before, after, end - start), _means(references))
 
     def _at_step(self, run: Run) -> tuple[Reading, float, int]:
         """(the reading, its time, executions until then): of a counter just after a step, of what is sampled at once."""
@@ -256,3 +276,9 @@ class _Taking:
             return self.step_s / seconds
         halves = after.half_rate_mj - before.half_rate_mj
         return abs(energy - halves) / energy if energy > 0 else 0.0
+
+
+def _means(seen: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """By kind of work, the mean without the slowest twentieth."""
+    kept = len(seen) - len(seen) // 20
+    return {work: sum(sorted(times[work] for times in seen)[:kept]) / kept for work in seen[0]} if seen else {}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from toolchain.costs.operations import tokens_in_flight
+from toolchain.costs.operations import tokens_in_flight, working_set_of
 from toolchain.costs.rows import Energy, ModelEnergyRow, Row, UnitEnergyRow
 from toolchain.costs.table import CostTable
 from toolchain.errors import MeterError
@@ -105,41 +105,46 @@ def windows(units: Sequence[UnitsWanted], models: Sequence[ModelWanted]) -> int:
     return alone + sum(1 + MODEL_WINDOWS * len(item.phases) for item in models)
 
 
-def measure_units(host: Host, meter: str, wanted: UnitsWanted) -> tuple[list[Row], References]:
-    """(rows of one shape, no references: energy is not scaled). Raises MeterError with why the meter could not tell all of it."""
+def measure_units(host: Host, meter: str, wanted: UnitsWanted) -> list[tuple[list[Row], References]]:
+    """The rows of one shape, each with the references' times in its windows, which lie minutes apart. Raises MeterError with why the meter
+    could not tell all of it."""
     with scratch() as folder:
         subjects = [unit_rows.subject(wanted.unit, case, folder) for case in wanted.cases]
         answer = _asked(host, subjects, meter, UNIT_WINDOWS)
-    rows: list[Row] = []
+    made: list[tuple[list[Row], References]] = []
     for case in wanted.cases:
-        values = _values(answer, answer["measured"][case.label]["run"], case.copies)
+        seen = answer["measured"][case.label]["run"]
+        values = _values(answer, seen, case.copies)
         op, K, N = wanted.unit.shape
-        rows.append(UnitEnergyRow(op=op, K=K, N=N, kernel=case.kernel, tokens=case.tokens, working_set=case.working_set, **values))
-    return rows, {}
+        row = UnitEnergyRow(op=op, K=K, N=N, kernel=case.kernel, tokens=case.tokens, working_set=case.working_set, **values)
+        made.append(([row], seen["reference_ns"]))
+    return made
 
 
-def measure_model(host: Host, meter: str, graph: Graph, wanted: ModelWanted, packages: Packages) -> tuple[list[Row], References]:
+def measure_model(
+    host: Host, meter: str, graph: Graph, wanted: ModelWanted, packages: Packages, cache_bytes: int
+) -> list[tuple[list[Row], References]]:
     """The same of one whole model."""
     anchor = wanted.anchor
     what = subject(graph, anchor.label, packages.of(anchor), wanted.phases)
     answer = _asked(host, [what], meter, MODEL_WINDOWS)
-    rows: list[Row] = []
+    made: list[tuple[list[Row], References]] = []
     for phase in wanted.phases:
-        values = _values(answer, answer["measured"][anchor.label][label(phase)], 1)
-        rows.append(
-            ModelEnergyRow(
-                model=graph.fingerprint,
-                phase=phase.name,
-                batch=phase.batch,
-                tokens=phase.tokens,
-                past=phase.past,
-                layers=anchor.layers,
-                policy=anchor.name,
-                units=dict(anchor.policy),
-                **values,
-            )
+        seen = answer["measured"][anchor.label][label(phase)]
+        row = ModelEnergyRow(
+            model=graph.fingerprint,
+            phase=phase.name,
+            batch=phase.batch,
+            tokens=phase.tokens,
+            past=phase.past,
+            layers=anchor.layers,
+            policy=anchor.name,
+            units=dict(anchor.policy),
+            working_set=working_set_of(graph.units, anchor.policy, cache_bytes),
+            **_values(answer, seen, 1),
         )
-    return rows, {}
+        made.append(([row], seen["reference_ns"]))
+    return made
 
 
 def _asked(host: Host, subjects: Sequence[dict[str, Any]], meter: str, trials: int) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -92,7 +92,10 @@ def measure_package(folder: Path, workload: Workload, host: Host, vocabulary: in
 
 @dataclass(frozen=True)
 class EnergyOfPackage:
-    """What a meter saw of one inference, in mJ: all of it, and what idle power leaves; idle power, the meter, its relative error."""
+    """What a meter saw of one inference, in mJ: all of it, and what idle power leaves; idle power, the meter, its relative error.
+
+    phases: of each phase of one inference, medians of both and of the reference's nanoseconds by kind of work.
+    """
 
     total: Measurement
     above_idle: Measurement
@@ -100,11 +103,13 @@ class EnergyOfPackage:
     meter: str = ""
     window_s: float | None = None
     meter_error: float | None = None
+    phases: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Without the total, which is a measurement like the others."""
         above = {"above_idle_mj": self.above_idle.value, "above_idle_spread_mj": self.above_idle.spread}
-        return {"meter": self.meter, "idle_mw": self.idle_mw, **above, "window_s": self.window_s, "meter_error": self.meter_error}
+        seen = {"window_s": self.window_s, "meter_error": self.meter_error, "phases": {**self.phases}}
+        return {"meter": self.meter, "idle_mw": self.idle_mw, **above, **seen}
 
 
 def measure_energy(
@@ -127,6 +132,13 @@ def measure_energy(
         return summarise((sum(times * energy for times, energy in zip(counts, turn, strict=True)) for turn in turns), valid=True)
 
     error = max(found["error"] for _, found in seen)
+    phases = {
+        phase.name: {
+            **{kind: times * median(found[kind]) for kind in ("energy_mj", "above_idle_mj")},
+            "reference_ns": {work: median(trials) for work, trials in found["reference_ns"].items()},
+        }
+        for phase, (times, found) in zip(workload.phases, seen, strict=True)
+    }
     return EnergyOfPackage(
-        inference("energy_mj"), inference("above_idle_mj"), answer["idle_mw"], answer["meter"], answer["window_s"], error
+        inference("energy_mj"), inference("above_idle_mj"), answer["idle_mw"], answer["meter"], answer["window_s"], error, phases
     )

@@ -191,7 +191,7 @@ class Sessions:
         for item in self.wanted:
             kind = working_set_of(units_within(self.graph.units, item.anchor.layers), item.anchor.policy, self.cache_bytes)
             for phase in item.times:
-                bound = work(phase.name == "decode", kind)
+                bound = work(phase.name == "decode", kind, self.host.device.provider)
                 sessions = []
                 for answer in answers:
                     speed = median(first[bound]) / median(answer["reference_ns"][bound]) / 1e6

@@ -98,12 +98,13 @@ def profile(graph: Graph, header: Header, host: Host, workload: Workload, path: 
             if job.energy and gone:
                 continue
             try:
-                rows, references = job.measure()
+                batches = job.measure()
             except MeterError as error:
                 gone = str(error)
                 table = replace(table, header=replace(table.header, meter=f"none: {gone}"))
-                rows, references = [], {}
-            table = _adding(table, rows, references)
+                batches = []
+            for rows, references in batches:
+                table = _adding(table, rows, references)
             if job.unit:
                 table = unit_rows.with_errors(table, job.unit)
             table.save(path)
@@ -114,10 +115,10 @@ def profile(graph: Graph, header: Header, host: Host, workload: Workload, path: 
 
 @dataclass(frozen=True)
 class _Job:
-    """One save of the table: rows not yet corrected for drift, and the references' times meanwhile. unit: whose shape it is about.
-    energy: a meter is asked, which may have no answer (MeterError)."""
+    """One save of the table: batches of rows not yet corrected for drift, each with the references' times meanwhile. unit: whose shape it
+    is about. energy: a meter is asked, which may have no answer (MeterError)."""
 
-    measure: Callable[[], tuple[list[Row], References]]
+    measure: Callable[[], list[tuple[list[Row], References]]]
     unit: Unit | None = None
     energy: bool = False
 
@@ -130,17 +131,17 @@ def _jobs(graph: Graph, host: Host, workload: Workload, table: CostTable, packag
         wanted = unit_rows.cases(graph, unit, sets, workload, table.header.cache_bytes)
         times, memory = unit_rows.missing(unit, wanted, table, workload)
         if times or memory:
-            yield _Job(partial(unit_rows.measure, host, unit, times, memory), unit)
+            yield _Job(partial(_one_batch, unit_rows.measure, host, unit, times, memory), unit)
     lacking = model_rows.missing(graph, workload, table)
     timed, weighed = ([item for item in lacking if getattr(item, what)] for what in ("times", "memory"))
     sessions = model_rows.Sessions(host, graph, table.header.cache_bytes, timed, packages)
     for turn in range(model_rows.SESSIONS):
         if timed:
-            yield _Job(sessions.time)
+            yield _Job(partial(_one_batch, sessions.time))
         for item in weighed[turn :: model_rows.SESSIONS]:
             yield _Job(partial(_weigh, host, graph, workload, item, packages))
     if (shape := describe(graph)).key not in table.rows:
-        yield _Job(lambda: ([shape], {}))
+        yield _Job(lambda: [([shape], {})])
 
 
 def _energy_jobs(
@@ -150,7 +151,10 @@ def _energy_jobs(
     units = energy_rows.missing_units(graph, workload, table, meter)
     models = energy_rows.missing_models(graph, workload, table, meter)
     jobs = [_Job(partial(energy_rows.measure_units, host, meter, item), energy=True) for item in units]
-    jobs += [_Job(partial(energy_rows.measure_model, host, meter, graph, item, packages), energy=True) for item in models]
+    jobs += [
+        _Job(partial(energy_rows.measure_model, host, meter, graph, item, packages, table.header.cache_bytes), energy=True)
+        for item in models
+    ]
     if not jobs:
         return [], ""
     windows = energy_rows.windows(units, models)
@@ -161,8 +165,12 @@ def _energy_jobs(
 
 def _weigh(
     host: Host, graph: Graph, workload: Workload, wanted: model_rows.Wanted, packages: model_rows.Packages
-) -> tuple[list[Row], References]:
-    return model_rows.weigh(host, graph, workload, wanted, packages), {}
+) -> list[tuple[list[Row], References]]:
+    return [(model_rows.weigh(host, graph, workload, wanted, packages), {})]
+
+
+def _one_batch(measure: Callable[..., tuple[list[Row], References]], *arguments: object) -> list[tuple[list[Row], References]]:
+    return [measure(*arguments)]
 
 
 def _adding(table: CostTable, rows: list[Row], references: References) -> CostTable:
@@ -177,4 +185,4 @@ def _adding(table: CostTable, rows: list[Row], references: References) -> CostTa
             )  # a disturbed machine must not become the measure of all later rows; these are repeated anyway
         table = replace(table, header=replace(table.header, reference_ns=now))
     speed = {work: table.header.reference_ns[work] / now[work] for work in WORKS}
-    return table.adding(at_speed(row, speed) for row in rows)
+    return table.adding(at_speed(row, speed, table.header.provider) for row in rows)

@@ -133,13 +133,15 @@ class References:
     One token from the cache is bound by handing out small pieces of work (`small`: a 256 × 256 product), one whose weights stream from
     memory slows down as plain arithmetic does (`float`: products of 64 tokens), several tokens as the mean of that and of int8 arithmetic.
 
-    On a GPU they are the GPU's work: a token whose weights lie in its cache is bound by launching kernels (`small` again), one whose
-    weights stream by its memory (`large`: 4096 × 4096 products, more than an L2 cache holds), several tokens by its arithmetic (the
-    same, of 256).
+    On a GPU, a token whose weights lie in its cache is bound by a CPU that launches kernels (`launches`: 64 of them, of no size), one
+    whose weights stream by the GPU's memory (`large`: 4096 × 4096 products, more than an L2 cache holds), several tokens by its
+    arithmetic (the same, of 256).
     """
 
     def __init__(self, threads: int, provider: str = CPU) -> None:
-        counts = [("small", 1), ("large", 1), ("large", 256)] if provider == CUDA else [("small", 1), ("float", 64), ("int8", 64)]
+        counts = (
+            [("launches", 1), ("large", 1), ("large", 256)] if provider == CUDA else [("small", 1), ("float", 64), ("int8", 64)]
+        )
         self._parts = [
             Unit({"folder": GRAPHS / name, "tokens": tokens, "rows": 1, "provider": provider}, threads, shared_pool=True)
             for name, tokens in counts
