@@ -10,7 +10,8 @@ its own.
 
     predicted     measured / predicted of every policy; the share within 10% (goal: 90 of 100) and the rank correlation. Twice: as it was
                   measured, and at the speed the machine had when the table began (by the reference in the same windows: of a package
-                  that a slow machine held up, idle power's part grows), which is the speed that is predicted
+                  that a slow machine held up, idle power's part grows), which is the speed that is predicted. Beside
+                  it, what one and the same number for all of them would do: where kernels hardly differ, that is no worse
     repeated      the first policy's package, --repeats times: largest distance from the median
     Zeus          the same window, read by our meter and by Zeus at the same two moments, of the first policy's package run back to back in
                   this process (goal: within 2%). Without the package `zeus` (pip install zeus) the column is null, with the reason.
@@ -152,12 +153,16 @@ def at_tables_speed(row: dict[str, Any], graph: Graph, policy: Policy, header: H
 
 
 def agreement(predicted: dict[str, float], seen: dict[str, float]) -> dict[str, Any]:
-    """How measured energy (name → mJ) agrees with predicted; null where nothing was measured."""
+    """How measured energy (name → mJ) agrees with predicted, and with its own median; null where nothing was measured."""
+    constant = median(seen.values()) if seen else 0.0
     ratios = {name: energy / predicted[name] for name, energy in seen.items()}
     ranks = [np.argsort(np.argsort([of[name] for name in seen])) for of in (predicted, seen)] if len(seen) > 2 else None
     return {
         "policies": len(seen),
         "within_10_percent": sum(abs(ratio - 1) <= NEAR for ratio in ratios.values()) / len(seen) if seen else None,
+        "within_10_percent_of_one_number": sum(abs(energy / constant - 1) <= NEAR for energy in seen.values()) / len(seen)
+        if seen
+        else None,
         "median_measured/predicted": median(ratios.values()) if seen else None,
         "largest_error": max((abs(ratio - 1) for ratio in ratios.values()), default=None),
         "spearman": float(np.corrcoef(*ranks)[0, 1]) if ranks else None,
@@ -241,7 +246,9 @@ def main(words: list[str] | None = None) -> None:
         | {"above idle mJ": row["above_idle_mj"], "reason": row["reason"]}
         for name, row in done["policies"].items()
     ]
-    repeats = [{"repeat": place, **row, "phases": None} for place, row in enumerate(done["repeats"])]
+    repeats = [{"repeat": place, **row} for place, row in enumerate(done["repeats"])]
+    for repeat in repeats:
+        repeat.pop("phases", None)
     for part in (rows, repeats, done["zeus"]):
         if part:
             print(table_of(part, list(part[0]), markdown=True), end="\n\n")

@@ -7,7 +7,8 @@
 choose: for each device three limits on latency, at --fractions of the way from its fastest policy to its slowest quantised one, and the
 exact solver's policy for each. For every pair X, Y also Y's own policy for what X's loses: the fastest by Y's table whose predicted loss
 is no larger. On a device of another provider a policy runs with the kernels of its bits there (`kernels.translated`). Perplexity is of the
-packages themselves, on --text, on this machine.
+packages themselves, on --text, on this machine. Where no quantised policy of Y's loses as little, the best of them stands there, and the
+report says so.
 measure: all policies that concern Y in one rotation, in two processes; weights are drawn, they do not change the time. GRAPH: the
 supernet's `graph/` folder; the device may be reached over ssh. What is in WORK is not measured again.
 report: for each Y, X's policy over Y's own at the same predicted loss (latency, perplexity), and over Y's own for the same fraction.
@@ -42,6 +43,8 @@ from toolchain.text import documents, load_tokenizer, separator_id, windows
 FRACTIONS = (0.1, 0.3, 0.6)
 WINDOW, BISECTIONS = 256, 12
 WINDOWS, PROCESSES = 8, 2
+AS_GOOD = 1.05
+"""Predicted losses up to this ratio count as one."""
 
 
 def main() -> None:
@@ -97,18 +100,27 @@ def write_policies(arguments: argparse.Namespace) -> None:
         text = windows(
             load_tokenizer(graph.directory), documents(arguments.text), WINDOW, separator_id(graph.directory), framed=False
         )[: arguments.windows]
+        described = {"workload": str(arguments.workload), "windows": len(text), "fractions": list(arguments.fractions)}
+        where = {name: {"provider": device.provider, **costs[name].table.header.identity} for name, device in devices.items()}
         seen: dict[Policy, float] = {}
-        made = {}
-        for label, (name, policy, concerned) in policies.items():
-            if policy not in seen:
+        for policy in (None, *dict.fromkeys(policy for _, policy, _ in policies.values())):
+            if policy:
                 with scratch() as place:
                     assemble(graph, policy, source.weights, place)
                     seen[policy] = perplexity(place, text)[0]
-            facts = {"mean_bits": mean_bits(policy, graph.units), "loss": loss(folder, policy), "perplexity": seen[policy]}
-            made[label] = {"of": name, "concerns": concerned, "units": dict(policy), **facts}
-    described = {"workload": str(arguments.workload), "windows": len(text), "fractions": list(arguments.fractions)}
-    where = {name: {"provider": device.provider, **costs[name].table.header.identity} for name, device in devices.items()}
-    write_atomic(arguments.work / "policies.json", json.dumps({**described, "devices": where, "policies": made}, indent=1) + "\n")
+            made = {
+                label: {
+                    "of": name,
+                    "concerns": concerned,
+                    "units": dict(policy),
+                    "mean_bits": mean_bits(policy, graph.units),
+                    "loss": loss(folder, policy),
+                    "perplexity": seen.get(policy),
+                }
+                for label, (name, policy, concerned) in policies.items()
+            }
+            plan = {**described, "devices": where, "policies": made}  # once before the first perplexity: measuring need not wait
+            write_atomic(arguments.work / "policies.json", json.dumps(plan, indent=1) + "\n")
 
 
 def _range(costs: Costs) -> tuple[float, float]:
@@ -206,7 +218,9 @@ def report(arguments: argparse.Namespace) -> None:
                     continue
                 good = f"{here} as good as {there} at {fraction}"
                 ratios = [done[label]["latency_ms"] / done[good]["latency_ms"] for done in rounds]
-                cells += [f"{_ms(rounds, good):.4f}", f"{policies[good]['perplexity']:.2f}", f"{mean(ratios):.3f}"]
+                as_good = policies[good]["loss"] <= policies[label]["loss"] * AS_GOOD
+                cells += [f"{_ms(rounds, good):.4f}", f"{policies[good]['perplexity']:.2f}"]
+                cells += [f"{mean(ratios):.3f}{'' if as_good else ' (own is less good)'}"]
                 cells += [
                     ", ".join(f"{ratio:.3f}" for ratio in ratios),
                     f"{_ms(rounds, own):.4f}, {policies[own]['perplexity']:.2f}",

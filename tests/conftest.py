@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cables import board  # noqa: F401 - a fixture of several files
 from fast_host import FastHost
 from hypothesis import HealthCheck, settings
 

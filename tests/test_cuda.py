@@ -1,24 +1,19 @@
-"""The CUDA provider's kernels: what they mean in numbers, the fp16 graph around them, packages and refusals. All on the CPU provider, which
-computes the same nodes in fp16; what needs a GPU is at the end and skipped without one."""
+"""The CUDA provider's kernels: what they mean in numbers, the fp16 graph around them, supernets that serve both providers. All on the CPU
+provider, which computes the same nodes in fp16; commands, and what needs a GPU, are in `test_cuda_devices.py`."""
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Result
 from fast_host import FastHost
 
 from toolchain.costs.rows import UnitRow, at_speed, work
-from toolchain.decoding import check_cache
 from toolchain.errors import InputError, PolicyError
-from toolchain.graph.oneunit import random_weights, write_one_unit
+from toolchain.graph.oneunit import write_one_unit
 from toolchain.hardware import has_provider, load
 from toolchain.kernels import (
     CATALOGUE,
@@ -33,10 +28,10 @@ from toolchain.kernels import (
     uniform,
     validate,
 )
-from toolchain.profiler import agent, probe
+from toolchain.profiler import probe
 from toolchain.profiler.subjects import GRAPHS
 from toolchain.quantize.affine import Quantized, dequantize, quantize, quantize_activation, unquantised
-from toolchain.session import CacheSlot, open_session
+from toolchain.session import open_session
 from toolchain.spec import CPU, CUDA, STREAMED_TOKEN, TOKEN, TOKENS, Policy, Unit
 
 KERNELS = offered(CUDA)
@@ -374,252 +369,3 @@ def test_a_supernet_trained_for_a_cpu_is_cut_for_a_gpu(method: str, tmp_path: Pa
     assert {CATALOGUE[name].provider for name in choice.policy.values()} == {CUDA}
     assert {counterpart(name, folder.kernels) for name in choice.policy.values()} <= {*folder.kernels}
     assert model.totals(choice.policy)["peak_memory_bytes"] <= budget.peak_memory_bytes
-
-
-# ---- commands, without a GPU
-
-
-def test_a_package_for_a_gpu_is_made_without_one(cli: Callable[..., Result], models: Any, tmp_path: Path) -> None:
-    """And runs on the CPU, which says so; a check that would measure another device is refused."""
-    if has_provider(CUDA).usable:
-        pytest.skip("there is a GPU here")
-    made = cli(
-        "export",
-        models("llama"),
-        "--device",
-        "local-cuda",
-        "--policy",
-        "w4g32-fp16",
-        "--out",
-        tmp_path / "p",
-        "--profiles",
-        tmp_path,
-    )
-    assert made.code == 0, made.err
-    manifest = (tmp_path / "p" / "manifest.yaml").read_text()
-    assert "provider: CUDAExecutionProvider" in manifest
-    assert "arena_extend_strategy: kSameAsRequested" in manifest
-    assert "expected a package for CPUExecutionProvider" in cli("check", tmp_path / "p", "--latency-ms", 5).error
-    refused = cli("check", tmp_path / "p", "--device", "local-cuda", "--latency-ms", 5)
-    assert refused.code == 2
-    assert "no CUDAExecutionProvider" in refused.err.splitlines()[-1]
-    assert "no CUDAExecutionProvider" in cli("profile", models("llama"), "--device", "local-cuda", "--profiles", tmp_path).error
-    assert (
-        "expected a kernel among fp16"
-        in cli(
-            "export", models("llama"), "--device", "local-cuda", "--policy", _file(tmp_path, models), "--out", tmp_path / "q"
-        ).error
-    )
-
-
-def test_a_gpu_with_a_table_is_predicted_and_exported_for_without_it(
-    cli: Callable[..., Result], graphs: Any, models: Any, tmp_path: Path
-) -> None:
-    """Its table cannot be stale for a machine that is not asked."""
-    from small_tables import complete_table, header_here
-
-    from toolchain.profiler.profile import default_workload
-
-    if has_provider(CUDA).usable:
-        pytest.skip("there is a GPU here")
-    graph = graphs("llama")
-    header = replace(header_here(), device="local-cuda", kernels=KERNELS, provider=CUDA)
-    complete_table(graph, default_workload(graph), header).save(tmp_path / "local-cuda" / "table.jsonl")
-    words = ("--device", "local-cuda", "--policy", "w4g32-fp16", "--profiles", tmp_path)
-    assert cli("predict", models("llama"), *words).code == 0
-    made = cli("export", models("llama"), *words, "--out", tmp_path / "p")
-    assert made.code == 0, made.err
-    assert "nothing predicted" not in made.out
-
-
-def test_a_gpus_package_is_scored_on_the_cpu_where_there_is_none_and_says_so(
-    cli: Callable[..., Result], models: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    from toolchain.commands.scoring import serving_provider
-
-    if has_provider(CUDA).usable:
-        pytest.skip("there is a GPU here")
-    words = ("--device", "local-cuda", "--policy", "w4g32-fp16", "--profiles", tmp_path, "--out", tmp_path / "p")
-    assert cli("export", models("llama"), *words).code == 0
-    assert serving_provider(tmp_path / "p") == CPU
-    assert "made for CUDAExecutionProvider, runs on the CPU instead" in capfd.readouterr().err
-
-
-def test_units_shows_the_kernels_of_the_device_that_is_named(cli: Callable[..., Result], models: Any) -> None:
-    if has_provider(CUDA).usable:
-        pytest.skip("there is a GPU here")
-    units = json.loads(cli("units", models("llama"), "--device", "local-cuda", "--json").out)["units"]
-    assert {CATALOGUE[name].provider for unit in units for name in unit["kernels"]} == {CUDA}
-
-
-def test_a_provider_without_kernels_is_refused_by_its_name() -> None:
-    with pytest.raises(PolicyError, match="got NnapiExecutionProvider"):
-        full_precision("NnapiExecutionProvider")
-
-
-def _file(folder: Path, models: Any) -> Path:
-    path = folder / "policy.json"
-    manifest = (folder / "p" / "manifest.yaml").read_text()
-    import yaml
-
-    units = yaml.safe_load(manifest)["policy"]
-    path.write_text(json.dumps({"units": dict.fromkeys(units, "fp32")}))
-    return path
-
-
-def test_devices_says_why_the_gpu_is_not_reachable(cli: Callable[..., Result]) -> None:
-    (row,) = cli("devices", "--device", "local-cuda", "--json").json["devices"]  # all would be other people's boards too
-    assert row["provider"] == CUDA
-    if not has_provider(CUDA).usable:
-        assert "has no CUDAExecutionProvider" in row["reachable"]
-
-
-@pytest.mark.filterwarnings("ignore:Specified provider")
-def test_a_provider_that_does_not_start_is_no_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """onnxruntime goes on with the CPU and a warning: its times would stand in the table as the GPU's."""
-    if has_provider(CUDA).usable:
-        pytest.skip("there is a GPU here")
-    with pytest.raises(InputError, match="expected CUDAExecutionProvider to start"):
-        open_session(agent.BARE, 1, CUDA)
-    unit = {"name": "x", "kind": "unit", "folder": str(agent.BARE), "tokens": 1, "rows": 1}
-    request = tmp_path / "request.json"
-    request.write_text(json.dumps({"action": "peak", "threads": 1, "provider": CUDA, "subject": unit}))
-    assert agent.main([str(request)]) == 2
-    assert "expected CUDAExecutionProvider to start" in json.loads(capsys.readouterr().out)["error"]
-
-
-def test_cuda_takes_no_cache_of_fp32() -> None:
-    """Its attention would run on the CPU, on a copy of the cache: wrong logits, and no error."""
-    slots = [CacheSlot("past_key_values.0.key", "present.0.key", 2, 8, np.dtype(kind)) for kind in (np.float16, np.float32)]
-    check_cache(slots, CPU)
-    check_cache(slots[:1], CUDA)
-    with pytest.raises(InputError, match="expected a decoder in fp16 for CUDAExecutionProvider, got a cache of float32"):
-        check_cache(slots, CUDA)
-
-
-def test_a_gpu_is_warmed_up_for_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = iter(range(100))
-    monkeypatch.setattr(agent.time, "monotonic", lambda: next(now))
-    runs: list[str] = []
-
-    class Subject:
-        def trial(self) -> dict[str, float]:
-            runs.append("run")
-            return {}
-
-    agent._warm_up([Subject()], agent.WARM_UP_SECONDS.get(CPU, 0.0))
-    assert len(runs) == 2
-    agent._warm_up([Subject()], agent.WARM_UP_SECONDS[CUDA])
-    assert len(runs) == 2 + 6  # the clock's second reading is one second after its first; the first two rounds do not ask
-
-
-def test_a_busy_cpu_is_no_busy_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agent.os, "cpu_count", lambda: 16)
-    assert agent.tolerated(CPU) == agent.BUSY
-    assert agent.tolerated(CUDA) == pytest.approx(14 / 16)
-    monkeypatch.setattr(agent.os, "cpu_count", lambda: 2)
-    assert agent.tolerated(CUDA) == agent.BUSY
-
-
-@pytest.fixture
-def asked_for_energy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str, str], dict[str, Any]]:
-    """`asked_for_energy(provider, meter)` → what the agent wants of `energy.measure`. NVML is made up, the other meters constructed."""
-    from constructed_sysfs import package, write
-    from test_meters import _driver
-
-    class Nothing:
-        def runs(self) -> dict[str, Callable[[], int]]:
-            return {}
-
-    seen: dict[str, Any] = {}
-    sensor = {"name": "ina238", "power1_input": 2_500_000}
-    tree = write(tmp_path, {**package(0, 0), **{f"class/hwmon/hwmon0/{name}": content for name, content in sensor.items()}})
-    monkeypatch.setitem(sys.modules, "pynvml", _driver(lambda handle: 0))
-    monkeypatch.setattr("onnxruntime.set_global_thread_pool_sizes", lambda *sizes: None)
-    monkeypatch.setattr(agent, "_settle", lambda: None)
-    monkeypatch.setattr(agent.os, "cpu_count", lambda: 16)
-    monkeypatch.setitem(agent.SUBJECTS, "nothing", lambda *words: Nothing())
-    monkeypatch.setattr(agent.energy, "measure", lambda meter, *words, **more: seen.update(meter=meter.name, **more) or {})
-
-    def ask(provider: str, meter: str) -> dict[str, Any]:
-        seen.clear()
-        subjects = [{"name": "m", "kind": "nothing"}]
-        request = {"threads": 1, "provider": provider, "subjects": subjects, "meter": meter, "sysfs": str(tree)}
-        assert agent.energy_of_subjects({**request, "windows": 2, "window_s": 0})["reason"] == ""
-        assert seen["meter"] == meter
-        return seen
-
-    return ask
-
-
-def test_a_gpus_energy_is_measured_warm(asked_for_energy: Callable[[str, str], dict[str, Any]]) -> None:
-    assert asked_for_energy(CUDA, "nvml")["warm_up_s"] == agent.WARM_UP_SECONDS[CUDA]
-    assert asked_for_energy(CPU, "rapl")["warm_up_s"] == 0
-
-
-def test_a_meter_that_sees_the_cpus_is_disturbed_by_them(asked_for_energy: Callable[[str, str], dict[str, Any]]) -> None:
-    """A board's sensors beside a GPU count what 14 of 16 busy CPUs draw; NVML does not."""
-    assert asked_for_energy(CUDA, "nvml")["busy"] == agent.tolerated(CUDA) > agent.BUSY
-    assert asked_for_energy(CUDA, "hwmon")["busy"] == agent.BUSY
-    assert asked_for_energy(CPU, "rapl")["busy"] == agent.BUSY
-
-
-class _Libcuda:
-    """A driver that notes what it is asked and answers zeros: it holds no GPU."""
-
-    def __init__(self, asked: list[str]) -> None:
-        self._asked = asked
-
-    def __getattr__(self, name: str) -> Callable[..., int]:
-        def answer(*arguments: object) -> int:
-            self._asked.append(name)
-            return 0
-
-        return answer
-
-
-def test_who_asks_for_a_gpus_name_takes_none_of_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A primary context is hundreds of MB, which another process that measures memory would see come and go."""
-    from toolchain.profiler import gpu as libcuda
-
-    asked: list[str] = []
-    monkeypatch.setattr(libcuda.ctypes, "CDLL", lambda name: _Libcuda(asked))
-    kept = [function for function in vars(libcuda).values() if hasattr(function, "cache_clear")]
-    for function in kept:
-        function.cache_clear()
-    try:
-        libcuda.name()
-        libcuda.cache_bytes()
-        libcuda.pci_bus_id()
-        assert not any("Ctx" in name for name in asked), asked
-        libcuda.used_bytes()
-        libcuda.used_bytes()
-        assert asked.index("cuDevicePrimaryCtxRetain") < asked.index("cuMemGetInfo_v2")
-        assert (asked.count("cuInit"), asked.count("cuDevicePrimaryCtxRetain")) == (1, 1)
-    finally:
-        for function in kept:
-            function.cache_clear()
-
-
-# ---- with a GPU
-
-
-@gpu
-@pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize("shape", [("MatMul", 256, 48), ("MatMul", 200, 24), ("MatMul", 4096, 1024), ("Gather", 256, 48)])
-def test_the_gpu_computes_each_kernel_right(shape: tuple[str, int, int], name: str) -> None:
-    unit = Unit("u", *shape)
-    if not legal(unit, CATALOGUE[name]):
-        pytest.skip("not legal")
-    assert probe.relative_error(unit, CATALOGUE[name], CUDA) < probe.TOLERANCE_FP16
-
-
-@gpu
-def test_the_gpus_memory_grows_by_what_a_unit_weighs(tmp_path: Path) -> None:
-    from toolchain.profiler.ask import Host
-
-    unit, kernel = Unit("u", "MatMul", 4096, 4096), CATALOGUE["fp16"]
-    write_one_unit(unit, kernel, random_weights(unit, kernel), 8, tmp_path)
-    seen = Host(load("local-cuda"), 1).peak({"name": "x", "kind": "unit", "folder": str(tmp_path), "tokens": 1, "rows": 1})
-    assert seen["peak_bytes"] == pytest.approx(8 * 2 * 4096**2, rel=0.1)
-    assert candidates(unit, KERNELS)
