@@ -16,7 +16,8 @@ its own.
     Zeus          the same window, read by our meter and by Zeus at the same two moments, of the first policy's package run back to back in
                   this process (goal: within 2%). Without the package `zeus` (pip install zeus) the column is null, with the reason.
 
---report: measure nothing, and report what --work holds so far; on any machine.
+--report: measure nothing, and report what --work holds so far; on any machine. --kernels: only the model's unit shapes by kernel, from the
+table in --work (or `profiles`).
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ from toolchain import hardware
 from toolchain.commands.workflow import measure_costs, opened
 from toolchain.costs.from_table import cost_model
 from toolchain.costs.operations import working_set_of
-from toolchain.costs.rows import Header, work
-from toolchain.costs.table import open_table
+from toolchain.costs.rows import Header, UnitEnergyRow, work
+from toolchain.costs.table import CostTable, open_table
 from toolchain.errors import MeterError
 from toolchain.files import scratch, write_atomic
 from toolchain.graph.assemble import assemble
@@ -205,6 +206,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--window", type=float, default=0.0, metavar="S", help="seconds (default: the meter's least)")
     parser.add_argument("--work", type=Path, required=True, help="keep the cost table and the measurements here")
     parser.add_argument("--report", action="store_true", help="measure nothing")
+    parser.add_argument("--kernels", action="store_true", help="print the units' energy by kernel, and do nothing else")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(words)
     device = hardware.load(arguments.device)
@@ -213,6 +215,9 @@ def main(words: list[str] | None = None) -> None:
     ready = (Path(arguments.model) / "graph.json").is_file()
     with nullcontext() if ready else opened(arguments.model) as source:
         graph = source.graph if source else Graph.open(Path(arguments.model))
+        if arguments.kernels:
+            print(by_kernel(graph, open_table(arguments.work / device.name / "table.jsonl")))
+            return
         if arguments.report:
             workload = workload or Workload.parse("encode:1x128" if graph.kind == "encoder" else "generate:64+32")
             costs = cost_model(graph, open_table(arguments.work / device.name / "table.jsonl"), workload)
@@ -255,6 +260,19 @@ def main(words: list[str] | None = None) -> None:
     print(json.dumps(found, indent=1))
     if arguments.json:
         write_atomic(arguments.json, json.dumps({"summary": found, "rows": rows, "measured": done}, indent=1) + "\n")
+
+
+def by_kernel(graph: Graph, table: CostTable) -> str:
+    """Energy in mJ of one execution of each of the model's unit shapes, a column for each kernel: total / above idle."""
+    seen: dict[tuple[Any, ...], dict[str, str]] = {}
+    shapes = {unit.shape for unit in graph.units}
+    for row in table.of(UnitEnergyRow):
+        if (row.op, row.K, row.N) in shapes:
+            place = (f"{row.op} {row.K}x{row.N}", row.tokens, row.working_set)
+            seen.setdefault(place, {})[row.kernel] = f"{row.energy_mj:.3g} / {row.above_idle_mj:.2g}"
+    rows = [{"unit": unit, "tokens": tokens, "weights": kind, **cells} for (unit, tokens, kind), cells in sorted(seen.items())]
+    kernels = [name for name in table.header.kernels if any(name in row for row in rows)]
+    return table_of(rows, ["unit", "tokens", "weights", *kernels], markdown=True)
 
 
 def _measure(
