@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import _thread
+import ast
 import itertools
 import json
 import os
@@ -10,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ from cables import linked, started
 
 from toolchain.costs.table import open_table
 from toolchain.errors import InputError
-from toolchain.profiler import agent, probe
+from toolchain.profiler import agent, bundle, probe
 from toolchain.profiler.ask import Host
 from toolchain.profiler.probe import working_kernels
 from toolchain.profiler.transports.jobs import Link
@@ -58,7 +61,7 @@ def test_devices_are_profiled_at_once_and_one_that_fails_stops_no_other(
     words = [word for path in (*bad, *good) for word in ("--device", path)]
     result = cli("profile", tiny_bert, "--profiles", tmp_path / "profiles", "--json", *words)
     assert result.code == 2
-    assert set(result.json["devices"]) == {"one", "two"}
+    assert set(result.json["devices"]) == {"one", "two"}, result.json["failed"]
     assert set(result.json["failed"]) == {"three"}
     assert "'/no/such/python' on 'three'" in result.json["failed"]["three"]
     tables = {name: open_table(tmp_path / "profiles" / name / "table.jsonl") for name in ("one", "two")}
@@ -70,6 +73,42 @@ def test_devices_are_profiled_at_once_and_one_that_fails_stops_no_other(
     assert "three: failed: expected the Python" in text.out
     assert text.out.splitlines()[-1] == "2 of 3 devices profiled, 1 failed"
     assert not (tmp_path / "profiles" / "three").exists()
+
+
+def test_ctrl_c_does_not_wait_for_the_devices(tiny_bert: Path, tmp_path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for_ever = threading.Event()
+
+    def interrupted(graph: object, device: Device, *words: object) -> None:
+        if device.name == "two":
+            _thread.interrupt_main()
+        for_ever.wait(60)
+
+    monkeypatch.setattr("toolchain.commands.fleet.measure_costs", interrupted)
+    words = [word for name in ("one", "two") for word in ("--device", _device_file(tmp_path, name))]
+    began = time.monotonic()
+    assert cli("profile", tiny_bert, "--profiles", tmp_path / "profiles", *words).code == 130
+    assert time.monotonic() - began < 30
+    for_ever.set()
+
+
+def test_the_agent_is_made_once_however_many_devices_want_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[str] = []
+    inside = threading.Lock()
+
+    def parse(text: str) -> ast.AST:
+        assert inside.acquire(blocking=False), "two threads parse at once"
+        time.sleep(0.001)
+        parsed.append(text)
+        tree = compile(text, "module", "exec", ast.PyCF_ONLY_AST)
+        inside.release()
+        return tree
+
+    expected = bundle.agent_bytes()
+    bundle._made.cache_clear()
+    monkeypatch.setattr(bundle.ast, "parse", parse)
+    with ThreadPoolExecutor(4) as pool:
+        assert {future.result() for future in [pool.submit(bundle.agent_bytes) for _ in range(4)]} == {expected}
+    assert len(parsed) > 10
 
 
 def test_two_devices_of_one_name_are_refused(tiny_bert: Path, tmp_path: Path, cli: Any) -> None:

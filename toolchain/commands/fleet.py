@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
+from threading import Lock, Semaphore, Thread
 
 from toolchain.commands.workflow import Costs, measure_costs
 from toolchain.errors import InputError, reason_of
@@ -66,5 +66,18 @@ def profile_all(
         done: Future[Costs] = Future()
         done.set_result(measure(devices[0]))
         return [Profiled(devices[0], done)]
-    with ThreadPoolExecutor(min(AT_ONCE, len(devices))) as pool:
-        return [Profiled(device, future) for device, future in [(device, pool.submit(measure, device)) for device in devices]]
+    at_once = Semaphore(AT_ONCE)
+    all_of_them = [Profiled(device, Future()) for device in devices]
+
+    def work(one: Profiled) -> None:
+        with at_once:
+            try:
+                one.done.set_result(measure(one.device))
+            except Exception as error:  # noqa: BLE001 - it is that device's line
+                one.done.set_exception(error)
+
+    # Daemons, unlike an executor's: Ctrl-C ends the command, whatever they wait for. What a device measured it keeps (`jobs.py`).
+    for one in all_of_them:
+        Thread(target=work, args=(one,), daemon=True).start()
+    wait([one.done for one in all_of_them])
+    return all_of_them

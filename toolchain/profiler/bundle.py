@@ -12,12 +12,15 @@ import io
 import zipfile
 from functools import cache
 from pathlib import Path
+from threading import Lock
 
 import toolchain
 
 ENTRY = "toolchain.profiler.agent"
 DATA = ("toolchain/profiler/graphs/*/model.onnx",)
 _ROOT = Path(toolchain.__file__).resolve().parent.parent
+_ONE_AT_A_TIME = Lock()
+"""Several devices ask at once, and Python 3.11 may fail where two threads parse (SystemError: AST constructor recursion depth mismatch)."""
 _MAIN = b'''"""The agent of bittailor: unpacks itself, and answers one request."""
 import sys
 import tempfile
@@ -35,9 +38,14 @@ sys.exit(code)
 '''
 
 
-@cache
 def agent_bytes() -> bytes:
     """The zipapp. Stored, not deflated: other versions of zlib would make other bytes."""
+    with _ONE_AT_A_TIME:
+        return _made()
+
+
+@cache
+def _made() -> bytes:
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
         for name, data in sorted({"__main__.py": _MAIN, **_files()}.items()):
