@@ -26,7 +26,7 @@ from toolchain.decoding import Decoder
 from toolchain.errors import DamagedFileError, InputError
 from toolchain.files import sha256
 from toolchain.hardware import load, thread_count
-from toolchain.package.manifest import open_package
+from toolchain.package.manifest import manifest_text, open_package
 from toolchain.profiler.ask import Host
 from toolchain.profiler.measure import subject
 from toolchain.session import open_session
@@ -202,8 +202,9 @@ def test_kill_9_during_export_leaves_the_old_package_and_the_next_export_sweeps(
 
 
 def _edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Somebody who changes the manifest and its digest."""
     data = yaml.safe_load((folder / "manifest.yaml").read_text())
-    (folder / "manifest.yaml").write_text(yaml.safe_dump(change(data)))
+    (folder / "manifest.yaml").write_bytes(manifest_text(change(data)))
 
 
 def _flip(path: Path) -> None:

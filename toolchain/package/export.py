@@ -66,5 +66,5 @@ def export_package(
             **evidence,
             "versions": {"bittailor": toolchain.__version__, "runtime": runtime},
         }
-        write_manifest(folder, manifest)
+        write_manifest(folder, manifest, graph.units)
     return open_package(out)
