@@ -1,4 +1,4 @@
-"""Measurements held against a budget: a verdict per limit, one over all, as exit code and as JUnit. Cannot measure.
+"""Measurements held against a budget: a verdict per limit, one over all, as exit code. Cannot measure.
 
 The verdict is about the median of a resource, and the trials only tell where the median lies. So each limit is held against a 95%
 confidence interval: within if all of it is at or below the limit, over if all of it is above, else "could not tell".
@@ -7,8 +7,6 @@ confidence interval: within if all of it is at or below the limit, over if all o
 from __future__ import annotations
 
 import math
-import re
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
 
 from toolchain.errors import InputError
@@ -75,28 +73,6 @@ def exit_code(verdict: str) -> int:
     return _EXIT_CODES[verdict]
 
 
-def junit(verdicts: Sequence[Verdict], name: str) -> str:
-    """A JUnit report: one test case per limit; over is a failure, "could not tell" an error, so that a gate on either stops."""
-    verdicts = list(verdicts)
-    suite = ElementTree.Element(
-        "testsuite",
-        name=_clean(name),
-        tests=str(len(verdicts)),
-        failures=str(sum(verdict.verdict == OVER for verdict in verdicts)),
-        errors=str(sum(verdict.verdict == COULD_NOT_TELL for verdict in verdicts)),
-    )
-    for verdict in verdicts:
-        case = ElementTree.SubElement(suite, "testcase", classname=_clean(name), name=_clean(verdict.name))
-        measured = "nothing" if verdict.measured is None else f"{verdict.measured:.6g}"
-        interval = "" if verdict.low is None else f" [{verdict.low:.6g}, {verdict.high:.6g}]"
-        line = _clean(f"{verdict.verdict}: measured {measured}{interval}, limit {verdict.limit:.6g}. {verdict.reason}".rstrip(". "))
-        if verdict.verdict == WITHIN:
-            ElementTree.SubElement(case, "system-out").text = line
-        else:
-            ElementTree.SubElement(case, "failure" if verdict.verdict == OVER else "error", message=line)
-    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(suite, encoding="unicode") + "\n"
-
-
 def _hold(name: str, limit: float, measurement: Measurement | None) -> Verdict:
     if measurement is None or measurement.value is None:
         reason = (measurement.reason if measurement else "") or "not measured"
@@ -121,8 +97,3 @@ def _hold(name: str, limit: float, measurement: Measurement | None) -> Verdict:
         return Verdict(name, limit, value, low, high, OVER)
     reason = f"the limit lies inside the interval of {len(trials)} trials; take more on a quieter machine, or leave more room"
     return Verdict(name, limit, value, low, high, COULD_NOT_TELL, reason)
-
-
-def _clean(text: str) -> str:
-    """Without the characters that XML 1.0 cannot hold, escaped or not."""
-    return re.sub("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text)

@@ -6,11 +6,12 @@ Imports nothing of the training stack: this is what a device with onnxruntime an
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from toolchain import check
+from toolchain.commands.evidence import Log
 from toolchain.errors import InputError
 from toolchain.package.manifest import Package, open_package
 from toolchain.profiler.ask import Host
@@ -38,6 +39,9 @@ class Checked:
     running_bytes: float
     energy: EnergyOfPackage | None = None
     """How the energy came about; None where it was not measured."""
+    package: Package | None = None
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+    """What the numbers rest on (`evidence.Log`)."""
 
     @property
     def load_peak(self) -> str:
@@ -51,15 +55,13 @@ class Checked:
         return {
             "verdict": self.verdict,
             "limits": [verdict.to_json() for verdict in self.limits],
-            "measured": {
-                name: {key: value for key, value in seen.to_json().items() if key != "trials"}
-                for name, seen in self.measured.items()
-            },
+            "measured": {name: seen.to_json() for name, seen in self.measured.items()},
             "predicted": self.predicted,
             "slowness": dict(self.slowness),
             "running_bytes": self.running_bytes,
             "load_peak": self.load_peak or None,
             "energy": self.energy.to_json() if self.energy else None,
+            "evidence": dict(self.evidence),
         }
 
 
@@ -76,14 +78,32 @@ def check_package(directory: Path, device: Device, limits: Mapping[str, float]) 
         raise InputError("expected a package with a budget or limits, got neither", "type for example: --latency-ms 20")
     note(f"measuring {directory} for {package.workload}: some ten seconds{' and energy: minutes' if budget.energy_mj else ''}")
     host = Host.of(device)
+    log = Log(package, host, budget, typed=bool(limits))
     seen = measure_package(directory, package.workload, host, package.vocabulary)
+    log.saw(seen)
     energy_mj, energy = _energy(package, host, budget)
+    log.lap("energy_mj")
     measurements = {**seen.measurements, **_counted(package), "energy_mj": energy_mj}
     slowness = _slowness(package, seen, host) if not limits else {}
-    verdicts = tuple(
+    verdicts = judged(budget, measurements, slowness)
+    return Checked(
+        check.overall(verdicts),
+        verdicts,
+        measurements,
+        package.data["predicted"],
+        slowness,
+        seen.running_bytes,
+        energy,
+        package,
+        log.collected(),
+    )
+
+
+def judged(budget: Budget, measurements: Mapping[str, Measurement], slowness: Mapping[str, float]) -> tuple[Verdict, ...]:
+    """One verdict per limit: what was measured, and how much slower the machine is than it was, are all that it rests on."""
+    return tuple(
         _judge(verdict, measurements, slowness.get(verdict.name), budget) for verdict in check.decide(budget, measurements)
     )
-    return Checked(check.overall(verdicts), verdicts, measurements, package.data["predicted"], slowness, seen.running_bytes, energy)
 
 
 def _judge(verdict: Verdict, measurements: Mapping[str, Measurement], ratio: float | None, budget: Budget) -> Verdict:

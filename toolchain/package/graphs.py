@@ -47,7 +47,9 @@ _ITEM_BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12:
 _QUANTISED = frozenset({"MatMulNBits", "GatherBlockQuantized", "DynamicQuantizeMatMul"})
 
 
-def check_graphs(directory: Path, graphs: tuple[str, ...], files: Mapping[str, str], units: Mapping[str, Unit], policy: Any) -> None:
+def check_graphs(
+    directory: Path, graphs: tuple[str, ...], files: Mapping[str, str], units: Mapping[str, Unit], policy: Any
+) -> None:
     """Hold the package's graphs against name → unit and the policy. files: those that the manifest names.
 
     Raises DamagedFileError naming the graph's file and the unit, node or tensor that is not as the manifest says.
@@ -56,10 +58,12 @@ def check_graphs(directory: Path, graphs: tuple[str, ...], files: Mapping[str, s
     left = dict(units)
     for file in graphs:
         try:
-            for unit in _checked(_parse(directory / file), sizes, units, policy):
-                left.pop(unit, None)
+            for name in _checked(_parse(directory / file), sizes, units, policy):
+                left.pop(name, None)
         except ValueError as error:
-            raise DamagedFileError(f"expected {file} in {directory} to be the graph of its manifest, got {error}", REMEDY) from error
+            raise DamagedFileError(
+                f"expected {file} in {directory} to be the graph of its manifest, got {error}", REMEDY
+            ) from error
     if left:
         unit = next(iter(left.values()))
         raise DamagedFileError(

@@ -83,6 +83,12 @@ def check_files(directory: Path, files: Mapping[str, str]) -> None:
     for name, digest in files.items():
         if _sha256(directory / name) != digest:
             raise DamagedFileError(f"expected {name} in {directory} to have the sha256 of the manifest, got another", REMEDY)
+    if SEAL in found:
+        try:
+            JSON_TAIL.digest((directory / SEAL).read_bytes())
+        except ValueError as error:
+            problem = f"expected a sealed report in {directory / SEAL}, got {error}"
+            raise DamagedFileError(problem, f"remove it, and type: bittailor check {directory} --seal") from error
 
 
 def _sha256(path: Path) -> str:

@@ -113,7 +113,9 @@ def write_manifest(directory: Path, data: Mapping[str, Any], units: Sequence[Uni
 def manifest_text(data: Mapping[str, Any]) -> bytes:
     """The manifest's bytes, its digest added; a unit is one line."""
     pieces = [
-        yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, width=160, default_flow_style=None if key == "units" else False)
+        yaml.safe_dump(
+            {key: value}, sort_keys=False, allow_unicode=True, width=160, default_flow_style=None if key == "units" else False
+        )
         for key, value in data.items()
         if key != "digest"
     ]

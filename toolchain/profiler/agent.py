@@ -38,7 +38,7 @@ import numpy as np
 import toolchain
 from toolchain.errors import BittailorError, DamagedFileError, InputError, MeterError
 from toolchain.files import inside, write_atomic
-from toolchain.profiler import energy, gpu, meters
+from toolchain.profiler import energy, gpu, meters, state
 from toolchain.profiler.contention import Watch
 from toolchain.profiler.subjects import GRAPHS, SUBJECTS, References, Subject, Unit
 from toolchain.session import open_session
@@ -72,7 +72,7 @@ def main(arguments: list[str]) -> int:
         sys.stdout.write(json.dumps(answer))
         return code
     with open("../../busy", "a") as busy:
-        if request["action"] != "identify":  # which disturbs nobody for long
+        if request["action"] not in ("identify", "state"):  # which disturb nobody for long
             fcntl.flock(busy, fcntl.LOCK_EX)
         threading.Thread(target=_leave_after, args=(request["limit_s"],), daemon=True).start()
         code, answer = _answer(request)
@@ -84,6 +84,7 @@ def _answer(request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     """(exit code, answer). A desk of another version or protocol is refused: its requests may mean something else."""
     actions: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
         "identify": identify,
+        "state": lambda request: state.read(request.get("provider", CPU), Path(request.get("sysfs", "/sys"))),
         "time": time_subjects,
         "peak": peak,
         "outputs": outputs,

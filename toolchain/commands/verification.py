@@ -1,0 +1,141 @@
+"""`bittailor verify`: a package and its sealed report, without a device: nothing is measured, everything is checked again.
+
+    files     every sha256, no link, no other file; the graphs' units, kernels and data as the manifest says; they load in onnxruntime
+    report    sealed for this very package; its medians are those of its trials, its verdicts what these trials give today
+    signature by the public key that is given
+
+Who changed trials *and* digests is not found out by that: the signature is for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from toolchain import check
+from toolchain.commands import acceptance
+from toolchain.errors import DamagedFileError, InputError
+from toolchain.hardware import has_provider
+from toolchain.package.integrity import SEAL
+from toolchain.package.manifest import Package, open_package
+from toolchain.package.seal import Seal, read_seal
+from toolchain.session import MODEL_FILES, open_session
+from toolchain.spec import Budget, Measurement, Verdict
+
+_REMEDY = "type: bittailor check PACKAGE --seal"
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A package that is what its manifest says, and what its sealed report (None: it has none) comes to."""
+
+    package: Package
+    verdict: str
+    report: Mapping[str, Any] | None
+    loads: str
+    """ "yes", or why it was not tried."""
+    signature: str
+    """ "of KEY: comment", or why nobody knows."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "verdict": self.verdict,
+            "digest": self.package.digest,
+            "files": sorted(self.package.data["files"]),
+            "loads": self.loads,
+            "sealed": self.report is not None,
+            "signature": self.signature,
+            "report": self.report,
+        }
+
+
+def verify(directory: Path, public_key: str | None = None) -> Verified:
+    """Check a package and its sealed report again. Without a report the verdict is "could not tell".
+
+    Raises DamagedFileError for files, graphs or a report that are not what they should be, InputError for a signature that is not.
+    """
+    package = open_package(directory)
+    loads = _loads(package)
+    seal = read_seal(package)
+    if seal is None:
+        if public_key:
+            raise InputError(f"expected a signed {SEAL} in {directory}, found none", f"{_REMEDY} --sign-with minisign:KEY")
+        return Verified(package, check.COULD_NOT_TELL, None, loads, "none: there is no sealed report")
+    verdict = _recomputed(package, seal.report)
+    return Verified(package, verdict, seal.report, loads, _signature(seal, public_key))
+
+
+def _loads(package: Package) -> str:
+    here = has_provider(package.provider)
+    if not here.usable:
+        return f"not tried: {here.reason}"
+    for name in MODEL_FILES[package.kind]:
+        open_session(package.directory, 1, package.provider, name=name)
+    return "yes"
+
+
+def _signature(seal: Seal, public_key: str | None) -> str:
+    if public_key:
+        return f"of {public_key}: {seal.signed_by(public_key)}"
+    return "none" if seal.signature is None else "there is one, not checked: type --public-key KEY"
+
+
+def _recomputed(package: Package, report: Mapping[str, Any]) -> str:
+    """The verdict that the report's own trials give, if it is the one it states. Raises DamagedFileError."""
+    path = package.directory / SEAL
+    try:
+        _check_subject(package, report)
+        evidence = report["evidence"]
+        budget = Budget.from_json(evidence["budget"])
+        measured = {str(name): _measurement(name, seen) for name, seen in report["measured"].items()}
+        slowness = {str(name): float(ratio) for name, ratio in report["slowness"].items()}
+        for name, ratio in slowness.items():
+            kind, then = package.reference_ns[name]
+            if ratio != evidence["reference_ns"][kind] / then:
+                raise ValueError(f"{name} {ratio} times slower, which its references do not give")
+        verdicts = acceptance.judged(budget, measured, slowness)
+        stated = [Verdict(**row) for row in report["limits"]]
+        for held in verdicts:
+            if held not in stated:
+                said = next((row.verdict for row in stated if row.name == held.name), "nothing")
+                raise ValueError(
+                    f"{held.name}: its trials give {held.verdict!r} (report: {said!r}), or other bounds than it states"
+                )
+        others = [row for row in stated if row.name not in budget.limits]
+        verdict = check.overall([*verdicts, *others])
+        if report["verdict"] != verdict:
+            raise ValueError(f"verdict {report['verdict']!r}, its trials give {verdict!r}")
+    except (ValueError, KeyError, TypeError, AttributeError, InputError) as error:
+        if isinstance(error, DamagedFileError):
+            raise
+        said = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise DamagedFileError(f"expected a report in {path} that its own trials bear out, got {said}", _REMEDY) from error
+    return verdict
+
+
+def _check_subject(package: Package, report: Mapping[str, Any]) -> None:
+    """Raise ValueError where the report speaks of another package, workload, provider or budget than the manifest."""
+    evidence = report["evidence"]
+    expected = {
+        "package_digest": package.digest,
+        "workload": str(package.workload),
+        **({"budget": package.data["budget"]} if evidence["budget_from"] == "manifest" else {}),
+    }
+    for name, value in expected.items():
+        if evidence[name] != value:
+            raise ValueError(f"{name} {evidence[name]!r}, the manifest says {value!r}")
+    if evidence["device"]["provider"] != package.provider:
+        raise ValueError(f"provider {evidence['device']['provider']!r}, the manifest says {package.provider!r}")
+    if report["predicted"] != package.data["predicted"]:
+        raise ValueError("another prediction than the manifest's")
+
+
+def _measurement(name: str, seen: Mapping[str, Any]) -> Measurement:
+    """Raises ValueError for a value that is not its trials' median, TypeError for what is no measurement."""
+    found = Measurement(**{**seen, "trials": tuple(map(float, seen["trials"]))})
+    if found.value is not None and (found.n != len(found.trials) or found.value != median(found.trials)):
+        raise ValueError(f"{name} {found.value} of {found.n} trials, which the {len(found.trials)} in it do not give")
+    return found
