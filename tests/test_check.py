@@ -1,12 +1,11 @@
 import json
-import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolchain.check import decide, exit_code, junit, median_interval, overall
+from toolchain.check import decide, exit_code, median_interval, overall
 from toolchain.errors import InputError
 from toolchain.spec import Budget, Measurement, Verdict
 
@@ -137,15 +136,6 @@ def _verdicts(*found):
 def test_the_worst_limit_decides(found, expected, code):
     assert overall(_verdicts(*found)) == expected
     assert exit_code(expected) == code
-
-
-def test_junit_has_a_case_per_limit_and_holds_any_text():
-    verdicts = [*_verdicts("within", "over"), Verdict("energy_mj", 1.0, None, None, None, "could not tell", 'no <meter> & "\0\x1b')]
-    suite = ElementTree.fromstring(junit(verdicts, "pocket <low> & \ud800co"))
-    assert suite.attrib == {"name": "pocket <low> & \ufffdco", "tests": "3", "failures": "1", "errors": "1"}
-    assert [[child.tag for child in case] for case in suite] == [["system-out"], ["failure"], ["error"]]
-    assert 'no <meter> & "\ufffd\ufffd' in suite[2][0].attrib["message"]
-    assert "measured 0.5 [0.4, 0.6], limit 1" in suite[1][0].attrib["message"]
 
 
 def _seen(trials: list[float], valid: bool):

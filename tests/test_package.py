@@ -35,43 +35,6 @@ from toolchain.spec import Workload
 Cli = Callable[..., Any]
 
 
-@pytest.fixture(scope="session")
-def packages(models: Any, graphs: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`packages("qwen2")` → its w4g32 package, cut with a made-up table. Shared: copy it before changing it."""
-    import contextlib
-    import io
-
-    from small_tables import complete_table
-
-    from toolchain.cli import main
-
-    made: dict[str, Path] = {}
-
-    def get(name: str) -> Path:
-        if name not in made:
-            place = tmp_path_factory.mktemp("package")
-            complete_table(graphs(name)).save(place / "profiles" / "local" / "table.jsonl")
-            words = [
-                "export",
-                models(name),
-                "--policy",
-                "w4g32",
-                "--profiles",
-                place / "profiles",
-                "--out",
-                place / "out",
-                "--json",
-            ]
-            out = io.StringIO()
-            with contextlib.redirect_stdout(out):
-                assert main([str(word) for word in words]) == 0
-            (place / "said.json").write_text(out.getvalue())
-            made[name] = place / "out"
-        return made[name]
-
-    return get
-
-
 def _bytes(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 

@@ -313,7 +313,9 @@ def verify(arguments: Namespace) -> Answer:
         return Answer(data, text, check.exit_code(seen.verdict))
     _show_in_ci(arguments, seen.report)
     rows = seen.report["limits"]
-    facts = [f"{name}: {value}" for name, value in ci.facts(seen.report).items() if name not in ("verdict", "package")]
+    facts = [
+        f"{name}: {value}" for name, value in ci.facts(seen.report).items() if name in ("device", "runtime", "workload", "date")
+    ]
     text += f"\nsignature: {seen.signature}\n{table(rows, ['name', 'limit', 'measured', 'low', 'high', 'verdict', 'reason'])}\n"
     return Answer(data, "\n".join([text + "\n".join(facts), seen.verdict]), check.exit_code(seen.verdict))
 

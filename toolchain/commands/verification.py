@@ -88,32 +88,34 @@ def _recomputed(package: Package, report: Mapping[str, Any]) -> str:
     path = package.directory / SEAL
     try:
         _check_subject(package, report)
-        evidence = report["evidence"]
-        budget = Budget.from_json(evidence["budget"])
-        measured = {str(name): _measurement(name, seen) for name, seen in report["measured"].items()}
-        slowness = {str(name): float(ratio) for name, ratio in report["slowness"].items()}
-        for name, ratio in slowness.items():
-            kind, then = package.reference_ns[name]
-            if ratio != evidence["reference_ns"][kind] / then:
-                raise ValueError(f"{name} {ratio} times slower, which its references do not give")
-        verdicts = acceptance.judged(budget, measured, slowness)
         stated = [Verdict(**row) for row in report["limits"]]
-        for held in verdicts:
-            if held not in stated:
-                said = next((row.verdict for row in stated if row.name == held.name), "nothing")
-                raise ValueError(
-                    f"{held.name}: its trials give {held.verdict!r} (report: {said!r}), or other bounds than it states"
-                )
-        others = [row for row in stated if row.name not in budget.limits]
-        verdict = check.overall([*verdicts, *others])
-        if report["verdict"] != verdict:
-            raise ValueError(f"verdict {report['verdict']!r}, its trials give {verdict!r}")
+        held = _rejudged(package, report)
+        for verdict in held:
+            if verdict not in stated:
+                said = next((row.verdict for row in stated if row.name == verdict.name), "nothing")
+                gives = f"{verdict.name}: its trials give {verdict.verdict!r}"
+                raise ValueError(f"{gives}, it says {said!r}" if said != verdict.verdict else f"{gives}, with other bounds")
+        names = {verdict.name for verdict in held}
+        found = check.overall([*held, *(row for row in stated if row.name not in names)])
+        if report["verdict"] != found:
+            raise ValueError(f"verdict {report['verdict']!r}, its limits give {found!r}")
     except (ValueError, KeyError, TypeError, AttributeError, InputError) as error:
-        if isinstance(error, DamagedFileError):
-            raise
         said = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise DamagedFileError(f"expected a report in {path} that its own trials bear out, got {said}", _REMEDY) from error
-    return verdict
+    return found
+
+
+def _rejudged(package: Package, report: Mapping[str, Any]) -> tuple[Verdict, ...]:
+    """One verdict per limit of the report's budget, from its raw trials, by the function that decided then. Raises ValueError, KeyError."""
+    evidence = report["evidence"]
+    budget = Budget.from_json(evidence["budget"])
+    measured = {str(name): _measurement(name, seen) for name, seen in report["measured"].items()}
+    slowness = {str(name): float(ratio) for name, ratio in report["slowness"].items()}
+    for name, ratio in slowness.items():
+        kind, then = package.reference_ns[name]
+        if ratio != evidence["reference_ns"][kind] / then:
+            raise ValueError(f"{name} {ratio} times slower, which its references do not give")
+    return acceptance.judged(budget, measured, slowness)
 
 
 def _check_subject(package: Package, report: Mapping[str, Any]) -> None:
