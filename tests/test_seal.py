@@ -149,6 +149,13 @@ def _report(change: Callable[[dict[str, Any]], object]) -> Callable[[dict[str, A
     return lambda seal: change(seal["report"])
 
 
+def _nested(depth: int) -> list[Any]:
+    made: list[Any] = []
+    for _ in range(depth):
+        made = [made]
+    return made
+
+
 FORGERIES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a verdict": (_report(lambda report: report.update(verdict="within")), "its limits give 'over'"),
     "a limit's verdict": (_report(lambda report: report["limits"][0].update(verdict="within")), "its trials give 'over'"),
@@ -167,6 +174,12 @@ FORGERIES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no report": (lambda seal: seal.update(report=[1]), "seal.json"),
     "another format": (lambda seal: seal.update(format="bittailor seal 9"), "bittailor seal 1"),
     "a trial of words": (_report(lambda report: report["measured"]["latency_ms"].update(trials=["fast"])), "seal.json"),
+    "a limit of words": (_report(lambda report: report["limits"][0].update(limit="low")), "latency_ms"),
+    "a limit more that is none": (_report(lambda report: report["limits"].append({"name": "x"})), "seal.json"),
+    "a state of words": (_report(lambda report: report["evidence"].update(state="idle")), "seal.json"),
+    "seconds of words": (_report(lambda report: report["evidence"].update(seconds={"latency_ms": "one"})), "seal.json"),
+    "a number that is no float": (_report(lambda report: report["limits"][0].update(measured=10**400)), "latency_ms"),
+    "what is nested deep": (_report(lambda report: report.update(predicted=_nested(800))), "seal.json"),
     "a budget of words": (_report(lambda report: report["evidence"].update(budget={"latency_ms": "low"})), "latency_ms"),
 }  # fmt: skip
 
@@ -195,6 +208,15 @@ def test_a_report_that_its_trials_do_not_bear_out_is_refused(over: Path, tmp_pat
     line = cli("verify", package).error
     assert words in line
     assert "seal.json" in line
+
+
+def test_what_a_strangers_report_says_steers_no_terminal(over: Path, tmp_path: Path, cli: Cli) -> None:
+    package = copied(over, tmp_path / "package")
+    _resealed(package, _report(lambda report: report["evidence"]["device"].update(cpu="\x1b]0;title\x07\u202ecpu")))
+    result = cli("verify", package)
+    assert result.code == 1
+    assert "title" in result.out
+    assert all(character.isprintable() or character == "\n" for character in result.out)
 
 
 def test_what_changed_while_it_was_measured_is_not_sealed(

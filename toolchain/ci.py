@@ -56,16 +56,15 @@ def markdown(report: Mapping[str, Any]) -> str:
     """A heading with the verdict, a table of the limits, and what they rest on; names from outside are escaped."""
     rows = [
         {
-            "limit": f"{_MARKS.get(row['verdict'], '')} {row['name']}",
-            **{key: row[key] for key in ("measured", "low", "high")},
-            "at most": row["limit"],
+            "resource": f"{_MARKS.get(row['verdict'], '')} `{re.sub('[`|]', '', str(row['name']))}`",
+            **{key: row[key] for key in ("measured", "low", "high", "limit")},
             "verdict": row["verdict"],
             "why": _escaped(str(row["reason"])),
         }
         for row in report["limits"]
     ]
     head = f"### bittailor check {_escaped(_name(report))}: {_MARKS.get(report['verdict'], '')} {report['verdict']}"
-    columns = ["limit", "measured", "low", "high", "at most", "verdict", "why"]
+    columns = ["resource", "measured", "low", "high", "limit", "verdict", "why"]
     lines = [f"- {key}: {_escaped(value)}" for key, value in facts(report).items() if key != "verdict"]
     return "\n".join([head, "", table(rows, columns, markdown=True), "", *lines, ""]) + "\n"
 

@@ -15,13 +15,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from toolchain import check
+from toolchain import check, ci
 from toolchain.commands import acceptance
 from toolchain.errors import DamagedFileError, InputError
 from toolchain.hardware import has_provider
 from toolchain.package.integrity import SEAL
 from toolchain.package.manifest import Package, open_package
 from toolchain.package.seal import Seal, read_seal
+from toolchain.profiler.transports.replies import plain
 from toolchain.session import MODEL_FILES, open_session
 from toolchain.spec import Budget, Measurement, Verdict
 
@@ -64,8 +65,8 @@ def verify(directory: Path, public_key: str | None = None) -> Verified:
         if public_key:
             raise InputError(f"expected a signed {SEAL} in {directory}, found none", f"{_REMEDY} --sign-with minisign:KEY")
         return Verified(package, check.COULD_NOT_TELL, None, loads, "none: there is no sealed report")
-    verdict = _recomputed(package, seal.report)
-    return Verified(package, verdict, seal.report, loads, _signature(seal, public_key))
+    verdict, report = _recomputed(package, seal)
+    return Verified(package, verdict, report, loads, _signature(seal, public_key))
 
 
 def _loads(package: Package) -> str:
@@ -83,12 +84,13 @@ def _signature(seal: Seal, public_key: str | None) -> str:
     return "none" if seal.signature is None else "there is one, not checked: type --public-key KEY"
 
 
-def _recomputed(package: Package, report: Mapping[str, Any]) -> str:
-    """The verdict that the report's own trials give, if it is the one it states. Raises DamagedFileError."""
+def _recomputed(package: Package, seal: Seal) -> tuple[str, Mapping[str, Any]]:
+    """(the verdict that the report's own trials give, if it is the one it states; the report). Raises DamagedFileError."""
     path = package.directory / SEAL
     try:
+        report = plain(seal.report)
         _check_subject(package, report)
-        stated = [Verdict(**row) for row in report["limits"]]
+        stated = [_stated(row) for row in report["limits"]]
         held = _rejudged(package, report)
         for verdict in held:
             if verdict not in stated:
@@ -99,9 +101,20 @@ def _recomputed(package: Package, report: Mapping[str, Any]) -> str:
         found = check.overall([*held, *(row for row in stated if row.name not in names)])
         if report["verdict"] != found:
             raise ValueError(f"verdict {report['verdict']!r}, its limits give {found!r}")
-    except (ValueError, KeyError, TypeError, AttributeError, InputError) as error:
+        _ = (ci.junit(report), ci.markdown(report))  # what cannot be shown is no report
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError, InputError) as error:
         said = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise DamagedFileError(f"expected a report in {path} that its own trials bear out, got {said}", _REMEDY) from error
+    return found, report
+
+
+def _stated(row: Mapping[str, Any]) -> Verdict:
+    """Raises TypeError, ValueError for what is no verdict."""
+    found = Verdict(**row)
+    numbers = (found.limit, *(part for part in (found.measured, found.low, found.high) if part is not None))
+    texts = (found.name, found.verdict, found.reason)
+    if not (all(type(part) in (int, float) for part in numbers) and all(isinstance(part, str) for part in texts)):
+        raise ValueError(f"{found.name!r} among its limits, which is none")
     return found
 
 

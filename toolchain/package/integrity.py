@@ -28,6 +28,8 @@ SEAL, SIGNATURE = "seal.json", "seal.json.minisig"
 REMEDY = "export the package again"
 _OURS = re.compile(rf"{re.escape(SEAL)}|{re.escape(SIGNATURE)}|\.seal\.json(?:\.minisig)?\.[0-9a-f]{{8}}\.tmp")
 """The last: what a `check --seal` that was killed left (`files.write_atomic`)."""
+_MOST_BYTES = 2**26
+"""Of a manifest or seal: a hundred thousand trials are three million."""
 _LARGE_BYTES, _PIECE_BYTES = 2**30, 2**26
 """From the first on, hashing takes seconds and is shown."""
 
@@ -54,6 +56,15 @@ class Tail:
 
 YAML_TAIL = Tail(b"digest: ", b"\n")
 JSON_TAIL = Tail(b',\n "digest": "', b'"\n}\n')
+
+
+def read_bounded(path: Path) -> bytes:
+    """The bytes of a manifest, seal or signature. Raises OSError, ValueError for more than any of ours can have."""
+    with open(path, "rb") as stream:
+        found = stream.read(_MOST_BYTES + 1)
+    if len(found) > _MOST_BYTES:
+        raise ValueError(f"more than {_MOST_BYTES >> 20} MiB")
+    return found
 
 
 def check_names(names: Mapping[str, str]) -> None:
@@ -85,7 +96,7 @@ def check_files(directory: Path, files: Mapping[str, str]) -> None:
             raise DamagedFileError(f"expected {name} in {directory} to have the sha256 of the manifest, got another", REMEDY)
     if SEAL in found:
         try:
-            JSON_TAIL.digest((directory / SEAL).read_bytes())
+            JSON_TAIL.digest(read_bounded(directory / SEAL))
         except ValueError as error:
             problem = f"expected a sealed report in {directory / SEAL}, got {error}"
             raise DamagedFileError(problem, f"remove it, and type: bittailor check {directory} --seal") from error

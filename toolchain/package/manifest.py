@@ -19,7 +19,7 @@ from toolchain.files import sha256, write_atomic
 from toolchain.kernels import CATALOGUE
 from toolchain.package.graphs import check_graphs
 from toolchain.package.integrity import MANIFEST as FILE_NAME
-from toolchain.package.integrity import REMEDY, YAML_TAIL, check_files, check_names
+from toolchain.package.integrity import REMEDY, YAML_TAIL, check_files, check_names, read_bounded
 from toolchain.session import MODEL_FILES
 from toolchain.spec import CPU, WORKS, Budget, Policy, Unit, Workload
 
@@ -137,7 +137,7 @@ def open_package(directory: Path, verify: bool = True) -> Package:
         )
     path = directory / FILE_NAME
     try:
-        text = path.read_bytes()
+        text = read_bounded(path)
         if (first := text.partition(b"\n")[0]) != f"format: {FORMAT}".encode():
             raise ValueError(f"a first line {first[:40]!r} instead of 'format: {FORMAT}'")
         digest = YAML_TAIL.digest(text)

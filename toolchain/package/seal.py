@@ -16,7 +16,7 @@ from typing import Any
 from toolchain.errors import DamagedFileError, InputError
 from toolchain.files import write_atomic
 from toolchain.package import signature
-from toolchain.package.integrity import JSON_TAIL, SEAL, SIGNATURE
+from toolchain.package.integrity import JSON_TAIL, SEAL, SIGNATURE, read_bounded
 from toolchain.package.manifest import Package, open_package
 
 FORMAT = "bittailor seal 1"
@@ -64,7 +64,7 @@ def read_seal(package: Package) -> Seal | None:
     if not path.is_file():
         return None
     try:
-        text = path.read_bytes()
+        text = read_bounded(path)
         data = json.loads(text)
         if data["format"] != FORMAT:
             raise ValueError(f"format {data['format']!r} instead of {FORMAT!r}")
@@ -78,4 +78,4 @@ def read_seal(package: Package) -> Seal | None:
             f"expected {path} to be about this package ({package.digest[:12]}…), got one about {about[:12]}…", _REMEDY
         )
     signed = package.directory / SIGNATURE
-    return Seal(text, data["report"], signed.read_bytes() if signed.is_file() else None)
+    return Seal(text, data["report"], read_bounded(signed) if signed.is_file() else None)
