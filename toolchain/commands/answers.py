@@ -258,10 +258,25 @@ def export(arguments: Namespace) -> Answer:
 def check(arguments: Namespace) -> Answer:
     from toolchain import check, hardware
     from toolchain.commands import acceptance
+    from toolchain.commands.deciding import Patience
+    from toolchain.commands.quality import QualityLimits
     from toolchain.files import write_atomic
     from toolchain.report import table
 
-    checked = acceptance.check_package(Path(arguments.package), hardware.load(arguments.device), _limits(arguments))
+    limits = _limits(arguments) | ({"latency_p95_ms": arguments.latency_p95_ms} if arguments.latency_p95_ms is not None else {})
+    least, most = arguments.least_seconds, arguments.most_seconds
+    if not 0 <= least <= most < float("inf"):
+        raise InputError(f"expected 0 <= --least-seconds <= --most-seconds, got {least:g} and {most:g}")
+    read = tuple(_paths(arguments.text) or ())
+    quality = QualityLimits(read, arguments.max_perplexity_ratio, arguments.min_fidelity, arguments.reference or "")
+    checked = acceptance.check_package(
+        Path(arguments.package),
+        hardware.load(arguments.device),
+        limits,
+        Patience(least, most),
+        Path(arguments.baseline) if arguments.baseline else None,
+        quality,
+    )
     if arguments.junit:
         write_atomic(Path(arguments.junit), check.junit(checked.limits, f"bittailor check {Path(arguments.package).name}"))
     rows = [verdict.to_json() for verdict in checked.limits]

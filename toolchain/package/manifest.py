@@ -16,7 +16,7 @@ import yaml
 from toolchain.errors import DamagedFileError, InputError
 from toolchain.files import inside, sha256, write_atomic
 from toolchain.session import MODEL_FILES
-from toolchain.spec import CPU, WORKS, Budget, Policy, Workload
+from toolchain.spec import CPU, FINER, WORKS, Budget, Policy, Workload
 
 FORMAT = "bittailor package 1"
 FILE_NAME = "manifest.yaml"
@@ -54,7 +54,7 @@ class Package:
         found = self.data.get("reference_ns") or {}
         try:
             times = {name: (work, float(time)) for name, times in found.items() for work, time in times.items()}
-            right = all(work in WORKS and 0 < time < math.inf for work, time in times.values())
+            right = all(work in (*WORKS, *FINER.values()) and 0 < time < math.inf for work, time in times.values())
         except (AttributeError, TypeError, ValueError):
             right = False
         if not right:
