@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fast_host import FastHost
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_graphs import attention, encoder
 
@@ -19,7 +19,10 @@ from toolchain.blocks import Block, bounds, ratio_bounds, spent, student
 from toolchain.check import hold_latency, hold_ratio
 from toolchain.commands.deciding import LOOKS, Patience, decide_in_looks
 from toolchain.errors import InputError
-from toolchain.spec import WORKS
+from toolchain.hardware import load
+from toolchain.profiler.ask import Host
+from toolchain.profiler.measure import measure_block
+from toolchain.spec import WORKS, Workload
 
 SPEED = ("model token", 100.0)
 
@@ -51,11 +54,20 @@ def _decided(machine: Machine, limit: float, speed: tuple[str, float] | None = S
     )
 
 
-@pytest.mark.parametrize("tail", [0.05, 0.005, 0.0005])
-@pytest.mark.parametrize("freedom", [1, 2, 3, 5, 8, 30, 71])
-def test_students_quantile_is_scipys(tail: float, freedom: int) -> None:
-    stats = pytest.importorskip("scipy.stats")
-    assert student(tail, freedom) == pytest.approx(stats.t.isf(tail, freedom), rel=1e-7)
+@pytest.mark.parametrize(
+    ("freedom", "tail", "t"),
+    [
+        (1, 0.05, 6.314),
+        (1, 0.005, 63.657),
+        (2, 0.01, 6.965),
+        (3, 0.005, 5.841),
+        (5, 0.0005, 6.869),
+        (8, 0.05, 1.860),
+        (71, 0.025, 1.994),
+    ],
+)
+def test_students_quantile_is_the_tabulated_one(freedom: int, tail: float, t: float) -> None:
+    assert student(tail, freedom) == pytest.approx(t, abs=6e-4)
 
 
 def test_all_looks_together_spend_no_more_than_there_is() -> None:
@@ -64,25 +76,25 @@ def test_all_looks_together_spend_no_more_than_there_is() -> None:
 
 
 def test_a_package_ten_percent_from_its_limit_is_told_from_either_side() -> None:
-    """Show 1 in simulation: 400 checks, the machine's speed wandering by far more than 10%."""
+    """200 checks, the machine's speed wandering by far more than 10%."""
     for room, right in ((1 / 0.9, "within"), (1 / 1.1, "over")):
-        found = [_decided(Machine(seed, 0.6), 0.6 * room) for seed in range(200)]
-        assert [one.verdicts[0].verdict for one in found] == [right] * 200
+        found = [_decided(Machine(seed, 0.6), 0.6 * room) for seed in range(100)]
+        assert [one.verdicts[0].verdict for one in found] == [right] * 100
         assert max(one.seconds for one in found) < 120
 
 
-@pytest.mark.parametrize("between", [0.0, 0.03, 0.1])
+@pytest.mark.parametrize("between", [0.03, 0.1])
 def test_a_package_barely_over_its_limit_is_seldom_called_within(between: float) -> None:
     """At the limit itself, where it is hardest: at most ALPHA for each side, all looks together."""
-    said = [_decided(Machine(seed, 1.0, between), 0.9999).verdicts[0].verdict for seed in range(300)]
-    assert said.count("within") <= 0.01 * 300 + 3 * math.sqrt(0.01 * 300)
-    assert said.count("could not tell") > 280
+    said = [_decided(Machine(seed, 1.0, between), 0.9999).verdicts[0].verdict for seed in range(150)]
+    assert said.count("within") <= 0.01 * 150 + 3 * math.sqrt(0.01 * 150)
+    assert said.count("could not tell") > 140
 
 
 def test_windows_are_not_taken_for_processes() -> None:
     """Processes that differ by 10% with windows that agree: five windows of each must not pass for five times as many processes."""
-    wrong = sum(_decided(Machine(seed, 1.0, 0.1, 0.001), 0.97).verdicts[0].verdict == "within" for seed in range(200))
-    assert wrong <= 5
+    wrong = sum(_decided(Machine(seed, 1.0, 0.1, 0.001), 0.97).verdicts[0].verdict == "within" for seed in range(100))
+    assert wrong <= 4
 
 
 def test_an_open_limit_is_measured_longer_until_the_time_is_over() -> None:
@@ -122,6 +134,7 @@ def test_disturbed_processes_can_keep_a_limit_and_not_break_it() -> None:
     assert (mixed.verdict, mixed.measured) == ("within", pytest.approx(1.0, rel=0.1))  # the clean ones alone
 
 
+@settings(max_examples=40)
 @given(st.lists(st.floats(0.01, 100), min_size=3, max_size=12), st.floats(0.01, 100), st.floats(1, 3))
 def test_a_wider_limit_never_gives_a_worse_verdict(levels: list[float], limit: float, more: float) -> None:
     rank = ["over", "could not tell", "within"]
@@ -180,12 +193,11 @@ def test_bounds_hold_as_often_as_they_say() -> None:
     assert low < ratio < high
 
 
-@given(
-    st.recursive(
-        st.none() | st.booleans() | st.floats() | st.text(max_size=3),
-        lambda x: st.lists(x) | st.dictionaries(st.text(max_size=3), x),
-    )
-)
+_JUNK = st.none() | st.booleans() | st.floats() | st.text(max_size=3)
+
+
+@settings(max_examples=40)
+@given(_JUNK | st.lists(_JUNK, max_size=3) | st.dictionaries(st.text(max_size=3), _JUNK | st.lists(_JUNK, max_size=2), max_size=2))
 def test_a_block_is_read_whole_or_refused(data: Any) -> None:
     good = Machine(0, 1.0).measure()
     assert Block.from_json(json.loads(json.dumps(good.to_json()))) == good
@@ -200,6 +212,14 @@ def test_a_block_is_read_whole_or_refused(data: Any) -> None:
 
 
 # ---- the command
+
+
+@pytest.fixture(autouse=True)
+def here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No agent is asked who it is either: a second for each check."""
+    if "fast" in request.fixturenames:
+        identity = {"cpu": "made up", "runtime": "onnxruntime", "protocol": "p", "meters": {}, "cache_bytes": 1, "providers": []}
+        monkeypatch.setattr(Host, "identify", lambda _: identity)
 
 
 @pytest.fixture
@@ -300,11 +320,6 @@ def test_a_limit_on_the_95th_percentile(package: Path, cli: Any, fast: FastHost)
 
 def test_single_runs_make_the_95th_percentile(package: Path) -> None:
     """Really measured: the tail of single steps is above their median and below the slowest."""
-    from toolchain.hardware import load
-    from toolchain.profiler.ask import Host
-    from toolchain.profiler.measure import measure_block
-    from toolchain.spec import Workload
-
     block = measure_block(package, Workload.parse("generate:4+40"), Host(load("local"), 1), 4096, tail=True)
     assert len(block.trials["latency_ms"]) >= 5
     assert block.p95_ms is not None

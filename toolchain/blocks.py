@@ -138,7 +138,7 @@ def bounds(levels: Sequence[float], tail: float) -> tuple[float, float]:
 
 
 def ratio_bounds(now: Sequence[float], then: Sequence[float], below: float, above: float) -> tuple[float, float, float]:
-    """(ratio, low, high) of the middles, now over then: low errs with at most `below`, high with `above`. Welch's t on log levels (1947)."""
+    """(ratio, low, high) of the middles, now over then: low errs with at most `below`, high with `above`. Welch's t on logs (1947)."""
     if min(len(now), len(then)) < 2:
         raise InputError(f"expected at least 2 levels on each side, got {len(now)} and {len(then)}")
     parts = [(max(stdev(map(math.log, side)), BETWEEN) ** 2 / len(side), len(side) - 1) for side in (now, then)]
