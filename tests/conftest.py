@@ -237,6 +237,8 @@ FEWER_MIXED = 2
 """Mixed policies measured in tests: each is another process to start."""
 FEWER_WINDOWS = 5
 """Trials per row in tests: the fewest that the protocol calls valid. On a busy machine every one saved is seconds."""
+FEWER_PROCESSES = (3,)
+"""After how many processes a check that really measures looks in tests: once, after the fewest that tell anything."""
 
 
 @pytest.fixture(scope="session")

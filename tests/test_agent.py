@@ -147,7 +147,7 @@ def replay(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float | None]], di
                 return contention.Usage(1.0, self.share)
 
         monkeypatch.setattr(agent, "Watch", Watch)
-        monkeypatch.setattr(agent, "_settle", lambda: None)
+        monkeypatch.setattr(agent, "_settle", lambda *_: None)
         monkeypatch.setattr(subjects, "Unit", _Constant)
         monkeypatch.setattr(agent, "SUBJECTS", {"unit": _Constant})
         monkeypatch.setattr("onnxruntime.set_global_thread_pool_sizes", lambda *_: None)

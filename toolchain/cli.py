@@ -167,6 +167,28 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--seal", action="store_true", help="put the report into the package, for `bittailor verify`")
     sub.add_argument("--sign-with", metavar="minisign:KEY", help="sign the sealed report with this secret key of minisign")
     limits(sub)
+    sub.add_argument(
+        "--latency-p95-ms", type=float, metavar="X", help="limit for the 95th percentile of single tokens or inferences"
+    )
+    sub.add_argument(
+        "--baseline", metavar="REPORT", help="what check --json said before: a regression beyond the noise fails the check too"
+    )
+    sub.add_argument(
+        "--max-perplexity-ratio", type=float, metavar="R", help="a decoder's perplexity over its fp32 model's, on --text"
+    )
+    sub.add_argument("--min-fidelity", type=float, metavar="F", help="an encoder's mean cosine to its fp32 model, on --text")
+    sub.add_argument("--text", nargs="+", metavar="FILE", help="what quality is measured on")
+    sub.add_argument(
+        "--reference",
+        metavar="MODEL",
+        help="what quality is compared with: a model, an fp32 package or a graph/ folder (default: the package's source)",
+    )
+    sub.add_argument(
+        "--most-seconds", type=float, default=120.0, metavar="S", help='then what is open is "could not tell" (default: 120)'
+    )
+    sub.add_argument(
+        "--least-seconds", type=float, default=0.0, metavar="S", help="time at least so long: for a report that is to be a baseline"
+    )
 
     sub = command(
         "verify",

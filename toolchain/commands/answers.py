@@ -258,6 +258,8 @@ def export(arguments: Namespace) -> Answer:
 def check(arguments: Namespace) -> Answer:
     from toolchain import check, hardware
     from toolchain.commands import acceptance
+    from toolchain.commands.deciding import Patience
+    from toolchain.commands.quality import QualityLimits
     from toolchain.files import write_atomic
     from toolchain.package import signature
     from toolchain.package.seal import write_seal
@@ -266,7 +268,20 @@ def check(arguments: Namespace) -> Answer:
     if arguments.sign_with and not arguments.seal:
         raise InputError("expected --seal beside --sign-with, got --sign-with alone", "add --seal: the report is what is signed")
     key = signature.secret_key(arguments.sign_with) if arguments.sign_with else None
-    checked = acceptance.check_package(Path(arguments.package), hardware.load(arguments.device), _limits(arguments))
+    limits = _limits(arguments) | ({"latency_p95_ms": arguments.latency_p95_ms} if arguments.latency_p95_ms is not None else {})
+    least, most = arguments.least_seconds, arguments.most_seconds
+    if not 0 <= least <= most < float("inf"):
+        raise InputError(f"expected 0 <= --least-seconds <= --most-seconds, got {least:g} and {most:g}")
+    read = tuple(_paths(arguments.text) or ())
+    quality = QualityLimits(read, arguments.max_perplexity_ratio, arguments.min_fidelity, arguments.reference or "")
+    checked = acceptance.check_package(
+        Path(arguments.package),
+        hardware.load(arguments.device),
+        limits,
+        Patience(least, most),
+        Path(arguments.baseline) if arguments.baseline else None,
+        quality,
+    )
     data = {"package": arguments.package, "device": arguments.device, **checked.to_json()}
     data["evidence"]["command"] = arguments.command_line
     if arguments.report:
@@ -317,6 +332,8 @@ def verify(arguments: Namespace) -> Answer:
         f"{name}: {value}" for name, value in ci.facts(seen.report).items() if name in ("device", "runtime", "workload", "date")
     ]
     text += f"\nsignature: {seen.signature}\n{table(rows, ['name', 'limit', 'measured', 'low', 'high', 'verdict', 'reason'])}\n"
+    if seen.as_sealed:
+        facts.append(f"as sealed, since its baseline or text is not here: {', '.join(seen.as_sealed)}")
     return Answer(data, "\n".join([text + "\n".join(facts), seen.verdict]), check.exit_code(seen.verdict))
 
 

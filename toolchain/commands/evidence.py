@@ -9,7 +9,6 @@ from typing import Any
 from toolchain import hardware
 from toolchain.package.manifest import Package
 from toolchain.profiler.ask import Host
-from toolchain.profiler.measure import Observation
 from toolchain.profiler.state import versions
 from toolchain.spec import Budget
 
@@ -17,22 +16,16 @@ FORMAT = "bittailor check 1"
 
 
 class Log:
-    """`Log(...)` before anything is measured, `saw` and `lap` after each measurement, `collected` at the end."""
+    """`Log(...)` before anything is measured, `lap` after each measurement, `collected` at the end."""
 
     def __init__(self, package: Package, host: Host, budget: Budget, typed: bool) -> None:
         """typed: the limits came from the command line, not from the manifest."""
         self._package, self._host, self._budget, self._typed = package, host, budget, typed
         self._date = datetime.now(UTC)
-        self._identity = host.identify()
+        self.identity = host.identify()
         self._before = host.state()
         self._seconds: dict[str, float] = {}
         self._last = time.monotonic()
-        self._seen: dict[str, Any] = {}
-
-    def saw(self, seen: Observation) -> None:
-        """Latencies and memory: what the reference took meanwhile, and how many windows were dropped."""
-        self._seen = {"reference_ns": dict(seen.reference_ns), "dropped_windows": seen.dropped}
-        self.lap(*seen.measurements)
 
     def lap(self, *resources: str) -> None:
         """What was done since the last lap was the measurement of these."""
@@ -42,8 +35,8 @@ class Log:
 
     def collected(self) -> dict[str, Any]:
         """{"format", "package_digest", "date" (UTC), "workload", "budget", "budget_from", "device", "runtime", "protocol", "versions" (of
-        this desk), "meter", "reference_ns", "dropped_windows", "state": {"before", "after"} of the device, "seconds"}."""
-        device, found = self._host.device, self._identity
+        this desk), "meter", "state": {"before", "after"} of the device, "seconds"}."""
+        device, found = self._host.device, self.identity
         meter, reason = hardware.meter(device, found.get("meters", {}))
         return {
             "format": FORMAT,
@@ -63,7 +56,6 @@ class Log:
             "protocol": found.get("protocol"),
             "versions": versions(),
             "meter": {"value": None, "reason": reason} if reason else {"value": meter},
-            **self._seen,
             "state": {"before": self._before, "after": self._host.state()},
             "seconds": self._seconds,
         }

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from toolchain import check, ci
@@ -24,7 +23,7 @@ from toolchain.package.manifest import Package, open_package
 from toolchain.package.seal import Seal, read_seal
 from toolchain.profiler.transports.replies import plain
 from toolchain.session import MODEL_FILES, open_session
-from toolchain.spec import Budget, Measurement, Verdict
+from toolchain.spec import Verdict
 
 _REMEDY = "type: bittailor check PACKAGE --seal"
 
@@ -40,6 +39,8 @@ class Verified:
     """ "yes", or why it was not tried."""
     signature: str
     """ "of KEY: comment", or why nobody knows."""
+    as_sealed: tuple[str, ...] = ()
+    """Limits that are taken as the report states them: what they were held against (a baseline, a text) is not in the package."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -49,6 +50,7 @@ class Verified:
             "loads": self.loads,
             "sealed": self.report is not None,
             "signature": self.signature,
+            "as_sealed": list(self.as_sealed),
             "report": self.report,
         }
 
@@ -65,8 +67,8 @@ def verify(directory: Path, public_key: str | None = None) -> Verified:
         if public_key:
             raise InputError(f"expected a signed {SEAL} in {directory}, found none", f"{_REMEDY} --sign-with minisign:KEY")
         return Verified(package, check.COULD_NOT_TELL, None, loads, "none: there is no sealed report")
-    verdict, report = _recomputed(package, seal)
-    return Verified(package, verdict, report, loads, _signature(seal, public_key))
+    verdict, taken, report = _recomputed(package, seal)
+    return Verified(package, verdict, report, loads, _signature(seal, public_key), taken)
 
 
 def _loads(package: Package) -> str:
@@ -84,28 +86,30 @@ def _signature(seal: Seal, public_key: str | None) -> str:
     return "none" if seal.signature is None else "there is one, not checked: type --public-key KEY"
 
 
-def _recomputed(package: Package, seal: Seal) -> tuple[str, Mapping[str, Any]]:
-    """(the verdict that the report's own trials give, if it is the one it states; the report). Raises DamagedFileError."""
+def _recomputed(package: Package, seal: Seal) -> tuple[str, tuple[str, ...], Mapping[str, Any]]:
+    """(the verdict that the report's own trials give, if it is the one it states; limits taken as stated; the report). Raises
+    DamagedFileError."""
     path = package.directory / SEAL
     try:
         report = plain(seal.report)
         _check_subject(package, report)
         stated = [_stated(row) for row in report["limits"]]
-        held = _rejudged(package, report)
+        held = acceptance.judged_again(package, report)
         for verdict in held:
             if verdict not in stated:
                 said = next((row.verdict for row in stated if row.name == verdict.name), "nothing")
                 gives = f"{verdict.name}: its trials give {verdict.verdict!r}"
                 raise ValueError(f"{gives}, it says {said!r}" if said != verdict.verdict else f"{gives}, with other bounds")
         names = {verdict.name for verdict in held}
-        found = check.overall([*held, *(row for row in stated if row.name not in names)])
+        taken = tuple(row for row in stated if row.name not in names)
+        found = check.overall([*held, *taken])
         if report["verdict"] != found:
             raise ValueError(f"verdict {report['verdict']!r}, its limits give {found!r}")
         _ = (ci.junit(report), ci.markdown(report))  # what cannot be shown is no report
-    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError, InputError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, InputError) as error:
         said = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise DamagedFileError(f"expected a report in {path} that its own trials bear out, got {said}", _REMEDY) from error
-    return found, report
+    return found, tuple(row.name for row in taken), report
 
 
 def _stated(row: Mapping[str, Any]) -> Verdict:
@@ -116,19 +120,6 @@ def _stated(row: Mapping[str, Any]) -> Verdict:
     if not (all(type(part) in (int, float) for part in numbers) and all(isinstance(part, str) for part in texts)):
         raise ValueError(f"{found.name!r} among its limits, which is none")
     return found
-
-
-def _rejudged(package: Package, report: Mapping[str, Any]) -> tuple[Verdict, ...]:
-    """One verdict per limit of the report's budget, from its raw trials, by the function that decided then. Raises ValueError, KeyError."""
-    evidence = report["evidence"]
-    budget = Budget.from_json(evidence["budget"])
-    measured = {str(name): _measurement(name, seen) for name, seen in report["measured"].items()}
-    slowness = {str(name): float(ratio) for name, ratio in report["slowness"].items()}
-    for name, ratio in slowness.items():
-        kind, then = package.reference_ns[name]
-        if ratio != evidence["reference_ns"][kind] / then:
-            raise ValueError(f"{name} {ratio} times slower, which its references do not give")
-    return acceptance.judged(budget, measured, slowness)
 
 
 def _check_subject(package: Package, report: Mapping[str, Any]) -> None:
@@ -146,11 +137,3 @@ def _check_subject(package: Package, report: Mapping[str, Any]) -> None:
         raise ValueError(f"provider {evidence['device']['provider']!r}, the manifest says {package.provider!r}")
     if report["predicted"] != package.data["predicted"]:
         raise ValueError("another prediction than the manifest's")
-
-
-def _measurement(name: str, seen: Mapping[str, Any]) -> Measurement:
-    """Raises ValueError for a value that is not its trials' median, TypeError for what is no measurement."""
-    found = Measurement(**{**seen, "trials": tuple(map(float, seen["trials"]))})
-    if found.value is not None and (found.n != len(found.trials) or found.value != median(found.trials)):
-        raise ValueError(f"{name} {found.value} of {found.n} trials, which the {len(found.trials)} in it do not give")
-    return found

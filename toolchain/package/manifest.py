@@ -21,7 +21,7 @@ from toolchain.package.graphs import check_graphs
 from toolchain.package.integrity import MANIFEST as FILE_NAME
 from toolchain.package.integrity import REMEDY, YAML_TAIL, check_files, check_names, read_bounded
 from toolchain.session import MODEL_FILES
-from toolchain.spec import CPU, WORKS, Budget, Policy, Unit, Workload
+from toolchain.spec import CPU, FINER, WORKS, Budget, Policy, Unit, Workload
 
 FORMAT = "bittailor package 2"
 
@@ -78,7 +78,7 @@ class Package:
         found = self.data.get("reference_ns") or {}
         try:
             times = {name: (work, float(time)) for name, times in found.items() for work, time in times.items()}
-            right = all(work in WORKS and 0 < time < math.inf for work, time in times.values())
+            right = all(work in (*WORKS, *FINER.values()) and 0 < time < math.inf for work, time in times.values())
         except (AttributeError, TypeError, ValueError):
             right = False
         if not right:

@@ -73,9 +73,11 @@ class Host:
         # With a name of its own: an answer that waits there from an hour ago is no state of now.
         return self._ask({"action": "state", "sysfs": SYSFS, "moment": uuid.uuid4().hex})
 
-    def time(self, subjects: Sequence[dict[str, Any]], windows: int) -> dict[str, Any]:
-        """{"trials": {name: [{phase_ns}]}, "reference_ns": {work: [...]}, "dropped", "valid"}, all subjects in rotation in one process."""
-        return self._ask({"action": "time", "threads": self.threads, "subjects": list(subjects), "windows": windows})
+    def time(self, subjects: Sequence[dict[str, Any]], windows: int, quantile: float = 0.0, first: bool = False) -> dict[str, Any]:
+        """{"trials": {name: [{phase_ns}]}, "reference_ns": {work: [...]}, "dropped", "valid", "niceness"}, all subjects in rotation in one
+        process; with a quantile of single runs {"quantiles": {name: {phase_ns}}} too. first: before others, where the system lets it."""
+        wanted = {"windows": windows, **({"quantile": quantile} if quantile else {}), **({"precedence": True} if first else {})}
+        return self._ask({"action": "time", "threads": self.threads, "subjects": list(subjects), **wanted})
 
     def energy(self, subjects: Sequence[dict[str, Any]], meter: str, windows: int, window_s: float = 0.0) -> dict[str, Any]:
         """{"reason", "meter", "step_s", "window_s", "idle_mw", "measured": {name: {phase: trials}}} as `energy.measure` says; of a meter
