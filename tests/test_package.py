@@ -9,6 +9,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -159,6 +160,17 @@ def test_kill_9_during_export_leaves_the_old_package_and_the_next_export_sweeps(
     assert cli(*words).code == 0
     assert not list(tmp_path.glob(".out.*.tmp"))
     assert set(open_package(old).policy.values()) == {"w2g32"}
+
+
+def test_a_package_is_told_the_finest_reference_that_its_table_has(models: Any, graphs: Any, tmp_path: Path, cli: Cli) -> None:
+    from small_tables import complete_table, header_here
+
+    times = {**header_here().reference_ns, "model tokens": 2e5, "model token": 3e5}
+    table = complete_table(graphs("bert"), header=replace(header_here(), reference_ns=times))
+    table.save(tmp_path / "profiles" / "local" / "table.jsonl")
+    words = ("export", models("bert"), "--policy", "w4g32", "--profiles", tmp_path / "profiles", "--out", tmp_path / "out")
+    assert cli(*words).code == 0
+    assert open_package(tmp_path / "out").reference_ns == {"latency_ms": ("model tokens", 2e5)}
 
 
 # ---- damage
