@@ -48,6 +48,8 @@ OTHERS = {"large": ("fp32", 4096, 2, 1), "launches": ("chain", 256, 64, 1), "bar
 wait for each other and do next to nothing, as a small decoder's do: where a neighbour slowed the CPU that launches them, a step took 1.6
 times as long, one small product alone 1.35 times. bare: what a process with a runtime and nothing in it weighs."""
 CHOSEN = ("small", "float", "int8")
+STEP = "step"
+"""Two blocks of a small model, one token: what `check` brings small models to one speed by."""
 KERNELS = ("w8g128", "w4g32", "w8a8")
 BLOCK = 25
 
@@ -91,11 +93,51 @@ def graph(form: str, width: int, products: int) -> onnx.ModelProto:
     return helper.make_model(body, opset_imports=versions, ir_version=10, producer_name="bittailor")
 
 
+def step_graph(blocks: int = 2, width: int = 256, inner: int = 768) -> onnx.ModelProto:
+    """A chain as a decoder's step is one: norm, two 4-bit products, sum, two more, gate, product, sum. Weights as in `graph`."""
+    nodes, constants = [], []
+
+    def constant(name: str, dtype: int, shape: list[int], value: float) -> str:
+        constants.append(helper.make_tensor(f"{name}.shape", TensorProto.INT64, [len(shape)], shape))
+        tensor = helper.make_tensor("value", dtype, [1], [value])
+        nodes.append(helper.make_node("ConstantOfShape", [f"{name}.shape"], [name], value=tensor))
+        return name
+
+    def product(x: str, inputs: int, outputs: int, name: str, turn: int) -> str:
+        codes = constant(f"{name}.codes", TensorProto.UINT8, [outputs, inputs // 32, 16], turn + 17)
+        scales = constant(f"{name}.scales", TensorProto.FLOAT, [outputs * inputs // 32], 0.001 * (turn + 1))
+        sizes = {"K": inputs, "N": outputs, "bits": 4, "block_size": 32, "accuracy_level": 4}
+        nodes.append(helper.make_node("MatMulNBits", [x, codes, scales], [name], domain="com.microsoft", **sizes))
+        return name
+
+    def plain(op: str, inputs: list[str], name: str) -> str:
+        nodes.append(helper.make_node(op, inputs, [name]))
+        return name
+
+    x = "x"
+    for block in range(blocks):
+        gain = constant(f"{block}.gain", TensorProto.FLOAT, [width], 1.0)
+        nodes.append(helper.make_node("SimplifiedLayerNormalization", [x, gain], [f"{block}.norm"], axis=-1, epsilon=1e-5))
+        first = product(f"{block}.norm", width, width, f"{block}.first", block)
+        x = plain("Add", [x, product(first, width, width, f"{block}.second", block)], f"{block}.middle")
+        gate = plain("Sigmoid", [product(x, width, inner, f"{block}.gate", block)], f"{block}.open")
+        gated = plain("Mul", [gate, product(x, width, inner, f"{block}.up", block + 1)], f"{block}.gated")
+        x = plain("Add", [x, product(gated, inner, width, f"{block}.down", block)], f"{block}.out")
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["M", width]) for name in ("x", x)]
+    body = helper.make_graph(nodes, "step", ends[:1], ends[1:], constants)
+    versions = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(body, opset_imports=versions, ir_version=10, producer_name="bittailor")
+
+
 def written(name: str, folder: Path) -> Path:
     """The candidate's graph as a folder's model.onnx."""
-    form, width, products, _ = {**CANDIDATES, **OTHERS}[name]
     folder.mkdir(exist_ok=True)
-    (folder / "model.onnx").write_bytes(graph(form, width, products).SerializeToString())
+    if name == STEP:
+        model = step_graph()
+    else:
+        form, width, products, _ = {**CANDIDATES, **OTHERS}[name]
+        model = graph(form, width, products)
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
     return folder
 
 
@@ -107,7 +149,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
     if arguments.write:
-        for name in (*CHOSEN, *OTHERS):
+        for name in (*CHOSEN, *OTHERS, STEP):
             written(name, GRAPHS / name)
         return
     seen: dict[str, list[float]] = {}
@@ -115,7 +157,7 @@ def main() -> None:
         graphs = {model: stack.enter_context(opened(model)).graph for model in arguments.models}
         onnxruntime.set_global_thread_pool_sizes(arguments.threads, 1)  # only now: building a graph opens sessions of its own
         subjects: dict[str, Subject] = {}
-        for name, (*_, tokens) in CANDIDATES.items():
+        for name, tokens in {**{name: tokens for name, (*_, tokens) in CANDIDATES.items()}, STEP: 1}.items():
             described = {"folder": written(name, Path(folder) / name), "tokens": tokens, "rows": 1}
             subjects[name] = Unit(described, arguments.threads, shared_pool=True)
         for (model, source), kernel in itertools.product(graphs.items(), KERNELS):
@@ -128,9 +170,9 @@ def main() -> None:
         end = time.monotonic() + arguments.seconds
         while time.monotonic() < end:
             for name, what in subjects.items():
-                trials = [what.trial() for _ in range(5 if name in CANDIDATES else 1)]
+                trials = [what.trial() for _ in range(5 if name in (*CANDIDATES, STEP) else 1)]
                 for phase in trials[0]:
-                    seen.setdefault(name if name in CANDIDATES else f"{name} {phase}", []).append(
+                    seen.setdefault(name if name in (*CANDIDATES, STEP) else f"{name} {phase}", []).append(
                         median(trial[phase] for trial in trials)
                     )
             print(f"{len(next(iter(seen.values())))} rounds", end="\r", file=sys.stderr)
@@ -140,12 +182,12 @@ def main() -> None:
 def show(seen: dict[str, list[float]]) -> None:
     rounds = len(next(iter(seen.values()))) // BLOCK * BLOCK
     logs = {name: np.median(np.log(times[:rounds]).reshape(-1, BLOCK), axis=1) for name, times in seen.items()}
-    models = [name for name in logs if name not in CANDIDATES]
+    models = [name for name in logs if name not in (*CANDIDATES, STEP)]
     works = {
         "decode": [name for name in models if "decode" in name],
         "several tokens": [name for name in models if "decode" not in name],
     }
-    pairs = [(name,) for name in CANDIDATES] + list(itertools.combinations(CHOSEN, 2))
+    pairs = [(name,) for name in (*CANDIDATES, STEP)] + list(itertools.combinations(CHOSEN, 2))
     print(f"{rounds // BLOCK} blocks of {BLOCK} rounds; standard deviation of log(time)")
     print(f"| model | alone | {' | '.join('/ ' + ' × '.join(pair) for pair in pairs)} |\n|---" + "|---" * (len(pairs) + 1) + "|")
     for name in models:

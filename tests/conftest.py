@@ -121,6 +121,40 @@ def graphs(models: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
     return get
 
 
+@pytest.fixture(scope="session")
+def packages(models: Any, graphs: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`packages("qwen2")` → its w4g32 package, cut with a made-up table. Shared: copy it before changing it."""
+    from small_tables import complete_table
+
+    from toolchain.cli import main
+
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            place = tmp_path_factory.mktemp("package")
+            complete_table(graphs(name)).save(place / "profiles" / "local" / "table.jsonl")
+            words = [
+                "export",
+                models(name),
+                "--policy",
+                "w4g32",
+                "--profiles",
+                place / "profiles",
+                "--out",
+                place / "out",
+                "--json",
+            ]
+            out = io.StringIO()
+            with contextlib.redirect_stdout(out):
+                assert main([str(word) for word in words]) == 0
+            (place / "said.json").write_text(out.getvalue())
+            made[name] = place / "out"
+        return made[name]
+
+    return get
+
+
 TINY_BERT = {"intermediate_size": 64, "num_hidden_layers": 1}
 """Changes that leave BERT two unit shapes, so that profiling it takes seconds."""
 
@@ -145,15 +179,27 @@ def made_up_table(tmp_path: Path) -> Callable[[Graph], Path]:
 
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> FastHost:
-    """No agent is started: measurements are made up (`fast_host.py`)."""
+    """No agent is started but to say who it is: measurements are made up (`fast_host.py`)."""
     from toolchain.profiler import model_rows
 
     made = FastHost()
     monkeypatch.setattr(model_rows, "MIXED", FEWER_MIXED)  # the policies of `profiled`
     monkeypatch.setattr(Host, "time", lambda self, *words: made.time(self, *words))
+    monkeypatch.setattr(Host, "identify", _once)
     monkeypatch.setattr(Host, "peak", lambda self, subject: made.peak(self, subject))
     monkeypatch.setattr(Host, "energy", lambda self, *words: made.energy(self, *words))
     return made
+
+
+_known: dict[Any, dict[str, Any]] = {}
+
+
+def _once(host: Host, ask_agent: Callable[[Host], dict[str, Any]] = Host.identify) -> dict[str, Any]:
+    """What the agent really says, asked once per device and place of meters: each time takes a process."""
+    key = (host.device, ask.SYSFS)
+    if key not in _known:
+        _known[key] = ask_agent(host)
+    return _known[key]
 
 
 def listing(folder: Path) -> set[str]:
@@ -192,6 +238,8 @@ FEWER_MIXED = 2
 """Mixed policies measured in tests: each is another process to start."""
 FEWER_WINDOWS = 5
 """Trials per row in tests: the fewest that the protocol calls valid. On a busy machine every one saved is seconds."""
+FEWER_PROCESSES = (3,)
+"""After how many processes a check that really measures looks in tests: once, after the fewest that tell anything."""
 
 
 @pytest.fixture(scope="session")

@@ -198,7 +198,7 @@ def asked_for_energy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callabl
     tree = write(tmp_path, {**package(0, 0), **{f"class/hwmon/hwmon0/{name}": content for name, content in sensor.items()}})
     monkeypatch.setitem(sys.modules, "pynvml", _driver(lambda handle: 0))
     monkeypatch.setattr("onnxruntime.set_global_thread_pool_sizes", lambda *sizes: None)
-    monkeypatch.setattr(agent, "_settle", lambda: None)
+    monkeypatch.setattr(agent, "_settle", lambda *_: None)
     monkeypatch.setattr(agent, "References", lambda *words: Nothing())
     monkeypatch.setattr(agent.os, "cpu_count", lambda: 16)
     monkeypatch.setitem(agent.SUBJECTS, "nothing", lambda *words: Nothing())

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import FEWER_WINDOWS, copied, environment
+from conftest import FEWER_PROCESSES, copied, environment
 from fast_host import FastHost
 from tiny_graphs import POCKET
 
@@ -22,7 +22,7 @@ import torch
 from numerics import greedy, source_tokens
 from random_models import HIDDEN, TIED_T5, VOCABULARY, random_model
 
-from toolchain.commands import acceptance
+from toolchain.commands import deciding
 from toolchain.costs.operations import flops, tokens_in_flight
 from toolchain.errors import InputError
 from toolchain.graph.external import DATA_NAME
@@ -186,8 +186,7 @@ def test_the_agent_runs_a_package(package: Path) -> None:
 
 @pytest.mark.slow  # waits for a quiet machine
 def test_check_measures_an_encoder_decoder(package: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = acceptance.measure_package
-    monkeypatch.setattr(acceptance, "measure_package", lambda *words: real(*words, windows=FEWER_WINDOWS))
+    monkeypatch.setattr(deciding, "LOOKS", FEWER_PROCESSES)
     result = cli("check", package, "--memory-mb", "500", "--latency-ms", "1000", "--json")
     found = {verdict["name"]: verdict["verdict"] for verdict in result.json["limits"]}
     assert found["peak_memory_bytes"] == "within"

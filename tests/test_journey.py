@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FEWER_MIXED, FEWER_WINDOWS, Profiled
+from conftest import FEWER_MIXED, FEWER_PROCESSES, FEWER_WINDOWS, Profiled
 from random_models import CONTEXT, VOCABULARY
 
-from toolchain.commands import acceptance
+from toolchain.commands import deciding
 from toolchain.package.manifest import open_package
 from toolchain.profiler import model_rows, unit_rows
 
@@ -21,12 +21,11 @@ ESTIMATES = ("latency_ms", "first_token_ms", "peak_memory_bytes", "package_bytes
 
 @pytest.fixture
 def few_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = acceptance.measure_package
     monkeypatch.setattr(unit_rows, "WINDOWS", FEWER_WINDOWS)
     monkeypatch.setattr(model_rows, "WINDOWS", FEWER_WINDOWS)
     monkeypatch.setattr(model_rows, "SESSIONS", 1)
     monkeypatch.setattr(model_rows, "MIXED", FEWER_MIXED)
-    monkeypatch.setattr(acceptance, "measure_package", lambda *words: real(*words, windows=FEWER_WINDOWS))
+    monkeypatch.setattr(deciding, "LOOKS", FEWER_PROCESSES)
 
 
 def _after_profile(cli: Cli, model: Path, profiles: Path, out: Path) -> None:

@@ -24,7 +24,7 @@ from toolchain.profiler import model_rows
 from toolchain.profiler.ask import Host
 from toolchain.profiler.measure import summarise
 from toolchain.profiler.profile import _adding, current_header
-from toolchain.spec import TOKENS, WORKS, Unit, Workload
+from toolchain.spec import FINER, TOKENS, WORKS, Unit, Workload
 
 SHAPES = (Unit("embedding", "Gather", 64, 512, side="source"), Unit("linear", "MatMul", 64, 64, side="source"))
 """What a one-layer BERT of width 64 is made of."""
@@ -71,7 +71,7 @@ def test_profile_fills_the_table(profiled: Profiled) -> None:
     assert said["invalid"] == invalid
     assert profiled.result.code == (3 if invalid else 0)
     # The measure of all later rows is taken from an undisturbed job only: on a machine that was never quiet there is none yet.
-    assert set(table.header.reference_ns) == set(WORKS) or invalid
+    assert set(table.header.reference_ns) == {*WORKS, *FINER.values()} or invalid
 
 
 def test_profile_writes_the_budgets_it_derives(profiled: Profiled) -> None:

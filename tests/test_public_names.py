@@ -1,6 +1,6 @@
 import inspect
 
-from toolchain import check, errors, evaluate, hardware, spec
+from toolchain import check, ci, errors, evaluate, hardware, spec
 
 
 def test_public_names():
@@ -8,7 +8,8 @@ def test_public_names():
         return " ".join(sorted(name for name, it in vars(module).items() if inspect.getmodule(it) is module and name[0] != "_"))
 
     assert names(spec) == "Budget Cost Device Estimate Kernel Measurement Phase Policy Unit Verdict Workload"
-    assert names(check) == "decide exit_code junit median_interval overall"
+    assert names(check) == "decide exit_code hold_latency hold_peak_ratio hold_ratio median_interval overall"
+    assert names(ci) == "append facts junit markdown"
     assert names(hardware).startswith(
         "Availability has_provider list_devices load meter named_budget reachable read_budget shipped"
     )

@@ -1,22 +1,39 @@
-"""Measurements held against a budget: a verdict per limit, one over all, as exit code and as JUnit. Cannot measure.
+"""Measurements held against a budget: a verdict per limit, one over all, as exit code. Cannot measure.
 
 The verdict is about the median of a resource, and the trials only tell where the median lies. So each limit is held against a 95%
 confidence interval: within if all of it is at or below the limit, over if all of it is above, else "could not tell".
+
+Latency is held against processes instead (`hold_latency`), look by look, with one-sided bounds from `blocks.py`: however often it is
+looked, at most ALPHA of all checks say "within" of a package that is over, and as many "over" of one that is within.
 """
 
 from __future__ import annotations
 
 import math
-import re
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
+from toolchain.blocks import Block, bounds, closest, middle, ratio_bounds, spent
 from toolchain.errors import InputError
-from toolchain.spec import Budget, Measurement, Verdict
+from toolchain.spec import FINER, WORKS, Budget, Measurement, Verdict
 
 WITHIN, OVER, COULD_NOT_TELL = "within", "over", "could not tell"
 CONFIDENCE = 0.95
 _TAILS = round(2 / (1 - CONFIDENCE))
+ALPHA = 0.01
+"""How often a check may call a package within that is over, or over that is within, all its looks together."""
+
+LEAST_BLOCKS = 3
+"""Fewer processes than this tell nothing of how processes differ."""
+
+REGRESSED, NOTICED = 1.02, 1.08
+FLAGGED, MISSED = 0.05, 0.01
+"""A regression: surely more than 2% slower than the baseline, since two checks of one package differ by as much anyway. None: surely less
+than 8%. In between, what is found first (an indifference zone, Wald 1947). How often either may err, all looks together: a flag at
+2%, of what is no slower hardly ever; 8% missed."""
+
+HEAVIER = 1.03
+BUSY = "other processes used the CPU during the trials"
 _EXIT_CODES = {WITHIN: 0, OVER: 1, COULD_NOT_TELL: 3}
 
 _PEAKS = frozenset({"peak_memory_bytes"})  # the limit is on the worst process, not on the typical one
@@ -34,6 +51,68 @@ def decide(budget: Budget, measurements: Mapping[str, Measurement]) -> list[Verd
     trial (several fresh processes: the limit is on the peak), compute by its count, latency and energy by `median_interval`.
     """
     return [_hold(name, limit, measurements.get(name)) for name, limit in budget.limits.items()]
+
+
+def hold_latency(name: str, limit: float, blocks: Sequence[Block], look: int, speed: tuple[str, float] | None = None) -> Verdict:
+    """The look-th look at one latency (ms) of a package: the middle of its processes, with one-sided bounds, against the limit.
+
+    speed: (kind of work, its reference's ns): every window is brought to the speed at which that reference takes so long. Processes that
+    others disturbed count only where fewer than LEAST_BLOCKS are clean, and then can keep the limit but not break it: others on the CPU
+    only make a package slower.
+    """
+    clean = [block for block in blocks if block.valid]
+    disturbed = len(clean) < LEAST_BLOCKS
+    used = list(blocks) if disturbed else clean
+    if name == "latency_p95_ms" and (few := [block for block in used if block.p95_ms is None]):
+        reason = f"{len(few)} of {len(used)} processes had too few single runs for a 95th percentile"
+        return Verdict(name, limit, None, None, None, COULD_NOT_TELL, reason)
+    if len(used) < LEAST_BLOCKS:
+        return Verdict(
+            name, limit, None, None, None, COULD_NOT_TELL, f"{len(used)} processes were timed, {LEAST_BLOCKS} are the least"
+        )
+    levels = [block.level_ms(name, *(speed or ())) for block in used]
+    low, high = bounds(levels, spent(ALPHA, look))
+    if high <= limit:
+        return Verdict(name, limit, middle(levels), low, high, WITHIN, f"although {BUSY}" if disturbed else "")
+    if disturbed:
+        return Verdict(name, limit, middle(levels), low, high, COULD_NOT_TELL, BUSY)
+    if low > limit:
+        return Verdict(name, limit, middle(levels), low, high, OVER)
+    reason = f"the limit lies between the bounds of {len(used)} processes; leave more room, or measure longer: --most-seconds"
+    return Verdict(name, limit, middle(levels), low, high, COULD_NOT_TELL, reason)
+
+
+def hold_ratio(name: str, now: Sequence[Block], then: Sequence[Block], look: int, works: Sequence[str] = ()) -> Verdict:
+    """The look-th look at how much slower a latency is than in a baseline's processes, each at the speed of its own references.
+
+    works: the kinds of work whose references may serve; none: all. Of those the closest is taken (`blocks.closest`). Over: surely more than
+    REGRESSED. Within: surely less than NOTICED.
+    """
+    verdict = Verdict(f"{name} / baseline", REGRESSED, None, None, None, COULD_NOT_TELL)
+    sides = [[block for block in side if block.valid and name in block.trials] for side in (now, then)]
+    if min(map(len, sides)) < LEAST_BLOCKS:
+        few = f"{len(sides[0])} undisturbed processes now, {len(sides[1])} in the baseline; {LEAST_BLOCKS} are the least"
+        return replace(verdict, reason=few)
+    work = closest(sides[0], sides[1], name, works or (*WORKS, *FINER.values()))
+    new, old = ([block.level_ms(name, work, 1.0) if work else block.level_ms(name) for block in side] for side in sides)
+    ratio, low, high = ratio_bounds(new, old, spent(FLAGGED, look), spent(MISSED, look))
+    by = f"each over its reference for one {work}" if work else "as measured, since there is no common reference"
+    seen = replace(verdict, measured=ratio, low=low, high=high)
+    if low > REGRESSED:
+        return replace(seen, verdict=OVER, reason=f"a regression: {(ratio - 1):+.1%} against the baseline, {by}")
+    if high < NOTICED:
+        return replace(seen, verdict=WITHIN, reason=f"no regression of {NOTICED - 1:.0%} or more, {by}")
+    return replace(seen, reason=f"{(ratio - 1):+.1%}, but {(low - 1):+.1%} to {(high - 1):+.1%} are possible; measure both longer")
+
+
+def hold_peak_ratio(now: Measurement, then: Sequence[float]) -> Verdict:
+    """The largest process's memory against the baseline's largest: a rise of more than HEAVIER is one. Of one package they were
+    seen to differ by 1%."""
+    name = "peak_memory_bytes / baseline"
+    if not now.trials or not then:
+        return Verdict(name, HEAVIER, None, None, None, COULD_NOT_TELL, "memory was not measured in both")
+    ratio = max(now.trials) / max(then)
+    return Verdict(name, HEAVIER, ratio, ratio, ratio, OVER if ratio > HEAVIER else WITHIN)
 
 
 def median_interval(trials: Sequence[float]) -> tuple[float, float]:
@@ -75,28 +154,6 @@ def exit_code(verdict: str) -> int:
     return _EXIT_CODES[verdict]
 
 
-def junit(verdicts: Sequence[Verdict], name: str) -> str:
-    """A JUnit report: one test case per limit; over is a failure, "could not tell" an error, so that a gate on either stops."""
-    verdicts = list(verdicts)
-    suite = ElementTree.Element(
-        "testsuite",
-        name=_clean(name),
-        tests=str(len(verdicts)),
-        failures=str(sum(verdict.verdict == OVER for verdict in verdicts)),
-        errors=str(sum(verdict.verdict == COULD_NOT_TELL for verdict in verdicts)),
-    )
-    for verdict in verdicts:
-        case = ElementTree.SubElement(suite, "testcase", classname=_clean(name), name=_clean(verdict.name))
-        measured = "nothing" if verdict.measured is None else f"{verdict.measured:.6g}"
-        interval = "" if verdict.low is None else f" [{verdict.low:.6g}, {verdict.high:.6g}]"
-        line = _clean(f"{verdict.verdict}: measured {measured}{interval}, limit {verdict.limit:.6g}. {verdict.reason}".rstrip(". "))
-        if verdict.verdict == WITHIN:
-            ElementTree.SubElement(case, "system-out").text = line
-        else:
-            ElementTree.SubElement(case, "failure" if verdict.verdict == OVER else "error", message=line)
-    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(suite, encoding="unicode") + "\n"
-
-
 def _hold(name: str, limit: float, measurement: Measurement | None) -> Verdict:
     if measurement is None or measurement.value is None:
         reason = (measurement.reason if measurement else "") or "not measured"
@@ -121,8 +178,3 @@ def _hold(name: str, limit: float, measurement: Measurement | None) -> Verdict:
         return Verdict(name, limit, value, low, high, OVER)
     reason = f"the limit lies inside the interval of {len(trials)} trials; take more on a quieter machine, or leave more room"
     return Verdict(name, limit, value, low, high, COULD_NOT_TELL, reason)
-
-
-def _clean(text: str) -> str:
-    """Without the characters that XML 1.0 cannot hold, escaped or not."""
-    return re.sub("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text)

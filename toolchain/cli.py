@@ -10,6 +10,7 @@ import argparse
 import errno
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -64,6 +65,10 @@ def _parser() -> argparse.ArgumentParser:
     def limits(sub: argparse.ArgumentParser) -> None:
         for name in ("latency-ms", "first-token-ms", "memory-mb", "energy-mj", "gflop"):
             sub.add_argument(f"--{name}", type=float, metavar="X", help="limit for one inference")
+
+    def in_ci(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--junit", metavar="FILE", help="also write the verdicts as JUnit XML")
+        sub.add_argument("--summary", metavar="FILE", help="also add the verdicts to this file, as Markdown")
 
     sub = command(
         "devices", answers.devices, "what hardware/ describes, what is reachable, which meter it has", "bittailor devices"
@@ -157,8 +162,44 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("package", metavar="PACKAGE")
     sub.add_argument("--device", default="local")
-    sub.add_argument("--junit", metavar="FILE", help="also write the verdicts as JUnit XML")
+    sub.add_argument("--report", metavar="FILE", help="also write what --json prints to this file")
+    in_ci(sub)
+    sub.add_argument("--seal", action="store_true", help="put the report into the package, for `bittailor verify`")
+    sub.add_argument("--sign-with", metavar="minisign:KEY", help="sign the sealed report with this secret key of minisign")
     limits(sub)
+    sub.add_argument(
+        "--latency-p95-ms", type=float, metavar="X", help="limit for the 95th percentile of single tokens or inferences"
+    )
+    sub.add_argument(
+        "--baseline", metavar="REPORT", help="what check --json said before: a regression beyond the noise fails the check too"
+    )
+    sub.add_argument(
+        "--max-perplexity-ratio", type=float, metavar="R", help="a decoder's perplexity over its fp32 model's, on --text"
+    )
+    sub.add_argument("--min-fidelity", type=float, metavar="F", help="an encoder's mean cosine to its fp32 model, on --text")
+    sub.add_argument("--text", nargs="+", metavar="FILE", help="what quality is measured on")
+    sub.add_argument(
+        "--reference",
+        metavar="MODEL",
+        help="what quality is compared with: a model, an fp32 package or a graph/ folder (default: the package's source)",
+    )
+    sub.add_argument(
+        "--most-seconds", type=float, default=120.0, metavar="S", help='then what is open is "could not tell" (default: 120)'
+    )
+    sub.add_argument(
+        "--least-seconds", type=float, default=0.0, metavar="S", help="time at least so long: for a report that is to be a baseline"
+    )
+
+    sub = command(
+        "verify",
+        answers.verify,
+        "check a package's files and its sealed report again, without a device: exit codes as check's",
+        "bittailor verify package",
+    )
+    sub.add_argument("package", metavar="PACKAGE")
+    sub.add_argument("--digest", action="store_true", help="check the files alone and print the package's digest")
+    sub.add_argument("--public-key", metavar="KEY|FILE", help="the report must be signed by this key of minisign")
+    in_ci(sub)
 
     example = "bittailor evaluate package --text heldout.txt"
     sub = command("evaluate", answers.evaluate, "perplexity of a decoder, or an encoder's fidelity to fp32", example)
@@ -186,7 +227,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Never lets a traceback out for what a user can mend."""
-    parsed = _parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parsed = _parser().parse_args(words)
+    parsed.command_line = shlex.join(["bittailor", *words])
     try:
         answer = parsed.run(parsed)
         if os.environ.get("RANK", "0") == "0":  # of several processes that train as one, the first one answers

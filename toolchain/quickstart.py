@@ -17,6 +17,7 @@ import numpy as np
 
 from toolchain.check import COULD_NOT_TELL, OVER, WITHIN
 from toolchain.commands import acceptance, choosing, workflow
+from toolchain.commands.deciding import Patience
 from toolchain.commands.training import train_supernet
 from toolchain.evaluate.perplexity import perplexity
 from toolchain.files import scratch, write_atomic
@@ -33,6 +34,7 @@ from toolchain.spec import Device, Policy
 from toolchain.supernet.store import SupernetFolder
 
 STEPS = 200
+PATIENCE = Patience(most_s=60)
 TRIES = 3
 """How often a package is measured again while the verdict is "could not tell" because others used the CPU."""
 
@@ -124,7 +126,7 @@ def _full_precision(source: workflow.Source, costs: workflow.Costs, device: Devi
 
 def _patient_check(package: Path, device: Device) -> acceptance.Checked:
     for attempt in range(TRIES):
-        checked = acceptance.check_package(package, device, {})
+        checked = acceptance.check_package(package, device, {}, PATIENCE)
         if checked.verdict != COULD_NOT_TELL or attempt == TRIES - 1:
             break
         note(f"{package.name}: could not tell (the machine was busy or slower than before); measuring again")

@@ -18,13 +18,16 @@ RESOURCES = ("peak_memory_bytes", "compute_flop", "latency_ms", "energy_mj")
 LIMITS = (*RESOURCES, "first_token_ms")
 """What a budget may limit: the time to the first token of a decoder has no place in the encoding."""
 
+CHECKED = (*LIMITS, "latency_p95_ms")
+"""What `check` may hold besides: the 95th percentile of single runs is measured only, nothing predicts it."""
+
 DERIVED_BUDGETS = ("low", "medium", "high", "promise")
 """Names of budgets that come from a device's cost table, and so speak of the machine as it was when the table was measured."""
 
 _BUDGET_KEYS = {  # what people write in a budget file or on the command line → (resource, factor)
     "memory_mb": ("peak_memory_bytes", 1e6),
     "gflop": ("compute_flop", 1e9),
-    **{name: (name, 1.0) for name in LIMITS},
+    **{name: (name, 1.0) for name in CHECKED},
 }
 
 
@@ -110,6 +113,9 @@ TOKEN, STREAMED_TOKEN, TOKENS = "token", "streamed token", "tokens"
 WORKS = (TOKEN, STREAMED_TOKEN, TOKENS)
 """What bounds a run: one token whose weights lie in the cache, one token whose weights come from memory, several tokens. A machine whose
 neighbours are at work does not slow down alike at all three."""
+
+FINER = {TOKEN: "model token", TOKENS: "model tokens"}
+"""Kind of work → the reference that a small model follows more closely than that kind's own. Tables and devices of before have none."""
 
 
 @dataclass(frozen=True)
@@ -277,6 +283,11 @@ class Measurement:
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "trials": list(self.trials)}
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Measurement:
+        """What `to_json` gave. Raises KeyError, TypeError, ValueError for anything else."""
+        return cls(**{**data, "trials": tuple(map(float, data["trials"]))})
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -287,12 +298,13 @@ class Budget:
     latency_ms: float | None = None
     energy_mj: float | None = None
     first_token_ms: float | None = None
+    latency_p95_ms: float | None = None
     name: str = "custom"
 
     @property
     def limits(self) -> dict[str, float]:
-        """The limits that are set, in the order of LIMITS."""
-        return {name: value for name in LIMITS if (value := getattr(self, name)) is not None}
+        """The limits that are set, in the order of CHECKED."""
+        return {name: value for name in CHECKED if (value := getattr(self, name)) is not None}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], name: str = "custom") -> Budget:

@@ -5,18 +5,26 @@ Imports nothing of the training stack: this is what a device with onnxruntime an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from toolchain import check
+from toolchain.blocks import Block
+from toolchain.commands.baseline import Baseline
+from toolchain.commands.deciding import Decided, Patience, decide_in_looks
+from toolchain.commands.evidence import Log
+from toolchain.commands.quality import QualityLimits, hold_quality
 from toolchain.errors import InputError
 from toolchain.package.manifest import Package, open_package
 from toolchain.profiler.ask import Host
-from toolchain.profiler.measure import EnergyOfPackage, Observation, measure_energy, measure_package
+from toolchain.profiler.measure import EnergyOfPackage, measure_block, measure_energy, summarise, weigh_package
 from toolchain.progress import note
-from toolchain.spec import DERIVED_BUDGETS, Budget, Device, Measurement, Verdict
+from toolchain.spec import DERIVED_BUDGETS, FINER, Budget, Device, Measurement, Verdict
+
+_USUAL, _NO_QUALITY = Patience(), QualityLimits()
 
 SLOWER = 1.15
 """From this ratio of the reference kernel's time on, a broken latency limit may be the machine's doing."""
@@ -38,6 +46,14 @@ class Checked:
     running_bytes: float
     energy: EnergyOfPackage | None = None
     """How the energy came about; None where it was not measured."""
+    decided: Decided | None = None
+    """Every process that was timed, and after how many looks it was decided."""
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    """What was measured on: cpu, runtime, protocol, threads, provider. A baseline must agree in all of it, and in the workload."""
+    workload: str = ""
+    package: Package | None = None
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+    """What the numbers rest on besides (`evidence.Log`)."""
 
     @property
     def load_peak(self) -> str:
@@ -51,20 +67,30 @@ class Checked:
         return {
             "verdict": self.verdict,
             "limits": [verdict.to_json() for verdict in self.limits],
-            "measured": {
-                name: {key: value for key, value in seen.to_json().items() if key != "trials"}
-                for name, seen in self.measured.items()
-            },
+            "measured": {name: seen.to_json() for name, seen in self.measured.items()},
             "predicted": self.predicted,
             "slowness": dict(self.slowness),
             "running_bytes": self.running_bytes,
             "load_peak": self.load_peak or None,
             "energy": self.energy.to_json() if self.energy else None,
+            "machine": dict(self.machine),
+            "workload": self.workload,
+            "decision": self.decided.to_json() if self.decided else None,
+            "blocks": [block.to_json() for block in self.decided.blocks] if self.decided else [],
+            "evidence": dict(self.evidence),
         }
 
 
-def check_package(directory: Path, device: Device, limits: Mapping[str, float]) -> Checked:
-    """Measure a package on the device and hold it against its budget, or the limits given instead."""
+def check_package(
+    directory: Path,
+    device: Device,
+    limits: Mapping[str, float],
+    patience: Patience = _USUAL,
+    baseline: Path | None = None,
+    quality: QualityLimits = _NO_QUALITY,
+) -> Checked:
+    """Hold a package against its budget, or the limits given instead: quality and memory first, then its latency process by process until
+    each limit is decided (`deciding.py`). baseline: an earlier report that its latency and memory are compared with."""
     package = open_package(directory)
     if package.provider != device.provider:
         raise InputError(
@@ -72,59 +98,141 @@ def check_package(directory: Path, device: Device, limits: Mapping[str, float]) 
             f"type: bittailor export MODEL --device {device.name} --out PACKAGE",
         )
     budget = Budget.from_json(limits) if limits else package.budget
+    if budget is None and quality.given:
+        budget = Budget()
     if budget is None:
         raise InputError("expected a package with a budget or limits, got neither", "type for example: --latency-ms 20")
-    note(f"measuring {directory} for {package.workload}: some ten seconds{' and energy: minutes' if budget.energy_mj else ''}")
+    quality.refuse_nonsense(package)
+    earlier = Baseline.read(baseline) if baseline else None
     host = Host.of(device)
-    seen = measure_package(directory, package.workload, host, package.vocabulary)
-    energy_mj, energy = _energy(package, host, budget)
-    measurements = {**seen.measurements, **_counted(package), "energy_mj": energy_mj}
-    slowness = _slowness(package, seen, host) if not limits else {}
-    verdicts = tuple(
-        _judge(verdict, measurements, slowness.get(verdict.name), budget) for verdict in check.decide(budget, measurements)
+    log = Log(package, host, budget, typed=bool(limits))
+    machine = {name: log.identity[name] for name in ("cpu", "runtime", "protocol")}
+    machine |= {"threads": host.threads, "provider": device.provider}
+    if earlier:
+        earlier.refuse_others(machine, str(package.workload))
+    qualities = hold_quality(quality, package, elsewhere=not device.at_hand)
+    note(
+        f"measuring {directory} for {package.workload}: some twenty seconds, at most {patience.most_s:.0f}"
+        f"{'; and energy: minutes' if budget.energy_mj else ''}"
     )
-    return Checked(check.overall(verdicts), verdicts, measurements, package.data["predicted"], slowness, seen.running_bytes, energy)
+    what = (directory, package.workload, host, package.vocabulary)
+    log.lap("quality")
+    peak, running = weigh_package(*what)
+    log.lap("peak_memory_bytes")
+    speeds = _speeds(package, machine) if not limits else {}
+    decided = decide_in_looks(
+        lambda: measure_block(*what, tail=budget.latency_p95_ms is not None),
+        lambda blocks, look: _latencies(budget, blocks, look, speeds) + _against(earlier, blocks, look, package),
+        patience,
+    )
+    log.lap("latency_ms", "first_token_ms", "latency_p95_ms")
+    energy_mj, energy = _energy(package, host, budget)
+    log.lap("energy_mj")
+    measurements = {**_measured(decided.blocks), "peak_memory_bytes": peak, **_counted(package), "energy_mj": energy_mj}
+    verdicts = _in_order(budget, measurements, decided.verdicts) + qualities
+    if earlier:
+        verdicts.append(check.hold_peak_ratio(peak, earlier.peak_bytes))
+    slowness = {name: _slowness(decided.blocks, speed) for name, speed in speeds.items()}
+    return Checked(
+        check.overall(verdicts),
+        tuple(verdicts),
+        measurements,
+        package.data["predicted"],
+        slowness,
+        running,
+        energy,
+        decided,
+        machine,
+        str(package.workload),
+        package,
+        log.collected(),
+    )
 
 
-def _judge(verdict: Verdict, measurements: Mapping[str, Measurement], ratio: float | None, budget: Budget) -> Verdict:
-    """The verdict on a latency that the machine, not the package, may have broken. Others stay as they are.
+def _in_order(budget: Budget, measurements: Mapping[str, Measurement], timed: Sequence[Verdict]) -> list[Verdict]:
+    """The limits of a budget in its order, those on latency as they were timed; then what else was timed."""
+    found = {verdict.name: verdict for verdict in (*check.decide(budget, measurements), *timed)}
+    return [found.pop(name) for name in budget.limits] + list(found.values())
 
-    Disturbed trials that keep the limit all the same do keep it: others on the CPU only make a package slower. On a machine that runs
-    the reference for this kind of work slower than when it measured the table, a limit derived from that table is held at the table's
-    speed, and the verdict says so; an absolute limit that somebody set is held as measured, and when broken could not be told from the
-    machine's mood.
+
+def judged_again(package: Package, report: Mapping[str, Any]) -> tuple[Verdict, ...]:
+    """One verdict per limit of a report's budget, from its raw trials and processes at its last look. Raises ValueError where its
+    summaries are not theirs; KeyError, TypeError, InputError for what is no report."""
+    evidence = report["evidence"]
+    limits = {name: limit for name, limit in evidence["budget"].items() if name != "name"}
+    budget = Budget.from_json(evidence["budget"]) if limits else Budget()
+    blocks = tuple(map(Block.from_json, report["blocks"]))
+    measured = {str(name): Measurement.from_json(seen) for name, seen in report["measured"].items()}
+    for name, seen in _measured(blocks).items():
+        if measured[name] != seen:
+            raise ValueError(f"{name} {measured[name].value}, its processes give {seen.value}")
+    for name, seen in measured.items():
+        if seen.value is not None and (seen.n != len(seen.trials) or seen.value != median(seen.trials)):
+            raise ValueError(f"{name} {seen.value} of {seen.n} trials, which the {len(seen.trials)} in it do not give")
+    speeds = _speeds(package, report["machine"]) if evidence["budget_from"] == "manifest" else {}
+    slowness = {name: _slowness(blocks, speed) for name, speed in speeds.items()}
+    if report["slowness"] != slowness:
+        raise ValueError(f"slowness {report['slowness']}, its references give {slowness}")
+    return tuple(_in_order(budget, measured, _latencies(budget, blocks, int(report["decision"]["looks"]), speeds)))
+
+
+def _latencies(budget: Budget, blocks: Sequence[Block], look: int, speeds: Mapping[str, tuple[str, float]]) -> list[Verdict]:
+    """The look-th look at each limit on latency.
+
+    A limit that was derived from the device's cost table speaks of the machine as it was then: it is held at that speed, and the verdict
+    says so. A limit that somebody set is held as measured, and when broken while the machine runs slower than for the table it could not
+    be told from the machine's mood.
     """
-    seen = measurements.get(verdict.name)
-    if (
-        verdict.name not in ("latency_ms", "first_token_ms")
-        or verdict.verdict == check.WITHIN
-        or seen is None
-        or len(seen.trials) < 2
-    ):
-        return verdict
-    low, high = check.median_interval(seen.trials)
-    if not seen.valid:
-        if high > verdict.limit:
-            return verdict
-        return replace(verdict, low=low, high=high, verdict=check.WITHIN, reason=f"although {seen.reason}")
-    if ratio is None or ratio < SLOWER:
-        return verdict
-    slower = f"the machine runs its reference {ratio:.2f} times slower than when the cost table was measured"
-    if budget.name not in DERIVED_BUDGETS:
-        return replace(verdict, verdict=check.COULD_NOT_TELL, reason=slower)
-    corrected = replace(seen, value=(seen.value or 0.0) / ratio, trials=tuple(trial / ratio for trial in seen.trials))
-    held = check.decide(Budget.from_json({verdict.name: verdict.limit}), {verdict.name: corrected})[0]
-    return replace(held, reason=f"{slower}: {seen.value:.4g} ms corrected by that")
+    verdicts = []
+    for name in ("latency_ms", "first_token_ms", "latency_p95_ms"):
+        if (limit := budget.limits.get(name)) is None:
+            continue
+        speed = speeds.get("latency_ms" if name == "latency_p95_ms" else name)
+        if speed and not all(speed[0] in block.reference_ns for block in blocks):
+            speed = None
+        ratio = _slowness(blocks, speed) if speed else 1.0
+        slower = f"the machine's reference takes {ratio:.2f} times as long as when the cost table was measured"
+        held = check.hold_latency(name, limit, blocks, look, speed if budget.name in DERIVED_BUDGETS else None)
+        if speed and budget.name in DERIVED_BUDGETS and held.measured is not None:
+            as_seen = check.hold_latency(name, limit, blocks, look).measured
+            reason = f"{held.reason}; {slower}: {as_seen:.4g} ms as measured, held at the table's speed".removeprefix("; ")
+            held = replace(held, reason=reason)
+        elif held.verdict == check.OVER and ratio >= SLOWER:
+            held = replace(held, verdict=check.COULD_NOT_TELL, reason=slower)
+        verdicts.append(held)
+    return verdicts
 
 
-def _slowness(package: Package, seen: Observation, host: Host) -> dict[str, float]:
-    """By latency, how much slower this machine is than when it measured the cost table; empty on another machine: slower is no excuse."""
+def _against(earlier: Baseline | None, blocks: Sequence[Block], look: int, package: Package) -> list[Verdict]:
+    """The look-th look at each latency against the baseline's."""
+    if not earlier:
+        return []
+    bound = {name: (work, FINER.get(work, work)) for name, (work, _) in package.reference_ns.items()}
+    names = [name for name in ("latency_ms", "first_token_ms") if name in blocks[0].trials]
+    return [check.hold_ratio(name, blocks, earlier.blocks, look, bound.get(name, ())) for name in names]
+
+
+def _speeds(package: Package, machine: Mapping[str, Any]) -> dict[str, tuple[str, float]]:
+    """Latency → (kind of work, its reference's time when the cost table was measured); empty on another machine: slower is no excuse."""
     measured_on = package.data.get("measured_on")
     if not package.reference_ns or not isinstance(measured_on, Mapping):
         return {}
-    here = {**host.identify(), "threads": host.threads, "provider": host.device.provider}
-    same = all(here.get(name) == value for name, value in measured_on.items())
-    return {name: seen.reference_ns[work] / then for name, (work, then) in package.reference_ns.items()} if same else {}
+    return package.reference_ns if all(machine.get(name) == value for name, value in measured_on.items()) else {}
+
+
+def _slowness(blocks: Sequence[Block], speed: tuple[str, float]) -> float:
+    """How many times as long the reference takes now as then: the median over processes."""
+    work, then = speed
+    return median(median(block.reference_ns[work]) / then for block in blocks if work in block.reference_ns)
+
+
+def _measured(blocks: Sequence[Block]) -> dict[str, Measurement]:
+    """What was seen, at no other speed than the machine had: all windows of the undisturbed processes, of all where none was."""
+    clean = [block for block in blocks if block.valid] or list(blocks)
+    valid = clean[0].valid
+    seen = {name: summarise((time for block in clean for time in block.trials[name]), valid) for name in clean[0].trials}
+    tails = [block.p95_ms for block in clean if block.p95_ms is not None]
+    return seen | ({"latency_p95_ms": summarise(tails, valid)} if tails else {})
 
 
 def _counted(package: Package) -> dict[str, Measurement]:

@@ -258,12 +258,35 @@ def export(arguments: Namespace) -> Answer:
 def check(arguments: Namespace) -> Answer:
     from toolchain import check, hardware
     from toolchain.commands import acceptance
+    from toolchain.commands.deciding import Patience
+    from toolchain.commands.quality import QualityLimits
     from toolchain.files import write_atomic
+    from toolchain.package import signature
+    from toolchain.package.seal import write_seal
     from toolchain.report import table
 
-    checked = acceptance.check_package(Path(arguments.package), hardware.load(arguments.device), _limits(arguments))
-    if arguments.junit:
-        write_atomic(Path(arguments.junit), check.junit(checked.limits, f"bittailor check {Path(arguments.package).name}"))
+    if arguments.sign_with and not arguments.seal:
+        raise InputError("expected --seal beside --sign-with, got --sign-with alone", "add --seal: the report is what is signed")
+    key = signature.secret_key(arguments.sign_with) if arguments.sign_with else None
+    limits = _limits(arguments) | ({"latency_p95_ms": arguments.latency_p95_ms} if arguments.latency_p95_ms is not None else {})
+    least, most = arguments.least_seconds, arguments.most_seconds
+    if not 0 <= least <= most < float("inf"):
+        raise InputError(f"expected 0 <= --least-seconds <= --most-seconds, got {least:g} and {most:g}")
+    read = tuple(_paths(arguments.text) or ())
+    quality = QualityLimits(read, arguments.max_perplexity_ratio, arguments.min_fidelity, arguments.reference or "")
+    checked = acceptance.check_package(
+        Path(arguments.package),
+        hardware.load(arguments.device),
+        limits,
+        Patience(least, most),
+        Path(arguments.baseline) if arguments.baseline else None,
+        quality,
+    )
+    data = {"package": arguments.package, "device": arguments.device, **checked.to_json()}
+    data["evidence"]["command"] = arguments.command_line
+    if arguments.report:
+        write_atomic(Path(arguments.report), json.dumps(data, indent=1) + "\n")
+    _show_in_ci(arguments, data)
     rows = [verdict.to_json() for verdict in checked.limits]
     text = f"{table(rows, ['name', 'limit', 'measured', 'low', 'high', 'verdict', 'reason'])}\n{checked.verdict}"
     if checked.energy and checked.energy.total.value is not None:
@@ -272,8 +295,46 @@ def check(arguments: Namespace) -> Answer:
     if checked.load_peak:
         text += f"\n{checked.load_peak}"
     text = "\n".join([text, *(f"predicted {line}" for line in _note_lines(checked.predicted or {}))])
-    data = {"package": arguments.package, "device": arguments.device, **checked.to_json()}
+    if arguments.seal:
+        assert checked.package
+        text += f"\nsealed in {write_seal(checked.package, data, key)}{', signed' if key else ''}"
     return Answer(data, text, check.exit_code(checked.verdict))
+
+
+def _show_in_ci(arguments: Namespace, report: Mapping[str, Any]) -> None:
+    from toolchain import ci
+    from toolchain.files import write_atomic
+
+    if arguments.junit:
+        write_atomic(Path(arguments.junit), ci.junit(report))
+    if arguments.summary:
+        ci.append(Path(arguments.summary), ci.markdown(report))
+
+
+def verify(arguments: Namespace) -> Answer:
+    from toolchain import check, ci
+    from toolchain.commands import verification
+    from toolchain.package.manifest import open_package
+    from toolchain.report import table
+
+    if arguments.digest:
+        digest = open_package(Path(arguments.package)).digest
+        return Answer({"package": arguments.package, "digest": digest}, digest)
+    seen = verification.verify(Path(arguments.package), arguments.public_key)
+    data = {"package": arguments.package, **seen.to_json()}
+    text = f"{len(data['files'])} files as the manifest says, digest {data['digest']}\nloads: {seen.loads}"
+    if seen.report is None:
+        text += f"\n{seen.verdict}: no sealed report; type: bittailor check {arguments.package} --seal"
+        return Answer(data, text, check.exit_code(seen.verdict))
+    _show_in_ci(arguments, seen.report)
+    rows = seen.report["limits"]
+    facts = [
+        f"{name}: {value}" for name, value in ci.facts(seen.report).items() if name in ("device", "runtime", "workload", "date")
+    ]
+    text += f"\nsignature: {seen.signature}\n{table(rows, ['name', 'limit', 'measured', 'low', 'high', 'verdict', 'reason'])}\n"
+    if seen.as_sealed:
+        facts.append(f"as sealed, since its baseline or text is not here: {', '.join(seen.as_sealed)}")
+    return Answer(data, "\n".join([text + "\n".join(facts), seen.verdict]), check.exit_code(seen.verdict))
 
 
 def evaluate(arguments: Namespace) -> Answer:

@@ -10,6 +10,7 @@ from typing import Any
 from toolchain.errors import InputError
 from toolchain.evaluate.fidelity import fidelity
 from toolchain.evaluate.perplexity import perplexity
+from toolchain.graph.model import DESCRIPTION, Graph
 from toolchain.hardware import has_provider, load, thread_count
 from toolchain.kernels import CATALOGUE
 from toolchain.package.manifest import is_package, open_package
@@ -70,6 +71,9 @@ def _folder(what: str) -> Iterator[Path]:
     if is_package(Path(what)):
         yield open_package(Path(what)).directory
         return
+    if (Path(what) / DESCRIPTION).is_file():  # a graph is there already: nothing of the training stack is needed
+        yield Graph.open(Path(what)).directory
+        return
     from toolchain.commands.workflow import opened
 
     with opened(what) as source:
@@ -79,8 +83,6 @@ def _folder(what: str) -> Iterator[Path]:
 def _context(directory: Path) -> int:
     if is_package(directory):
         return int(open_package(directory, verify=False).data["model"]["context"])
-    from toolchain.graph.model import Graph
-
     return Graph.open(directory).context
 
 

@@ -33,7 +33,7 @@ from toolchain.profiler.ask import Host
 from toolchain.profiler.probe import working_kernels
 from toolchain.profiler.profile import check_workload, current_header, default_workload, header_of, profile
 from toolchain.progress import note
-from toolchain.spec import Budget, Cost, Device, Estimate, Policy, Workload
+from toolchain.spec import FINER, Budget, Cost, Device, Estimate, Policy, Workload
 
 if TYPE_CHECKING:
     from toolchain.supernet.store import SupernetFolder
@@ -228,10 +228,13 @@ class Choice:
 
 
 def _references(graph: Graph, policy: Policy, workload: Workload, header: Header) -> dict[str, dict[str, float]]:
-    """Latency → {kind of work that bounds it under this policy: the reference's nanoseconds when the table began}."""
+    """Latency → {kind of work that bounds it under this policy, the finer one where the table has it: the reference's nanoseconds when the
+    table began}."""
+    has = header.reference_ns
     kind = working_set_of(graph.units, policy, header.cache_bytes)
     works = {phase.resource: work(phase.name == "decode", kind, header.provider) for phase in workload.phases}
-    return {name: {bound: header.reference_ns[bound]} for name, bound in works.items()} if header.reference_ns else {}
+    finest = {name: FINER[bound] if FINER.get(bound) in has else bound for name, bound in works.items()}
+    return {name: {bound: has[bound]} for name, bound in finest.items()} if has else {}
 
 
 def cut(

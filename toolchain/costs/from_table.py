@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from toolchain.costs.borrowed import Costs, Known, Whole, borrow, calibrated, kind_of, shape_of
 from toolchain.costs.calibrate import Sample, calibrate
 from toolchain.costs.energy import energy_part
-from toolchain.costs.model import CostModel, Tie
+from toolchain.costs.model import CostModel, Tie, steady, steady_spread
 from toolchain.costs.operations import flops, tokens_in_flight, working_set
 from toolchain.costs.predictor import Guess, ShapePredictor, guesses_note, guesses_spread
 from toolchain.costs.rows import ModelMemoryRow, ModelRow, ModelShapeRow, between
@@ -60,6 +60,9 @@ def cost_model(graph: Graph, table: CostTable, workload: Workload, predictor: Sh
     energy, no_energy = energy_part(graph, table, workload)
     if energy:
         per_unit["energy_mj"], fixed["energy_mj"], spread["energy_mj"] = energy.costs, energy.fixed, energy.spread
+    for name in per_unit.keys() - {"package_bytes", "compute_flop"}:  # those are counted
+        per_unit[name], fixed[name] = steady(per_unit[name], fixed[name])
+        spread[name] = steady_spread(spread[name])
     return CostModel(
         units, kernels, per_unit, fixed, _ties(units, kernels), spread, workload, table.header.device, no_energy, notes
     )

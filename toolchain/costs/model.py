@@ -9,6 +9,7 @@ Additive operator model (ProxylessNAS, arXiv:1812.00332). Blind to what fusion s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -17,6 +18,28 @@ from typing import Any
 from toolchain.spec import Cost, Estimate, Unit, Workload
 
 NO_METER = "no energy meter was read"
+
+
+_DIGITS = 9
+
+
+def steady(costs: Mapping[str, Mapping[str, float]], fixed: float) -> tuple[dict[str, dict[str, float]], float]:
+    """Costs and fixed part to a billionth of the largest of them: far below what any clock or fit can tell, far above what a fit's last
+    digits owe to the order in which a machine's instruction set adds up. The same table then gives the same policy and the same
+    manifest on every machine."""
+    largest = max((abs(cost) for row in costs.values() for cost in row.values()), default=0.0)
+    largest = max(largest, abs(fixed))
+    if not 0 < largest < math.inf:
+        return {unit: dict(row) for unit, row in costs.items()}, fixed
+    digits = _DIGITS - 1 - math.floor(math.log10(largest))
+    return {unit: {kernel: round(cost, digits) for kernel, cost in row.items()} for unit, row in costs.items()}, round(
+        fixed, digits
+    )
+
+
+def steady_spread(relative: float) -> float:
+    """A relative spread to a billionth."""
+    return round(relative, _DIGITS)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from toolchain.spec import CPU, CUDA, STREAMED_TOKEN, TOKEN, TOKENS
 class Header:
     """What was measured on, by which protocol. A table speaks only for a runtime that agrees in `identity`.
 
-    reference_ns: by kind of work (`spec.WORKS`), the reference's time when the table began; empty until something is timed.
+    reference_ns: by kind of work (`spec.WORKS`, and `FINER` where the agent has those), the reference's time when the table began; empty
+    until something is timed.
     """
 
     device: str

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from toolchain.costs.rows import KINDS, Header, MemoryRow, Row, UnitRow, between
 from toolchain.errors import DamagedFileError, MissingCostError, StaleTableError
 from toolchain.files import write_atomic
-from toolchain.spec import WORKS, Unit
+from toolchain.spec import FINER, WORKS, Unit
 
 FORMAT = "bittailor cost table 3"
 FILE_NAME = "table.jsonl"
@@ -123,7 +123,7 @@ def _typed(made: _Typed) -> _Typed:
 def _times(name: str, value: Mapping[str, Any]) -> None:
     """ValueError unless these are the reference's times by kind of work, or none yet."""
     numbers = all(isinstance(time, int | float) and not isinstance(time, bool) and 0 < time < math.inf for time in value.values())
-    if set(value) not in (set(), set(WORKS)) or not numbers:
+    if (value and not set(WORKS) <= set(value) <= {*WORKS, *FINER.values()}) or not numbers:
         raise ValueError(f"{name} {value!r} instead of a time for each of {', '.join(WORKS)}")
 
 

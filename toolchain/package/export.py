@@ -58,7 +58,7 @@ def export_package(
             "workload": str(workload),
             "budget": budget.to_json() if budget else None,
             "predicted": predicted.to_json() if predicted else None,
-            "gap_to_optimum": gap_to_optimum,
+            "gap_to_optimum": None if gap_to_optimum is None else round(gap_to_optimum, 9),
             "mean_bits": round(mean_bits(policy, graph.units), 4),
             "policy": dict(policy.items()),
             "session_options": dict(SESSION_OPTIONS),
@@ -66,5 +66,5 @@ def export_package(
             **evidence,
             "versions": {"bittailor": toolchain.__version__, "runtime": runtime},
         }
-        write_manifest(folder, manifest)
+        write_manifest(folder, manifest, graph.units)
     return open_package(out)

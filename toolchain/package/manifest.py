@@ -1,12 +1,13 @@
 """`manifest.yaml`: what a package is, for which device and budget it was cut, what it was predicted to cost, sha256 of every file.
 
-Owns reading, writing and verifying it. Refuses to know how packages are made and measured.
+Owns reading, writing and verifying it. Refuses to know how packages are made and measured. Its last line, `digest`, is the sha256 of all
+lines before; since they name every file's, it is the package's own: `Package.digest`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,15 @@ from typing import Any
 import yaml
 
 from toolchain.errors import DamagedFileError, InputError
-from toolchain.files import inside, sha256, write_atomic
+from toolchain.files import sha256, write_atomic
+from toolchain.kernels import CATALOGUE
+from toolchain.package.graphs import check_graphs
+from toolchain.package.integrity import MANIFEST as FILE_NAME
+from toolchain.package.integrity import REMEDY, YAML_TAIL, check_files, check_names, read_bounded
 from toolchain.session import MODEL_FILES
-from toolchain.spec import CPU, WORKS, Budget, Policy, Workload
+from toolchain.spec import CPU, FINER, WORKS, Budget, Policy, Unit, Workload
 
-FORMAT = "bittailor package 1"
-FILE_NAME = "manifest.yaml"
+FORMAT = "bittailor package 2"
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,26 @@ class Package:
     @property
     def policy(self) -> Policy:
         return Policy.of(self.data["policy"])
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the manifest, and so of the package: 64 hex digits."""
+        return str(self.data["digest"])
+
+    @property
+    def units(self) -> dict[str, Unit]:
+        """What the policy's kernels are for, by name."""
+        found = {
+            str(name): Unit(str(name), str(one["op"]), int(one["K"]), int(one["N"]), node=str(one["node"]))
+            for name, one in self.data["units"].items()
+        }
+        if wrong := [unit.name for unit in found.values() if unit.op not in ("MatMul", "Gather") or min(unit.K, unit.N) < 1]:
+            raise ValueError(f"unit {wrong[0]!r} {self.data['units'][wrong[0]]}")
+        if other := sorted(found.keys() ^ self.policy.keys()):
+            raise ValueError(f"{other[0]!r} either among its units or in its policy, not in both")
+        if unknown := [kernel for kernel in self.policy.values() if kernel not in CATALOGUE]:
+            raise ValueError(f"kernel {unknown[0]!r}, which this version does not know")
+        return found
 
     @property
     def workload(self) -> Workload:
@@ -54,7 +78,7 @@ class Package:
         found = self.data.get("reference_ns") or {}
         try:
             times = {name: (work, float(time)) for name, times in found.items() for work, time in times.items()}
-            right = all(work in WORKS and 0 < time < math.inf for work, time in times.values())
+            right = all(work in (*WORKS, *FINER.values()) and 0 < time < math.inf for work, time in times.values())
         except (AttributeError, TypeError, ValueError):
             right = False
         if not right:
@@ -79,11 +103,23 @@ class Package:
         return int(self.data["model"]["vocabulary"])
 
 
-def write_manifest(directory: Path, data: Mapping[str, Any]) -> None:
-    """Write the manifest of a folder whose other files are complete; adds the format and every file's sha256."""
+def write_manifest(directory: Path, data: Mapping[str, Any], units: Sequence[Unit] = ()) -> None:
+    """Write the manifest of a folder whose other files are complete; adds the format, the units, every file's sha256 and the digest."""
     files = {path.name: sha256(path) for path in sorted(directory.iterdir()) if path.name != FILE_NAME}
-    text = yaml.safe_dump({"format": FORMAT, **data, "files": files}, sort_keys=False, allow_unicode=True, width=120)
-    write_atomic(directory / FILE_NAME, text)
+    shapes = {unit.name: {"op": unit.op, "K": unit.K, "N": unit.N, "node": unit.node} for unit in units}
+    write_atomic(directory / FILE_NAME, manifest_text({"format": FORMAT, **data, "units": shapes, "files": files}))
+
+
+def manifest_text(data: Mapping[str, Any]) -> bytes:
+    """The manifest's bytes, its digest added; a unit is one line."""
+    pieces = [
+        yaml.safe_dump(
+            {key: value}, sort_keys=False, allow_unicode=True, width=160, default_flow_style=None if key == "units" else False
+        )
+        for key, value in data.items()
+        if key != "digest"
+    ]
+    return YAML_TAIL.append("".join(pieces).encode())
 
 
 def is_package(directory: Path) -> bool:
@@ -91,28 +127,29 @@ def is_package(directory: Path) -> bool:
 
 
 def open_package(directory: Path, verify: bool = True) -> Package:
-    """Read a package and verify its files' sha256. Raises InputError for another kind of folder, DamagedFileError for a damaged one."""
+    """Read a package and hold the folder and its graphs against the manifest (`integrity.py`, `graphs.py`).
+
+    verify False: the manifest alone is read. Raises InputError for another kind of folder, DamagedFileError for a damaged one.
+    """
     if not is_package(directory):
         raise InputError(
             f"expected a package folder with {FILE_NAME}, got {directory}", "make one: bittailor export MODEL --out PACKAGE"
         )
     path = directory / FILE_NAME
-    remedy = "export the package again"
     try:
-        data = yaml.safe_load(path.read_text())
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise ValueError(f"no format {FORMAT!r}")
-        package = Package(directory, data)
-        _ = (package.policy, package.workload, package.budget, package.vocabulary, package.predicted, package.reference_ns)
-        files = {str(name): str(digest) for name, digest in data["files"].items()}
+        text = read_bounded(path)
+        if (first := text.partition(b"\n")[0]) != f"format: {FORMAT}".encode():
+            raise ValueError(f"a first line {first[:40]!r} instead of 'format: {FORMAT}'")
+        digest = YAML_TAIL.digest(text)
+        package = Package(directory, {**yaml.safe_load(text.decode()), "digest": digest})
+        _ = (package.workload, package.budget, package.vocabulary, package.predicted, package.reference_ns, package.units)
+        files = {str(name): str(digest) for name, digest in package.data["files"].items()}
+        check_names(files)
         if missing := [name for name in MODEL_FILES[package.kind] if name not in files]:
             raise ValueError(f"no sha256 of {missing[0]}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise DamagedFileError(f"expected a package manifest in {path}, got {type(error).__name__}: {error}", remedy) from error
-    for name, digest in files.items() if verify else ():
-        file = inside(directory, name)
-        if not file.is_file():
-            raise DamagedFileError(f"expected {name} in {directory}, which the manifest lists, found none", remedy)
-        if sha256(file) != digest:
-            raise DamagedFileError(f"expected {name} in {directory} to have the sha256 of the manifest, got another", remedy)
+        raise DamagedFileError(f"expected a package manifest in {path}, got {type(error).__name__}: {error}", REMEDY) from error
+    if verify:
+        check_files(directory, files)
+        check_graphs(directory, MODEL_FILES[package.kind], files, package.units, package.policy)
     return package

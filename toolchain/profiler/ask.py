@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,7 @@ from toolchain.errors import BittailorError, InputError
 from toolchain.files import scratch
 from toolchain.hardware import TRANSPORTS, has_provider, meter, thread_count
 from toolchain.kernels import offered
+from toolchain.profiler import state
 from toolchain.profiler.transports.jobs import IDENTIFY, RECONNECT_SECONDS, Link
 from toolchain.spec import CPU, CUDA, Device
 
@@ -64,9 +66,18 @@ class Host:
         """{"cpu", "cache_bytes", "runtime", "protocol", "providers", "meters": {name: why it cannot be read there, or ""}}."""
         return self._ask({**IDENTIFY, "sysfs": SYSFS})
 
-    def time(self, subjects: Sequence[dict[str, Any]], windows: int) -> dict[str, Any]:
-        """{"trials": {name: [{phase_ns}]}, "reference_ns": {work: [...]}, "dropped", "valid"}, all subjects in rotation in one process."""
-        return self._ask({"action": "time", "threads": self.threads, "subjects": list(subjects), "windows": windows})
+    def state(self) -> dict[str, Any]:
+        """`state.read` of the device, now."""
+        if self.device.at_hand:
+            return state.read(self.device.provider, Path(SYSFS))
+        # With a name of its own: an answer that waits there from an hour ago is no state of now.
+        return self._ask({"action": "state", "sysfs": SYSFS, "moment": uuid.uuid4().hex})
+
+    def time(self, subjects: Sequence[dict[str, Any]], windows: int, quantile: float = 0.0, first: bool = False) -> dict[str, Any]:
+        """{"trials": {name: [{phase_ns}]}, "reference_ns": {work: [...]}, "dropped", "valid", "niceness"}, all subjects in rotation in one
+        process; with a quantile of single runs {"quantiles": {name: {phase_ns}}} too. first: before others, where the system lets it."""
+        wanted = {"windows": windows, **({"quantile": quantile} if quantile else {}), **({"precedence": True} if first else {})}
+        return self._ask({"action": "time", "threads": self.threads, "subjects": list(subjects), **wanted})
 
     def energy(self, subjects: Sequence[dict[str, Any]], meter: str, windows: int, window_s: float = 0.0) -> dict[str, Any]:
         """{"reason", "meter", "step_s", "window_s", "idle_mw", "measured": {name: {phase: trials}}} as `energy.measure` says; of a meter

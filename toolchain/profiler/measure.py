@@ -8,13 +8,19 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from toolchain.blocks import Block
 from toolchain.costs.operations import runs
 from toolchain.profiler.ask import Host
 from toolchain.spec import Measurement, Workload
 
 MEMORY_TRIALS = 3
+BLOCK_WINDOWS = 5
+"""Windows of one process: as few as the agent calls valid, since more of them say little more than one of another process."""
 ENERGY_TRIALS = 6
 """The fewest whose range holds the median in 95 of 100 cases whatever they are distributed like (`check.median_interval`)."""
+
+_DECODE, _ENCODE = "decode_ns", "encode_ns"
+_NAMES = {_DECODE: "latency_ms", _ENCODE: "latency_ms", "prefill_ns": "first_token_ms"}
 
 
 @dataclass(frozen=True)
@@ -73,21 +79,44 @@ def subject(name: str, folder: Path, workload: Workload, vocabulary: int) -> dic
 
 def latencies(trials: Sequence[Mapping[str, float]], valid: bool) -> dict[str, Measurement]:
     """latency_ms, and first_token_ms of a decoder, from the agent's trials."""
-    names = {"decode_ns": "latency_ms", "encode_ns": "latency_ms", "prefill_ns": "first_token_ms"}
     present = trials[0] if trials else {}
-    return {names[phase]: summarise((trial[phase] / 1e6 for trial in trials), valid) for phase in present}
+    return {_NAMES[phase]: summarise((trial[phase] / 1e6 for trial in trials), valid) for phase in present}
 
 
 def measure_package(folder: Path, workload: Workload, host: Host, vocabulary: int, windows: int = 25) -> Observation:
     """Measure one package: `windows` clean trials of 200 ms or more, and the peak memory of three fresh processes."""
-    what = subject("package", folder, workload, vocabulary)
-    answer = host.time([what], windows)
+    answer = host.time([subject("package", folder, workload, vocabulary)], windows)
     measured = latencies(answer["trials"]["package"], answer["valid"])
-    weighed = [host.peak(what) for _ in range(MEMORY_TRIALS)]
-    measured["peak_memory_bytes"] = summarise((float(seen["peak_bytes"]) for seen in weighed), valid=True)
-    running = float(median(seen["running_bytes"] for seen in weighed))
+    measured["peak_memory_bytes"], running = weigh_package(folder, workload, host, vocabulary)
     references = {work: median(times) for work, times in answer["reference_ns"].items()}
     return Observation(measured, references, answer["dropped"], running)
+
+
+def measure_block(
+    folder: Path, workload: Workload, host: Host, vocabulary: int, tail: bool = False, windows: int = BLOCK_WINDOWS
+) -> Block:
+    """One process that times a package, before others where the system lets it. tail: the 95th percentile of single runs too."""
+    answer = host.time([subject("package", folder, workload, vocabulary)], windows, 0.95 if tail else 0.0, True)
+    trials = answer["trials"]["package"]
+    quantile = answer.get("quantiles", {}).get("package", {}).get(_DECODE if workload.kind == "generate" else _ENCODE)
+    return Block.from_json(
+        {
+            "trials": {_NAMES[phase]: [trial[phase] / 1e6 for trial in trials] for phase in trials[0]},
+            "reference_ns": answer["reference_ns"],
+            "dropped": answer["dropped"],
+            "valid": answer["valid"],
+            "p95_ms": quantile / 1e6 if tail and quantile else None,
+            "niceness": answer.get("niceness", 0),
+        }
+    )
+
+
+def weigh_package(folder: Path, workload: Workload, host: Host, vocabulary: int) -> tuple[Measurement, float]:
+    """(peak memory of three fresh processes, the bytes that stay resident once it runs)."""
+    what = subject("package", folder, workload, vocabulary)
+    weighed = [host.peak(what) for _ in range(MEMORY_TRIALS)]
+    peak = summarise((float(seen["peak_bytes"]) for seen in weighed), valid=True)
+    return peak, float(median(seen["running_bytes"] for seen in weighed))
 
 
 @dataclass(frozen=True)

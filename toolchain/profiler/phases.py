@@ -162,12 +162,17 @@ def stepped(decoder: Generator, token: int, steps: int) -> int:
 
 def median_step_ns(decoder: Generator, token: int, steps: int) -> float:
     """Median time of `steps` greedy steps, the first of them from `token`."""
-    times = []
+    return float(median(step_times_ns(decoder, token, steps)))
+
+
+def step_times_ns(decoder: Generator, token: int, steps: int) -> list[float]:
+    """Time of each of `steps` greedy steps, the first of them from `token`."""
+    times: list[float] = []
     for _ in range(steps):
         start = time.perf_counter_ns()
         token = int(decoder.step(token).argmax())
-        times.append(time.perf_counter_ns() - start)
-    return float(median(times))
+        times.append(float(time.perf_counter_ns() - start))
+    return times
 
 
 def _repeated(run: Callable[[], float]) -> float:

@@ -183,6 +183,7 @@ def _adding(table: CostTable, rows: list[Row], references: References) -> CostTa
             return table.adding(
                 rows
             )  # a disturbed machine must not become the measure of all later rows; these are repeated anyway
-        table = replace(table, header=replace(table.header, reference_ns=now))
+        every = {work: median(times) for work, times in references.items()}
+        table = replace(table, header=replace(table.header, reference_ns=every))
     speed = {work: table.header.reference_ns[work] / now[work] for work in WORKS}
     return table.adding(at_speed(row, speed, table.header.provider) for row in rows)

@@ -9,15 +9,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any, Protocol
 
 import numpy as np
 
 from toolchain.decoding import open_generator
 from toolchain.profiler.energy import Run
-from toolchain.profiler.phases import DecoderPhases, EncoderDecoderPhases, EncoderPhases, median_step_ns, stepped
+from toolchain.profiler.phases import DecoderPhases, EncoderDecoderPhases, EncoderPhases, step_times_ns, stepped
 from toolchain.session import memory_of, open_session, token_feeds
-from toolchain.spec import CPU, CUDA, STREAMED_TOKEN, TOKEN, TOKENS
+from toolchain.spec import CPU, CUDA, FINER, STREAMED_TOKEN, TOKEN, TOKENS
 
 GRAPHS = Path(__file__).with_name("graphs")
 
@@ -83,12 +84,15 @@ class Generate:
             Path(subject["folder"]), threads, subject["tokens"], self._new, shared_pool, provider=subject.get("provider", CPU)
         )
         self._ids = np.random.default_rng(0).integers(0, subject["rows"], subject["tokens"])
+        self.steps_ns: list[float] = []
+        """Of the last trial, each step."""
 
     def trial(self) -> dict[str, float]:
         start = time.perf_counter_ns()
         token = int(self._decoder.prefill(self._ids).argmax())
         middle = time.perf_counter_ns()
-        return {"prefill_ns": middle - start, "decode_ns": median_step_ns(self._decoder, token, self._new)}
+        self.steps_ns = step_times_ns(self._decoder, token, self._new)
+        return {"prefill_ns": middle - start, "decode_ns": float(median(self.steps_ns))}
 
     def runs(self) -> dict[str, Run]:
         """A prefill, and all steps of one inference after it."""
@@ -104,6 +108,12 @@ class Generate:
             return stepped(self._decoder, token, self._new)
 
         return {"prefill": prefill, "decode": decode}
+
+
+def singles_of(subject: Subject, trial: dict[str, float]) -> dict[str, list[float]]:
+    """By phase, each single run of the subject's last trial: the steps of a decoder, else the trial itself."""
+    steps = {"decode_ns": subject.steps_ns} if isinstance(subject, Generate) else {}
+    return {phase: steps.get(phase, [time]) for phase, time in trial.items()}
 
 
 class Encode:
@@ -133,6 +143,9 @@ class References:
     One token from the cache is bound by handing out small pieces of work (`small`: a 256 × 256 product), one whose weights stream from
     memory slows down as plain arithmetic does (`float`: products of 64 tokens), several tokens as the mean of that and of int8 arithmetic.
 
+    Small models follow a small model more closely: `step`, two blocks of one with 4-bit products, sums and norms, for one token, and its
+    geometric mean with several tokens' reference (`benchmarks/references.py --seconds 120 --models pocket-llama-6m`).
+
     On a GPU, a token whose weights lie in its cache is bound by a CPU that launches kernels (`launches`: 64 of them, of no size), one
     whose weights stream by the GPU's memory (`large`: 4096 × 4096 products, more than an L2 cache holds), several tokens by its
     arithmetic (the same, of 256).
@@ -146,11 +159,16 @@ class References:
             Unit({"folder": GRAPHS / name, "tokens": tokens, "rows": 1, "provider": provider}, threads, shared_pool=True)
             for name, tokens in counts
         ]
-        self._provider = provider
+        self._step = (
+            Unit({"folder": GRAPHS / "step", "tokens": 1, "rows": 1}, threads, shared_pool=True) if provider == CPU else None
+        )
 
     def trial(self) -> dict[str, float]:
         small, streamed, several = (part.trial()["run_ns"] for part in self._parts)
-        return {TOKEN: small, STREAMED_TOKEN: streamed, TOKENS: several if self._provider == CUDA else (streamed * several) ** 0.5}
+        if not self._step:
+            return {TOKEN: small, STREAMED_TOKEN: streamed, TOKENS: several}
+        tokens, step = (streamed * several) ** 0.5, self._step.trial()["run_ns"]
+        return {TOKEN: small, STREAMED_TOKEN: streamed, TOKENS: tokens, FINER[TOKEN]: step, FINER[TOKENS]: (step * tokens) ** 0.5}
 
 
 class Measurable(Subject, Powered, Protocol):

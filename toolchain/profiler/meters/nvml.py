@@ -25,16 +25,7 @@ class Nvml:
 
     def __init__(self, sysfs: Path = Path("/sys")) -> None:
         """Raises MeterError without driver, package, or counter."""
-        try:
-            import pynvml
-        except ImportError:
-            problem = "no NVML: the Python package nvidia-ml-py is not installed"
-            raise MeterError(problem, "type: pip install nvidia-ml-py") from None
-        self._nvml = pynvml
-        try:
-            pynvml.nvmlInit()
-        except pynvml.NVMLError as error:
-            raise MeterError(f"NVML does not answer ({error})") from error
+        self._nvml = pynvml = _opened()
         try:
             self._gpu = _visible(pynvml)
             name = self._asked(pynvml.nvmlDeviceGetName)
@@ -65,6 +56,39 @@ class Nvml:
             return question(self._gpu)
         except self._nvml.NVMLError as error:
             raise MeterError(f"NVML does not answer ({error})") from error
+
+
+def state() -> dict[str, Any]:
+    """{"name", "clock_mhz", "memory_clock_mhz", "temperature_c", "utilisation" (0 to 1)} of the GPU now. Raises MeterError."""
+    pynvml = _opened()
+    try:
+        gpu_ = _visible(pynvml)
+        name = pynvml.nvmlDeviceGetName(gpu_)
+        return {
+            "name": name.decode() if isinstance(name, bytes) else str(name),
+            "clock_mhz": pynvml.nvmlDeviceGetClockInfo(gpu_, pynvml.NVML_CLOCK_SM),
+            "memory_clock_mhz": pynvml.nvmlDeviceGetClockInfo(gpu_, pynvml.NVML_CLOCK_MEM),
+            "temperature_c": pynvml.nvmlDeviceGetTemperature(gpu_, pynvml.NVML_TEMPERATURE_GPU),
+            "utilisation": pynvml.nvmlDeviceGetUtilizationRates(gpu_).gpu / 100,
+        }
+    except pynvml.NVMLError as error:
+        raise MeterError(f"NVML does not answer ({error})") from error
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _opened() -> Any:
+    """pynvml, initialised. Raises MeterError."""
+    try:
+        import pynvml
+    except ImportError:
+        problem = "no NVML: the Python package nvidia-ml-py is not installed"
+        raise MeterError(problem, "type: pip install nvidia-ml-py") from None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        raise MeterError(f"NVML does not answer ({error})") from error
+    return pynvml
 
 
 def _visible(pynvml: Any) -> Any:

@@ -48,6 +48,11 @@ def _digest(value: Any) -> bool:
     return _text(value) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
+def _entry(value: Any) -> bool:
+    return isinstance(value, dict) and "value" in value
+
+
+_STATE = ("cpus", "clock_mhz", "governor", "load", "temperature_c", "gpu")
 _REPLIES: Mapping[str, Mapping[str, Check]] = {
     "hello": {
         "python": lambda value: _text(value) and re.match(r"\d{1,4}\.\d{1,4}(\D|$)", value) is not None,
@@ -79,6 +84,7 @@ _ANSWERS: Mapping[str, Mapping[str, Check]] = {
     "peak": {"peak_bytes": _number, "running_bytes": _number},
     "outputs": {"outputs": _named(lambda value: value is None or isinstance(value, list))},
     "energy": {"reason": _text},
+    "state": {"versions": _named(_text), **dict.fromkeys(_STATE, _entry)},
 }
 
 

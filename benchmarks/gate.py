@@ -1,0 +1,363 @@
+"""How often does `check` err? Its operating curve from 10% inside the limit to 10% outside, and what `--baseline` notices.
+
+    python benchmarks/gate.py curve PACKAGE --work WORK --repeats 20 [--distances -10 10]        real checks, each its own command
+    python benchmarks/gate.py baseline PACKAGE --graph GRAPH --work WORK --repeats 20             real checks against a real report
+    python benchmarks/gate.py record PACKAGE --work WORK --processes 200                          processes, for replay
+    python benchmarks/gate.py replay PACKAGE --work WORK --repeats 2000                           NOT real checks: see below
+    python benchmarks/gate.py report --work WORK [--json]
+
+In half of the runs another process loads one core. What is in WORK is not done again; --repeats says how many there are to be of each kind.
+
+curve: `bittailor check --json` on a copy of PACKAGE whose limit is truth / (1 + distance), a budget derived from this machine at the speed
+it had when the truth was first measured. The truth moves with the machine even at one speed: two undisturbed processes of the package are
+measured before each check, the middle of the last ANCHORS of all sets its limit, and when the runs are over the distance that counts is
+that to the middle of ANCHORS on both sides of the run. A run is wrong if it says "within" and the package was over by that, or the reverse.
+baseline: two copies of PACKAGE that differ in one unit's kernel, of all kernels the pair nearest to 8% apart, by processes in turn. The
+report of the faster one is made once, with --least-seconds; then both are checked against it. Their limits are far away.
+replay: recorded processes, in blocks of BLOCK consecutive ones from random places, are handed to the very decision that a check
+makes, at each distance from their own middle. It repeats what was seen once, so drift of more than WORK's hour is not in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import itertools
+import json
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from toolchain import hardware
+from toolchain.blocks import Block, middle, ratio_bounds
+from toolchain.check import hold_latency
+from toolchain.commands.deciding import Patience, decide_in_looks
+from toolchain.files import write_atomic
+from toolchain.graph.assemble import assemble, round_to_nearest
+from toolchain.graph.model import Graph
+from toolchain.kernels import candidates
+from toolchain.package.manifest import Package, open_package, write_manifest
+from toolchain.profiler.ask import Host
+from toolchain.profiler.measure import levelled, measure_block, subject
+from toolchain.profiler.probe import working_kernels
+from toolchain.report import table
+from toolchain.spec import FINER, TOKEN, TOKENS, Policy, Verdict
+
+DISTANCES = (-10, -7, -5, -3, -1, 1, 3, 5, 7, 10)
+ANCHORS, BLOCK = 16, 6
+SLOWER, FAR_MS = 0.08, 1e6
+CONFIRMED = 12
+"""Processes of each of the two copies that confirm how much slower one is."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    for run in (curve, baseline, record, replay, report):
+        sub = commands.add_parser(run.__name__)
+        sub.set_defaults(run=run)
+        sub.add_argument("--work", type=Path, required=True)
+        if run is report:
+            sub.add_argument("--json", action="store_true")
+            continue
+        sub.add_argument("package", type=Path)
+        if run is record:
+            sub.add_argument("--processes", type=int, default=200)
+            continue
+        sub.add_argument("--repeats", type=int, default=20, help="runs per distance, or per package")
+        sub.add_argument("--most-seconds", type=float, default=120.0)
+        if run is baseline:
+            sub.add_argument("--graph", type=Path, required=True, help="the package's fp32 graph, SUPERNET/graph")
+            sub.add_argument("--least-seconds", type=float, default=60.0, help="of the report that is the baseline")
+        else:
+            sub.add_argument("--distances", type=int, nargs="+", default=DISTANCES, help="percent; negative: inside the limit")
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    arguments.run(arguments)
+
+
+class Bench:
+    """This machine, a package, and the kind of work that brings its latency to one speed."""
+
+    def __init__(self, package: Path, work: Path) -> None:
+        self.package, self.work = open_package(package), work
+        self.host = Host.of(hardware.load("local"))
+        self.bound = FINER[TOKEN if self.package.workload.kind == "generate" else TOKENS]
+
+    def block(self, package: Package | None = None) -> Block:
+        package = package or self.package
+        return measure_block(package.directory, package.workload, self.host, package.vocabulary)
+
+    def speed_ns(self) -> float:
+        """The reference's time that all of WORK is brought to: that of the first process ever measured for it."""
+        path = self.work / "speed.json"
+        if not path.is_file():
+            times = sorted(self.block().reference_ns[self.bound])
+            write_atomic(path, json.dumps(times[len(times) // 2]))
+        return float(json.loads(path.read_text()))
+
+
+@contextmanager
+def loaded(yes: bool) -> Iterator[None]:
+    """Another process that takes one core, or none."""
+    if not yes:
+        yield
+        return
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        other.kill()
+        other.wait()
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def add(path: Path, row: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def checked(package: Path, *words: str) -> tuple[dict[str, Any], float]:
+    """(what the real command says, its seconds)."""
+    start = time.time()
+    command = [sys.executable, "-m", "toolchain.cli", "check", str(package), "--json", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode not in (0, 1, 3):
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout), time.time() - start
+
+
+def copy_of(package: Package, to: Path, **changes: Any) -> Path:
+    shutil.rmtree(to, ignore_errors=True)
+    shutil.copytree(package.directory, to)
+    kept = {name: value for name, value in package.data.items() if name not in ("format", "files")}
+    write_manifest(to, {**kept, **changes})
+    return to
+
+
+def curve(arguments: argparse.Namespace) -> None:
+    bench = Bench(arguments.package, arguments.work)
+    speed = bench.speed_ns()
+    here = bench.host.identify()
+    machine = {name: here[name] for name in ("cpu", "runtime", "protocol")}
+    machine |= {"threads": bench.host.threads, "provider": bench.package.provider}
+    anchors, runs = arguments.work / "anchors.jsonl", arguments.work / "curve.jsonl"
+    order = [(distance, turn) for turn in range(arguments.repeats) for distance in arguments.distances]
+    random.Random(0).shuffle(order)
+    done = {(row["distance"], row["turn"]) for row in rows_of(runs)}
+    todo = [one for one in order if one not in done]
+    for distance, turn in todo:
+        while len(rows_of(anchors)) < ANCHORS:
+            anchor(bench, anchors, speed)
+        for _ in range(2):
+            anchor(bench, anchors, speed)
+        truth = middle([row["level_ms"] for row in rows_of(anchors)[-ANCHORS:]])
+        budget = {"name": "promise", "latency_ms": truth / (1 + distance / 100)}
+        reference = {"latency_ms": {bench.bound: speed}}
+        package = copy_of(bench.package, arguments.work / "copy", budget=budget, reference_ns=reference, measured_on=machine)
+        start = time.time()
+        with loaded(bool(turn % 2)):
+            said, seconds = checked(package, "--most-seconds", str(arguments.most_seconds))
+        (verdict,) = said["limits"]
+        row = {"distance": distance, "turn": turn, "load": bool(turn % 2), "t": start, "seconds": seconds, **said["decision"]}
+        keep = {name: verdict[name] for name in ("verdict", "measured", "low", "high", "limit", "reason")}
+        disturbed = sum(not block["valid"] for block in said["blocks"])
+        add(runs, {**row, **keep, "disturbed": disturbed, "slowness": said["slowness"]["latency_ms"]})
+        print(
+            f"{distance:+d}% {'load' if turn % 2 else 'idle'}: {verdict['verdict']} in {seconds:.0f} s", file=sys.stderr, flush=True
+        )
+    for _ in range(ANCHORS // 2 if todo else 0):
+        anchor(bench, anchors, speed)
+
+
+def anchor(bench: Bench, path: Path, speed: float) -> None:
+    """One more undisturbed process of the package itself."""
+    while not (block := bench.block()).valid:
+        print("others use the CPU: the anchor is measured again", file=sys.stderr)
+    add(path, {"t": time.time(), "level_ms": block.level_ms("latency_ms", bench.bound, speed)})
+
+
+def baseline(arguments: argparse.Namespace) -> None:
+    bench = Bench(arguments.package, arguments.work)
+    far = {"budget": {"name": "custom", "latency_ms": FAR_MS}}
+    plain, slowed = pair_of(bench, Graph.open(arguments.graph), arguments.work, far)
+    first = arguments.work / "baseline.json"
+    if not first.is_file():
+        said, _ = checked(plain, "--least-seconds", str(arguments.least_seconds))
+        write_atomic(first, json.dumps(said))
+    runs = arguments.work / "baseline.jsonl"
+    done = {(row["package"], row["turn"]) for row in rows_of(runs)}
+    for turn in range(arguments.repeats):
+        for package in (plain, slowed):
+            if (package.name, turn) in done:
+                continue
+            with loaded(bool(turn % 2)):
+                said, seconds = checked(package, "--baseline", str(first), "--most-seconds", str(arguments.most_seconds))
+            verdict = next(one for one in said["limits"] if one["name"] == "latency_ms / baseline")
+            row = {"package": package.name, "turn": turn, "load": bool(turn % 2), "seconds": seconds, **said["decision"]}
+            add(runs, {**row, **{name: verdict[name] for name in ("verdict", "measured", "low", "high", "reason")}})
+            print(
+                f"{package.name}: {verdict['verdict']} ({verdict['measured']:.3f}) in {seconds:.0f} s", file=sys.stderr, flush=True
+            )
+
+
+def pair_of(bench: Bench, graph: Graph, work: Path, changes: dict[str, Any]) -> tuple[Path, Path]:
+    """Two copies that differ in one unit's kernel: of all pairs of kernels of the unit with most multiplications, all in one rotation, the
+    nearest to 8% apart; then measured anew in processes of their own, in turn. Weights are the graph's, rounded to nearest."""
+    places, note = (work / "plain", work / "slowed"), work / "slowed.json"
+    if note.is_file():
+        return places
+    policy, weights = dict(bench.package.policy), round_to_nearest(graph)
+    unit = max((unit for unit in graph.units if unit.op == "MatMul"), key=lambda unit: unit.parameters)
+
+    def made(kernel: str) -> Path:
+        folder = work / "tries" / kernel
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        swapped = Policy.of({**policy, unit.name: kernel})
+        assemble(graph, swapped, weights, folder, sync=False)
+        for path in graph.companions():
+            shutil.copyfile(path, folder / path.name)
+        kept = {name: value for name, value in bench.package.data.items() if name not in ("format", "files")}
+        write_manifest(folder, {**kept, **changes, "policy": dict(swapped.items())})
+        return folder
+
+    tries = {kernel: made(kernel) for kernel in candidates(unit, working_kernels())}
+    subjects = [subject(name, folder, bench.package.workload, bench.package.vocabulary) for name, folder in tries.items()]
+    trials: dict[str, list[float]] = {name: [] for name in tries}
+    for turn in range(3):
+        answer = bench.host.time(random.Random(turn).sample(subjects, len(subjects)), 6, 0.0, True)
+        for name, seen in levelled(answer["trials"]).items():
+            trials[name] += [next(reversed(trial.values())) for trial in seen]  # the last phase is the one of latency_ms
+    seen = {name: median(times) for name, times in trials.items()}
+    pairs = sorted(itertools.permutations(seen, 2), key=lambda pair: abs(seen[pair[1]] / seen[pair[0]] - 1 - SLOWER))
+    for plain, slowed in pairs[:6]:
+        levels: dict[str, list[float]] = {plain: [], slowed: []}
+        for _ in range(CONFIRMED):
+            for name, found in levels.items():
+                found.append(bench.block(open_package(tries[name])).level_ms("latency_ms", bench.bound, bench.speed_ns()))
+        ratio, low, high = ratio_bounds(levels[slowed], levels[plain], 0.05, 0.05)
+        line = (
+            f"{plain} to {slowed}: {seen[slowed] / seen[plain]:.3f} in rotation, {ratio:.3f} [{low:.3f}, {high:.3f}] in processes"
+        )
+        print(line, file=sys.stderr, flush=True)
+        if abs(ratio - 1 - SLOWER) < 0.015:
+            for place, name in zip(places, (plain, slowed), strict=True):
+                shutil.rmtree(place, ignore_errors=True)
+                tries[name].rename(place)
+            row = {"unit": unit.name, "from": plain, "to": slowed, "ratio": ratio, "low": low, "high": high, "processes": CONFIRMED}
+            write_atomic(note, json.dumps(row))
+            shutil.rmtree(work / "tries")
+            return places
+    raise SystemExit(f"no swap of {unit.name}'s kernel makes this package about 8% slower")
+
+
+def record(arguments: argparse.Namespace) -> None:
+    bench = Bench(arguments.package, arguments.work)
+    bench.speed_ns()
+    path = arguments.work / "processes.jsonl"
+    for turn in range(len(rows_of(path)), arguments.processes):
+        load = bool(turn // BLOCK % 2)
+        with loaded(load):
+            start = time.time()
+            block = bench.block()
+        add(path, {"t": start, "seconds": time.time() - start, "load": load, **block.to_json()})
+
+
+class Replayed:
+    """Recorded processes of one condition, handed out in runs of BLOCK consecutive ones from random places; time goes by as it did."""
+
+    def __init__(self, rows: Sequence[dict[str, Any]], rng: random.Random) -> None:
+        self._rows, self._rng, self.now, self._left = rows, rng, 0.0, []
+
+    def measure(self) -> Block:
+        if not self._left:
+            start = self._rng.randrange(len(self._rows))
+            self._left = [self._rows[(start + place) % len(self._rows)] for place in range(BLOCK)]
+        row = self._left.pop(0)
+        self.now += row["seconds"]
+        return Block.from_json(row)
+
+
+def replay(arguments: argparse.Namespace) -> None:
+    bench = Bench(arguments.package, arguments.work)
+    speed = (bench.bound, bench.speed_ns())
+    rows, rng = rows_of(arguments.work / "processes.jsonl"), random.Random(0)
+    truth = middle([block.level_ms("latency_ms", *speed) for block in map(Block.from_json, rows) if block.valid])
+    path = arguments.work / "replay.jsonl"
+    path.unlink(missing_ok=True)
+    for distance in arguments.distances:
+        for turn in range(arguments.repeats):
+            load = bool(turn % 2)
+            source = Replayed([row for row in rows if row["load"] == load], rng)
+            limit = truth / (1 + distance / 100)
+
+            def judge(blocks: Sequence[Block], look: int, limit: float = limit) -> list[Verdict]:
+                return [hold_latency("latency_ms", limit, blocks, look, speed)]
+
+            with contextlib.redirect_stderr(io.StringIO()):
+                found = decide_in_looks(source.measure, judge, Patience(0, arguments.most_seconds), lambda s=source: s.now)
+            row = {"distance": distance, "turn": turn, "load": load, "verdict": found.verdicts[0].verdict, **found.to_json()}
+            add(path, row)
+
+
+def report(arguments: argparse.Namespace) -> None:
+    work, found = arguments.work, {}
+    if rows := rows_of(work / "curve.jsonl"):
+        anchors = rows_of(work / "anchors.jsonl")
+        for row in rows:
+            before = [one["level_ms"] for one in anchors if one["t"] < row["t"]][-ANCHORS // 2 :]
+            after = [one["level_ms"] for one in anchors if one["t"] > row["t"]][: ANCHORS // 2]
+            row["true_distance"] = 100 * (middle([*before, *after]) / row["limit"] - 1)
+        found["real checks"] = summary(rows)
+    if rows := rows_of(work / "replay.jsonl"):
+        found["replayed, not real checks"] = summary([{**row, "true_distance": row["distance"]} for row in rows])
+    if rows := rows_of(work / "baseline.jsonl"):
+        swapped = json.loads((work / "slowed.json").read_text())
+        print(f"slowed: {swapped['unit']} from {swapped['from']} to {swapped['to']}, {swapped['ratio']:.3f} times as long\n")
+        found["against the baseline"] = [
+            {"package": name, **counts([row for row in rows if row["package"] == name])} for name in ("plain", "slowed")
+        ]
+    if arguments.json:
+        print(json.dumps(found))
+        return
+    for title, lines in found.items():
+        print(f"{title}\n\n{table(lines, list(lines[0]), markdown=True)}\n")
+
+
+def counts(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    said = [row["verdict"] for row in rows]
+    seconds = sorted(row["seconds"] for row in rows)
+    return {
+        "runs": len(rows),
+        **{name: said.count(name) for name in ("within", "over", "could not tell")},
+        "open, idle": sum(row["verdict"] == "could not tell" and not row["load"] for row in rows),
+        "median s": seconds[len(seconds) // 2],
+        "longest s": seconds[-1],
+    }
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    lines = []
+    for distance in sorted({row["distance"] for row in rows}):
+        these = [row for row in rows if row["distance"] == distance]
+        wrong = sum(row["verdict"] == ("over" if row["true_distance"] < 0 else "within") for row in these)
+        spread = [row["true_distance"] for row in these]
+        true = f"{min(spread):+.1f} to {max(spread):+.1f}"
+        lines.append({"distance %": f"{distance:+d}", "re-anchored %": true, **counts(these), "wrong": wrong})
+    return lines
+
+
+if __name__ == "__main__":
+    main()

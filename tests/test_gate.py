@@ -1,0 +1,370 @@
+"""What `check` decides of processes it timed: error rates of the whole sequential decision on simulated processes, and the command."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fast_host import FastHost
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_graphs import attention, encoder
+
+from toolchain.blocks import Block, bounds, ratio_bounds, spent, student
+from toolchain.check import hold_latency, hold_ratio
+from toolchain.commands.deciding import LOOKS, Patience, decide_in_looks
+from toolchain.errors import InputError
+from toolchain.hardware import load
+from toolchain.profiler.ask import Host
+from toolchain.profiler.measure import measure_block
+from toolchain.spec import WORKS, Workload
+
+SPEED = ("model token", 100.0)
+
+
+class Machine:
+    """Processes of a package of `level_ms` at the speed at which the reference takes 100 ns. The machine's speed wanders by a factor of two
+    and the reference follows; what it does not follow differs from process to process by `between`, from window to window by `within`."""
+
+    def __init__(self, seed: int, level_ms: float, between: float = 0.04, within: float = 0.1, seconds: float = 2.5) -> None:
+        self._rng, self._level, self._between, self._within = np.random.default_rng(seed), level_ms, between, within
+        self._mood, self._seconds, self.now = 0.0, seconds, 0.0
+
+    def measure(self) -> Block:
+        rng = self._rng
+        self.now += self._seconds
+        self._mood = 0.7 * self._mood + 0.2 * rng.standard_normal()
+        windows = self._mood + 0.05 * rng.standard_normal(5)
+        own = self._between * rng.standard_normal() + self._within * rng.standard_normal(5)
+        times = tuple(self._level * np.exp(windows + own))
+        return Block({"latency_ms": times}, {"model token": tuple(100.0 * np.exp(windows))})
+
+
+def _decided(machine: Machine, limit: float, speed: tuple[str, float] | None = SPEED, most_s: float = 120.0) -> Any:
+    return decide_in_looks(
+        machine.measure,
+        lambda blocks, look: [hold_latency("latency_ms", limit, blocks, look, speed)],
+        Patience(0, most_s),
+        lambda: machine.now,
+    )
+
+
+@pytest.mark.parametrize(
+    ("freedom", "tail", "t"),
+    [
+        (1, 0.05, 6.314),
+        (1, 0.005, 63.657),
+        (2, 0.01, 6.965),
+        (3, 0.005, 5.841),
+        (5, 0.0005, 6.869),
+        (8, 0.05, 1.860),
+        (71, 0.025, 1.994),
+    ],
+)
+def test_students_quantile_is_the_tabulated_one(freedom: int, tail: float, t: float) -> None:
+    assert student(tail, freedom) == pytest.approx(t, abs=6e-4)
+
+
+def test_all_looks_together_spend_no_more_than_there_is() -> None:
+    assert sum(spent(0.01, look) for look in range(1, 1000)) < 0.01
+    assert spent(0.01, 1) == 0.005
+
+
+def test_a_package_ten_percent_from_its_limit_is_told_from_either_side() -> None:
+    """200 checks, the machine's speed wandering by far more than 10%."""
+    for room, right in ((1 / 0.9, "within"), (1 / 1.1, "over")):
+        found = [_decided(Machine(seed, 0.6), 0.6 * room) for seed in range(100)]
+        assert [one.verdicts[0].verdict for one in found] == [right] * 100
+        assert max(one.seconds for one in found) < 120
+
+
+@pytest.mark.parametrize("between", [0.03, 0.1])
+def test_a_package_barely_over_its_limit_is_seldom_called_within(between: float) -> None:
+    """At the limit itself, where it is hardest: at most ALPHA for each side, all looks together."""
+    said = [_decided(Machine(seed, 1.0, between), 0.9999).verdicts[0].verdict for seed in range(150)]
+    assert said.count("within") <= 0.01 * 150 + 3 * math.sqrt(0.01 * 150)
+    assert said.count("could not tell") > 140
+
+
+def test_windows_are_not_taken_for_processes() -> None:
+    """Processes that differ by 10% with windows that agree: five windows of each must not pass for five times as many processes."""
+    wrong = sum(_decided(Machine(seed, 1.0, 0.1, 0.001), 0.97).verdicts[0].verdict == "within" for seed in range(100))
+    assert wrong <= 4
+
+
+def test_an_open_limit_is_measured_longer_until_the_time_is_over() -> None:
+    near, far = _decided(Machine(0, 1.0), 1.02), _decided(Machine(0, 1.0), 2.0)
+    assert (len(far.blocks), far.looks) == (LOOKS[0], 1)
+    assert near.looks > 1
+    stopped = _decided(Machine(0, 1.0), 1.0001, most_s=30.0)
+    assert stopped.verdicts[0].verdict == "could not tell"
+    assert "--most-seconds" in stopped.verdicts[0].reason
+    assert stopped.seconds <= 30
+    short = _decided(Machine(0, 1.0), 2.0, most_s=1.0)
+    assert "3 are the least" in short.verdicts[0].reason
+    least = decide_in_looks(Machine(0, 1.0).measure, lambda *_: [], Patience(0, 5), iter(range(100)).__next__)
+    assert len(least.blocks) < LOOKS[0]
+
+
+def test_at_least_so_long_is_measured_as_was_asked() -> None:
+    machine = Machine(0, 1.0)
+    looked: list[int] = []
+
+    def judge(blocks: Any, look: int) -> Any:
+        looked.append(len(blocks))
+        return [hold_latency("latency_ms", 2.0, blocks, look, SPEED)]
+
+    found = decide_in_looks(machine.measure, judge, Patience(50, 120), lambda: machine.now)
+    assert found.seconds >= 50
+    assert looked == [21]  # the looks before it were not used
+
+
+def test_disturbed_processes_can_keep_a_limit_and_not_break_it() -> None:
+    calm = [Machine(seed, 1.0).measure() for seed in range(6)]
+    busy = [Block({"latency_ms": (2.0 + 0.01 * place,) * 5}, block.reference_ns, 10, False) for place, block in enumerate(calm)]
+    assert hold_latency("latency_ms", 3.0, busy, 1).verdict == "within"
+    assert "other processes" in hold_latency("latency_ms", 3.0, busy, 1).reason
+    assert hold_latency("latency_ms", 1.5, busy, 1).verdict == "could not tell"
+    mixed = hold_latency("latency_ms", 1.5, [*busy, *calm], 1, SPEED)
+    assert (mixed.verdict, mixed.measured) == ("within", pytest.approx(1.0, rel=0.1))  # the clean ones alone
+
+
+@settings(max_examples=40)
+@given(st.lists(st.floats(0.01, 100), min_size=3, max_size=12), st.floats(0.01, 100), st.floats(1, 3))
+def test_a_wider_limit_never_gives_a_worse_verdict(levels: list[float], limit: float, more: float) -> None:
+    rank = ["over", "could not tell", "within"]
+    blocks = [Block({"latency_ms": (level,)}, {}) for level in levels]
+    one, other = (rank.index(hold_latency("latency_ms", x, blocks, 1).verdict) for x in (limit, limit * more))
+    assert other >= one
+
+
+def _against(seed: int, ratio: float, processes: int = 24) -> str:
+    before = Machine(2 * seed, 1.0, 0.03, 0.03)
+    then = [before.measure() for _ in range(processes)]
+    now = Machine(2 * seed + 1, ratio, 0.03, 0.03)
+    found = decide_in_looks(
+        now.measure, lambda blocks, look: [hold_ratio("latency_ms", blocks, then, look)], Patience(), lambda: now.now
+    )
+    return found.verdicts[0].verdict
+
+
+def test_eight_percent_slower_than_the_baseline_is_noticed_and_the_same_is_not() -> None:
+    """Show 2 in simulation, with processes that differ by 3.3% as on the machine of README; the two machines' moods are apart."""
+    slower, same = [_against(seed, 1.08) for seed in range(100)], [_against(seed, 1.0) for seed in range(100)]
+    assert slower.count("over") >= 95
+    assert same.count("over") <= 1
+    assert same.count("within") >= 95
+
+
+def test_a_baseline_is_compared_at_the_references_speed_that_follows_it() -> None:
+    """`tokens` says that the machine became twice as fast; the latency moves with `token`."""
+
+    def at(level: float, seed: int) -> list[Block]:
+        rng = np.random.default_rng(seed)
+        moods = np.exp(0.3 * rng.standard_normal(12))
+        return [
+            Block({"latency_ms": (level * m,)}, {"token": (9.0 * m,), "tokens": (50.0 * np.exp(rng.standard_normal()),)})
+            for m in moods
+        ]
+
+    verdict = hold_ratio("latency_ms", at(1.08, 1), at(1.0, 2), 1)
+    assert (verdict.verdict, verdict.measured) == ("over", pytest.approx(1.08))
+    assert "one token" in verdict.reason
+    few = hold_ratio("latency_ms", at(1.0, 1), at(1.0, 2)[:2], 1)
+    assert (few.verdict, "2 in the baseline" in few.reason) == ("could not tell", True)
+
+
+def test_bounds_hold_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(0)
+    levels = np.exp(0.1 * rng.standard_normal((4000, 6)))
+    found = [bounds(list(row), 0.05) for row in levels]
+    assert np.mean([high < 1 for _, high in found]) == pytest.approx(0.05, abs=0.011)
+    assert np.mean([low > 1 for low, _ in found]) == pytest.approx(0.05, abs=0.011)
+    low, high = bounds([1.0] * 6, 0.005)  # six that agree by chance
+    assert low < 0.98
+    assert high > 1.02
+    ratio, low, high = ratio_bounds([1.1] * 6, [1.0] * 6, 0.05, 0.05)
+    assert ratio == pytest.approx(1.1)
+    assert low < ratio < high
+
+
+_JUNK = st.none() | st.booleans() | st.floats() | st.text(max_size=3)
+
+
+@settings(max_examples=40)
+@given(_JUNK | st.lists(_JUNK, max_size=3) | st.dictionaries(st.text(max_size=3), _JUNK | st.lists(_JUNK, max_size=2), max_size=2))
+def test_a_block_is_read_whole_or_refused(data: Any) -> None:
+    good = Machine(0, 1.0).measure()
+    assert Block.from_json(json.loads(json.dumps(good.to_json()))) == good
+    for bad in (
+        data,
+        {**good.to_json(), "trials": data},
+        {**good.to_json(), "reference_ns": {"token": data}},
+        {**good.to_json(), "p95_ms": data},
+    ):
+        with contextlib.suppress(InputError):
+            assert Block.from_json(bad).trials
+
+
+# ---- the command
+
+
+@pytest.fixture(autouse=True)
+def here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No agent is asked who it is either: a second for each check."""
+    if "fast" in request.fixturenames:
+        identity = {"cpu": "made up", "runtime": "onnxruntime", "protocol": "p", "meters": {}, "cache_bytes": 1, "providers": []}
+        monkeypatch.setattr(Host, "identify", lambda _: identity)
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A random decoder of one layer."""
+    return _written(attention(tmp_path / "package"), "decoder")
+
+
+def _table(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((8, 8)).astype(np.float32)
+
+
+def _written(folder: Path, kind: str, **changes: Any) -> Path:
+    from toolchain.package.manifest import write_manifest
+
+    if kind == "encoder":
+        _word_tokenizer(folder)
+    model = {"vocabulary": 4096 if kind == "decoder" else 8, "kind": kind, "context": 48, "source": "gone"}
+    manifest = {"model": model, "workload": "generate:2+2" if kind == "decoder" else "encode:1x4", "policy": {}, "predicted": None}
+    write_manifest(folder, {**manifest, "budget": {"latency_ms": 5.0}, **changes})
+    return folder
+
+
+def _word_tokenizer(folder: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {word: place for place, word in enumerate(["[UNK]", *"abcdefg"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    (tmp_path / "text.txt").write_text(" ".join(rng.choice(list("abcdefg"), 400)))
+    return tmp_path / "text.txt"
+
+
+def test_the_report_of_a_check_is_a_baseline(package: Path, tmp_path: Path, cli: Any, fast: FastHost, monkeypatch: Any) -> None:
+    said = cli("check", package, "--json").json
+    assert said["decision"]["processes"] == len(said["blocks"]) == LOOKS[0]
+    (tmp_path / "report.json").write_text(json.dumps(said))
+    same = cli("check", package, "--baseline", tmp_path / "report.json", "--json")
+    assert same.code == 0, same.out
+    assert [one["name"] for one in same.json["limits"]] == [
+        "latency_ms",
+        "latency_ms / baseline",
+        "first_token_ms / baseline",
+        "peak_memory_bytes / baseline",
+    ]
+
+    def slower(data: Any) -> None:  # as if the package had been faster then
+        for block in data["blocks"]:
+            block["trials"]["latency_ms"] = [time / 1.2 for time in block["trials"]["latency_ms"]]
+
+    changed = json.loads(json.dumps(said))
+    slower(changed)
+    (tmp_path / "faster.json").write_text(json.dumps(changed))
+    found = cli("check", package, "--baseline", tmp_path / "faster.json", "--json", "--junit", tmp_path / "junit.xml")
+    assert found.code == 1
+    limits = {one["name"]: one for one in found.json["limits"]}
+    assert limits["latency_ms"]["verdict"] == "within"  # and said so although the budget is kept
+    assert limits["latency_ms / baseline"]["verdict"] == "over"
+    assert "+20.0%" in limits["latency_ms / baseline"]["reason"]
+    assert 'failures="1"' in (tmp_path / "junit.xml").read_text()
+    changed = {**said, "measured": {"peak_memory_bytes": {"trials": [9e5] * 3}}}
+    (tmp_path / "lighter.json").write_text(json.dumps(changed))
+    assert cli("check", package, "--baseline", tmp_path / "lighter.json").code == 1
+
+
+def test_a_baseline_of_something_else_is_refused(package: Path, tmp_path: Path, cli: Any, fast: FastHost) -> None:
+    report = tmp_path / "report.json"
+    said = cli("check", package, "--json").json
+
+    def refused(content: str) -> str:
+        report.write_text(content)
+        return cli("check", package, "--baseline", report).error
+
+    assert "with cpu " in refused(json.dumps({**said, "machine": {**said["machine"], "cpu": "another"}}))
+    assert "with threads " in refused(json.dumps({**said, "machine": {**said["machine"], "threads": 99}}))
+    assert "with workload generate:2+2, as now, got generate:9+9" in refused(json.dumps({**said, "workload": "generate:9+9"}))
+    assert "bittailor check" in refused("{")
+    assert "no 'machine'" in refused("{}")
+    assert "expected a block" in refused(json.dumps({**said, "blocks": [{"trials": {"latency_ms": [-1]}}]}))
+    for text in ("[]", "[" * 5000, '"x"', json.dumps({**said, "blocks": 3}), json.dumps({**said, "measured": []})):
+        assert "expected" in refused(text)
+    assert "nowhere" in cli("check", package, "--baseline", tmp_path / "nowhere").error
+
+
+def test_a_limit_on_the_95th_percentile(package: Path, cli: Any, fast: FastHost) -> None:
+    """The made-up host says 1 ms, and 1.5 ms for the 95th percentile."""
+    assert cli("check", package, "--latency-p95-ms", 2).code == 0
+    found = cli("check", package, "--latency-p95-ms", 1.2, "--latency-ms", 1.2, "--json")
+    assert [(one["name"], one["verdict"]) for one in found.json["limits"]] == [("latency_ms", "within"), ("latency_p95_ms", "over")]
+    assert found.json["measured"]["latency_p95_ms"]["value"] == 1.5
+    assert "latency_p95_ms" not in cli("check", package, "--latency-ms", 1.2, "--json").json["measured"]
+
+
+def test_single_runs_make_the_95th_percentile(package: Path) -> None:
+    """Really measured: the tail of single steps is above their median and below the slowest."""
+    block = measure_block(package, Workload.parse("generate:4+40"), Host(load("local"), 1), 4096, tail=True)
+    assert len(block.trials["latency_ms"]) >= 5
+    assert block.p95_ms is not None
+    assert block.p95_ms > 0.9 * np.median(block.trials["latency_ms"])
+    assert set(block.reference_ns) >= {*WORKS, "model token", "model tokens"}
+
+
+def test_quality_limits_of_a_decoder(package: Path, text: Path, tmp_path: Path, cli: Any, fast: FastHost) -> None:
+    other = _written(attention(tmp_path / "fp32", seed=1), "decoder")
+    words = ("--text", text, "--reference", other, "--json")
+    own, theirs = (
+        cli("evaluate", folder, "--text", text, "--window", 48, "--json").json["perplexity"] for folder in (package, other)
+    )
+    ratio = own / theirs
+    found = cli("check", package, "--max-perplexity-ratio", ratio * 1.001, *words)
+    assert found.code == 0, found.out + found.err
+    quality = found.json["limits"][-1]
+    assert (quality["name"], quality["measured"]) == ("perplexity_ratio", pytest.approx(ratio))
+    assert "text.txt" in quality["reason"]
+    assert cli("check", package, "--max-perplexity-ratio", ratio * 0.999, *words).code == 1
+    assert "--reference MODEL" in cli("check", package, "--max-perplexity-ratio", 1.1, "--text", text).error
+    assert "--text FILE" in cli("check", package, "--max-perplexity-ratio", 1.1).error
+    assert "--max-perplexity-ratio" in cli("check", package, "--text", text).error
+    assert "got --min-fidelity" in cli("check", package, "--min-fidelity", 0.9, *words).error
+    assert "positive" in cli("check", package, "--max-perplexity-ratio", "nan", *words).error
+    assert (
+        "expected a text file"
+        in cli("check", package, "--max-perplexity-ratio", 1.1, "--text", tmp_path / "no.txt", "--reference", other).error
+    )
+
+
+def test_quality_limits_of_an_encoder(text: Path, tmp_path: Path, cli: Any, fast: FastHost) -> None:
+    vectors = _table(1)
+    exact = _written(encoder(tmp_path / "exact", vectors), "encoder")
+    rough = _written(encoder(tmp_path / "rough", vectors + 0.3 * _table(2)), "encoder", budget=None)
+    words = ("--text", text, "--reference", exact, "--json")
+    found = cli("check", rough, "--min-fidelity", 0.5, *words)
+    assert found.code == 0, found.out + found.err  # quality alone is a limit too
+    (quality,) = found.json["limits"]
+    assert 0.5 < quality["measured"] < 0.999
+    assert "a lower limit" in quality["reason"]
+    assert cli("check", rough, "--min-fidelity", 0.999, *words).code == 1
+    assert cli("check", exact, "--min-fidelity", 0.999, *words).code == 0
+
+
+def test_patience_must_make_sense(package: Path, cli: Any, fast: FastHost) -> None:
+    assert "--least-seconds" in cli("check", package, "--least-seconds", 9, "--most-seconds", 5).error
+    assert "--most-seconds" in cli("check", package, "--most-seconds", "nan").error

@@ -1,0 +1,162 @@
+"""What one process of the agent saw of a package, and where the middle of many such processes lies. Cannot measure, knows no budget.
+
+Windows of one process agree with each other, two processes do not (`benchmarks/sessions.py`): a process, not a window, is what a bound
+counts as independent. Its level is the median of its windows; levels are compared on the log scale, where slowness is a sum.
+
+    bound      mean of log levels ± Student's t · max(s, BETWEEN) / √n: independent replications (Law, Simulation Modeling and Analysis,
+               5th ed., section 9.5.2). BETWEEN keeps a few levels that agree by chance from promising too much.
+    looks      whoever measures until it is decided looks several times. The i-th look may err with α / (i(i + 1)), which sums to α over
+               any number of looks: error spending (Lan & DeMets 1983) by the union bound, so looks need not be independent.
+
+By hand: a device has no scipy, and of a distribution only Student's quantile is needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from statistics import fmean, median, stdev
+from typing import Any
+
+from toolchain.errors import InputError
+
+BETWEEN = 0.02
+"""Least relative standard deviation between processes: "one process is 1 to 2% off however many windows it takes" (README)."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One process: by latency the median of each window in ms, by kind of work the reference's nanoseconds in the same windows.
+
+    valid: enough windows in which others left the CPUs alone; else all windows are here. p95_ms: 95th percentile of the single runs of
+    those windows; None where it was not asked for. niceness: the priority that the system gave it; at −20 it goes before others.
+    """
+
+    trials: Mapping[str, tuple[float, ...]]
+    reference_ns: Mapping[str, tuple[float, ...]]
+    dropped: int = 0
+    valid: bool = True
+    p95_ms: float | None = None
+    niceness: int = 0
+
+    def level_ms(self, name: str, work: str = "", then_ns: float = 0.0) -> float:
+        """Median over the windows of a latency, each brought to the speed at which the reference for `work` takes then_ns. "": as it was.
+        "latency_p95_ms" is the single runs' 95th percentile, brought there as a whole."""
+        if name == "latency_p95_ms":
+            assert self.p95_ms is not None
+            return self.p95_ms / (median(self.reference_ns[work]) / then_ns if work else 1.0)
+        if not work:
+            return float(median(self.trials[name]))
+        return float(median(x * then_ns / now for x, now in zip(self.trials[name], self.reference_ns[work], strict=True)))
+
+    def to_json(self) -> dict[str, Any]:
+        trials = {name: list(times) for name, times in self.trials.items()}
+        references = {work: list(times) for work, times in self.reference_ns.items()}
+        seen = {"trials": trials, "reference_ns": references, "dropped": self.dropped, "valid": self.valid}
+        return {**seen, "p95_ms": self.p95_ms, "niceness": self.niceness}
+
+    @classmethod
+    def from_json(cls, data: Any) -> Block:
+        """Raises InputError for anything but what `to_json` wrote."""
+        try:
+            trials = {str(name): _times(times) for name, times in data["trials"].items()}
+            references = {str(work): _times(times) for work, times in data["reference_ns"].items()}
+            windows = {len(times) for times in (*trials.values(), *references.values())}
+            if not trials or len(windows) != 1:
+                raise ValueError(f"windows {sorted(windows)}")
+            p95 = data.get("p95_ms")
+            return cls(
+                trials,
+                references,
+                int(data["dropped"]),
+                data["valid"] is True,
+                None if p95 is None else _times([p95])[0],
+                int(data.get("niceness", 0)),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise InputError(
+                f"expected a block of a report of check --json, got {type(error).__name__}: {str(error)[:80]}",
+                "make the report again: bittailor check PACKAGE --json > REPORT",
+            ) from error
+
+
+def _times(values: Any) -> tuple[float, ...]:
+    times = tuple(map(float, values))
+    if not times or not all(0 < time < math.inf for time in times) or any(isinstance(value, str) for value in values):
+        raise ValueError(f"times {str(values)[:40]}")
+    return times
+
+
+def spent(alpha: float, look: int) -> float:
+    """How often the look-th look (1, 2, ...) may err so that all of them together err with at most `alpha`."""
+    return alpha / (look * (look + 1))
+
+
+@cache
+def student(tail: float, freedom: int) -> float:
+    """t with P(T > t) = tail (0 < tail < ½) for Student's T of so many degrees of freedom, to nine digits.
+
+    By bisection of the finite sums of Abramowitz & Stegun, 26.7.3 and 26.7.4.
+    """
+    if not 0 < tail < 0.5 or freedom < 1:
+        raise InputError(f"expected 0 < tail < 0.5 and freedom >= 1, got {tail} and {freedom}")
+    low, high = 0.0, 1.0
+    while _above(high, freedom) > tail:
+        low, high = high, 2 * high
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _above(middle, freedom) > tail else (low, middle)
+    return high
+
+
+def _above(t: float, freedom: int) -> float:
+    """P(T > t)."""
+    angle = math.atan(t / math.sqrt(freedom))
+    cosine, odd = math.cos(angle), freedom % 2
+    term = total = 0.0
+    for power in range(odd, freedom - 1, 2):  # cos⁰, cos², ... or cos¹, cos³, ... up to freedom − 2
+        term = (cosine if odd else 1.0) if power == odd else term * cosine**2 * (power - 1) / power
+        total += term
+    inside = 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
+    return (1 - inside) / 2
+
+
+def middle(levels: Sequence[float]) -> float:
+    """Geometric mean of the processes' levels, in their unit."""
+    return math.exp(fmean(map(math.log, levels)))
+
+
+def bounds(levels: Sequence[float], tail: float) -> tuple[float, float]:
+    """(low, high): each a one-sided bound on the middle that errs with at most `tail`. Raises InputError for fewer than two levels."""
+    n = len(levels)
+    if n < 2:
+        raise InputError(f"expected at least 2 levels, got {n}")
+    half = student(tail, n - 1) * max(stdev(map(math.log, levels)), BETWEEN) / math.sqrt(n)
+    return middle(levels) * math.exp(-half), middle(levels) * math.exp(half)
+
+
+def ratio_bounds(now: Sequence[float], then: Sequence[float], below: float, above: float) -> tuple[float, float, float]:
+    """(ratio, low, high) of the middles, now over then: low errs with at most `below`, high with `above`. Welch's t on logs (1947)."""
+    if min(len(now), len(then)) < 2:
+        raise InputError(f"expected at least 2 levels on each side, got {len(now)} and {len(then)}")
+    parts = [(max(stdev(map(math.log, side)), BETWEEN) ** 2 / len(side), len(side) - 1) for side in (now, then)]
+    variance = sum(part for part, _ in parts)
+    freedom = int(variance**2 / sum(part**2 / n for part, n in parts))
+    low, high = (student(tail, max(freedom, 1)) * math.sqrt(variance) for tail in (below, above))
+    ratio = middle(now) / middle(then)
+    return ratio, ratio * math.exp(-low), ratio * math.exp(high)
+
+
+def closest(now: Sequence[Block], then: Sequence[Block], name: str, works: Sequence[str]) -> str:
+    """Of the kinds of work that all blocks have a reference for, the one that this latency moves with most closely within the two
+    groups; "" where there is none. Whether the groups differ plays no part in it."""
+    known = [work for work in works if all(work in block.reference_ns for block in (*now, *then))]
+
+    def left(work: str) -> float:
+        return sum(
+            stdev(math.log(block.level_ms(name, work, 1.0)) for block in side) ** 2 * (len(side) - 1) for side in (now, then)
+        )
+
+    return min(known, key=left, default="")
