@@ -13,7 +13,8 @@ it had when the truth was first measured. The truth moves with the machine even 
 measured before each check, the middle of the last ANCHORS of all sets its limit, and when the runs are over the distance that counts is
 that to the middle of ANCHORS on both sides of the run. A run is wrong if it says "within" and the package was over by that, or the reverse.
 baseline: two copies of PACKAGE that differ in one unit's kernel, of all kernels the pair nearest to 8% apart, by processes in turn. The
-report of the faster one is made once, with --least-seconds; then both are checked against it. Their limits are far away.
+report of the faster one is made once, with --least-seconds; then both are checked against it, and a process of each is measured in every
+turn, so that the report can say how far apart they were meanwhile. Their limits are far away.
 replay: recorded processes, in blocks of BLOCK consecutive ones from random places, are handed to the very decision that a check
 makes, at each distance from their own middle. It repeats what was seen once, so drift of more than WORK's hour is not in it.
 """
@@ -199,6 +200,12 @@ def baseline(arguments: argparse.Namespace) -> None:
     runs = arguments.work / "baseline.jsonl"
     done = {(row["package"], row["turn"]) for row in rows_of(runs)}
     for turn in range(arguments.repeats):
+        if len(rows_of(arguments.work / "pair.jsonl")) <= turn:  # how far apart they are moves with what the neighbours do
+            seen = {place.name: bench.block(open_package(place)) for place in (plain, slowed)}
+            add(
+                arguments.work / "pair.jsonl",
+                {name: block.level_ms("latency_ms", bench.bound, bench.speed_ns()) for name, block in seen.items()},
+            )
         for package in (plain, slowed):
             if (package.name, turn) in done:
                 continue
@@ -325,7 +332,12 @@ def report(arguments: argparse.Namespace) -> None:
         found["replayed, not real checks"] = summary([{**row, "true_distance": row["distance"]} for row in rows])
     if rows := rows_of(work / "baseline.jsonl"):
         swapped = json.loads((work / "slowed.json").read_text())
-        print(f"slowed: {swapped['unit']} from {swapped['from']} to {swapped['to']}, {swapped['ratio']:.3f} times as long\n")
+        print(
+            f"slowed: {swapped['unit']} from {swapped['from']} to {swapped['to']}, {swapped['ratio']:.3f} times as long before the runs"
+        )
+        if len(pair := rows_of(work / "pair.jsonl")) > 1:
+            ratio, low, high = ratio_bounds([row["slowed"] for row in pair], [row["plain"] for row in pair], 0.05, 0.05)
+            print(f"between the runs: {ratio:.3f} [{low:.3f}, {high:.3f}] in {len(pair)} processes of each\n")
         found["against the baseline"] = [
             {"package": name, **counts([row for row in rows if row["package"] == name])} for name in ("plain", "slowed")
         ]
