@@ -29,6 +29,8 @@ from toolchain.report.contents import kinds
 from toolchain.spec import Policy
 from toolchain.supernet.store import SupernetFolder
 
+POINTS = 32
+"""Of each front."""
 _SAME = 1e-6
 """Relative difference up to which two predictions of one policy are one: sums of floats in another order."""
 
@@ -54,7 +56,7 @@ class Foresight:
                 continue
             points = [
                 {"cost": point.cost, "loss": point.loss, "mean_bits": mean_bits(point.policy, model.units), "proven": point.proven}
-                for point in exact_front(model, losses, resource)
+                for point in exact_front(model, losses, resource, POINTS)
             ]
             found[resource] = {"points": points, "reason": ""}
         return found

@@ -112,12 +112,17 @@ def _checked(data: Mapping[str, Any]) -> dict[str, Any]:
                 "reason": reason,
             }
     return {
-        "device": Path(_text(data, "device")).name.removesuffix(".yaml").removesuffix(".yml"),  # a name or a file in hardware/
+        "device": _device(_text(data, "device")),
         "verdict": _verdict(data),
         "limits": [_limit(limit) for limit in data["limits"]],
         "measured": measured,
         "predicted": dict(data.get("predicted") or {}),
     }
+
+
+def _device(typed: str) -> str:
+    """Its name, of a name or a file in hardware/."""
+    return Path(typed).stem if typed.endswith((".yaml", ".yml")) else typed
 
 
 def _limit(limit: Mapping[str, Any]) -> dict[str, Any]:
