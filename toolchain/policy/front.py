@@ -35,7 +35,8 @@ class FrontPoint:
 def exact_front(model: CostModel, losses: Values, resource: str, points: int, seconds: float = 10.0) -> list[FrontPoint]:
     """At most `points` of the front's, from cheapest to dearest, none dominated by another; `seconds` is the solver's limit for each.
 
-    Their limits lie denser at the cheap end, where losses change most. One limit at a time: a policy that must keep a second limit as well may lie above this front. Raises what `solver.find` does.
+    Their limits lie denser at the cheap end, where losses change most. One limit at a time: a policy that must keep
+    a second limit as well may lie above this front. Raises what `solver.find` does.
     """
     low, high = model.bounds(resource)
     limits = [low + (high - low) * (step / (points - 1)) ** 2 for step in range(points)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,10 +63,18 @@ _COLOUR = re.compile("|".join(_VARIABLES))
 
 
 @contextmanager
+def _styled() -> Iterator[None]:
+    """Our style; without its warnings that a name has letters which its own font lacks: the page is shown in the reader's fonts."""
+    with mpl.rc_context(_STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+")
+        yield
+
+
+@contextmanager
 def drawing(height: float, margins: tuple[float, float, float, float]) -> Iterator[tuple[Drawing, Axes]]:
     """A figure `WIDTH` wide and `height` high with one pair of axes; margins in pixels: left, right, bottom, top."""
     left, right, bottom, top = margins
-    with mpl.rc_context(_STYLE):
+    with _styled():
         figure = Drawing(figsize=(WIDTH / 72, height / 72), dpi=72)
         box = (left / WIDTH, bottom / height, 1 - (left + right) / WIDTH, 1 - (bottom + top) / height)
         yield figure, figure.add_axes(box)
@@ -140,7 +149,7 @@ def shorten(text: str, length: int) -> str:
 def finished(figure: Drawing, key: str, title: str, description: str) -> Markup:
     """The figure as an <svg> element with role, title and description; ids begin with `key`, marks with a gid have it as data-json."""
     written = io.StringIO()
-    with mpl.rc_context(_STYLE):
+    with _styled():
         figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     ElementTree.register_namespace("", _SVG)
     ElementTree.register_namespace("xlink", _XLINK)
