@@ -46,8 +46,9 @@ class Foresight:
     own_names: Mapping[str, str]
     """A device's kernel → the one that was trained in its place."""
 
-    def fronts(self) -> dict[str, dict[str, Any]]:
-        """resource → {"points": [{"cost", "loss", "mean_bits", "proven"}], "reason"}: policies of least loss for a falling limit on it."""
+    def fronts(self, packages: Sequence[Package]) -> dict[str, dict[str, Any]]:
+        """resource → {"points": [{"cost", "loss", "mean_bits", "proven"}], "reason"}: policies of least loss for limits on it, among them
+        what each package is predicted to cost."""
         model, losses = self.trained, self.folder.sensitivity
         found: dict[str, dict[str, Any]] = {}
         for resource in COSTS:
@@ -56,10 +57,14 @@ class Foresight:
                 continue
             points = [
                 {"cost": point.cost, "loss": point.loss, "mean_bits": mean_bits(point.policy, model.units), "proven": point.proven}
-                for point in exact_front(model, losses, resource, POINTS)
+                for point in exact_front(model, losses, resource, POINTS, self._costs_of(packages, resource))
             ]
             found[resource] = {"points": points, "reason": ""}
         return found
+
+    def _costs_of(self, packages: Sequence[Package], resource: str) -> list[float]:
+        values = (package.predicted.get(resource, {}).get("value") for package in packages)
+        return [value for value in values if value is not None]
 
     def loss(self, package: Package) -> dict[str, Any]:
         """{"value", "reason"}: the sensitivities summed over the package's policy: a prediction, blind to how losses interact."""

@@ -127,7 +127,7 @@ def _group(
             "table": str(known.costs.path) if known else None,
             "loss": known.losses_are if known else None,
             "reason": why,
-            "resources": known.fronts() if known else {name: {"points": [], "reason": why} for name in COSTS},
+            "resources": known.fronts(packages) if known else {name: {"points": [], "reason": why} for name in COSTS},
         },
         "packages": entries,
     }

@@ -11,6 +11,7 @@ policies of equal loss the cheapest is found.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from toolchain.costs.model import CostModel
@@ -32,14 +33,18 @@ class FrontPoint:
     policy: Policy
 
 
-def exact_front(model: CostModel, losses: Values, resource: str, points: int, seconds: float = 10.0) -> list[FrontPoint]:
-    """At most `points` of the front's, from cheapest to dearest, none dominated by another; `seconds` is the solver's limit for each.
+def exact_front(
+    model: CostModel, losses: Values, resource: str, points: int, at: Iterable[float] = (), seconds: float = 10.0
+) -> list[FrontPoint]:
+    """Points of the front from cheapest to dearest, none dominated by another: of `points` limits and of those in `at`.
 
+    at: costs of other policies, so that none of them can lie below the front as it is drawn. seconds: the solver's limit for each point.
     Their limits lie denser at the cheap end, where losses change most. One limit at a time: a policy that must keep
     a second limit as well may lie above this front. Raises what `solver.find` does.
     """
     low, high = model.bounds(resource)
-    limits = [low + (high - low) * (step / (points - 1)) ** 2 for step in range(points)]
+    grid = [low + (high - low) * (step / (points - 1)) ** 2 for step in range(points)]
+    limits = sorted({*grid, *(limit for limit in at if limit > 0)})
     found: dict[Policy, FrontPoint] = {}
     for limit in track(limits, len(limits), f"front of {resource}"):
         budget = Budget.from_json({resource: limit * (1 + _ROUNDING)})

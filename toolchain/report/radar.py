@@ -32,7 +32,7 @@ def radar(package: View, key: str) -> Figure:
     alternative = f"{'. '.join(said)}."
     columns = ("axis", "value, %", "basis", "why missing")
     if package["full_precision"]:
-        return Figure(key, title, Markup(), "", columns, rows, reason="It is the full precision that the others are compared with.")
+        return Figure(key, title, Markup(), "", columns, rows, reason="it is the full precision that the others are compared with")
     if all(view["value"] is None for view in shown):
         return Figure(key, title, Markup(), "", columns, rows, reason=shown[0]["reason"])
     edge = max([1.0, *(view["value"] for view in shown if view["value"] is not None)])
