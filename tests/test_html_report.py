@@ -517,6 +517,42 @@ def test_devices_are_not_compared_with_each_other(fleet: Fleet, tmp_path: Path) 
     assert "no supernet was given" in groups[1]["front"]["reason"]
 
 
+def test_a_sealed_check_is_shown_where_no_other_is_given(fleet: Fleet, cli: Cli, tmp_path: Path) -> None:
+    package = copied(fleet.folder / "low", tmp_path / "renamed")
+    checked = json.loads((fleet.folder / "reports" / "low.check.json").read_text())
+    checked["limits"] += [
+        {
+            "name": "fidelity",
+            "limit": 0.9,
+            "measured": 0.95,
+            "low": 0.95,
+            "high": 0.95,
+            "verdict": "within",
+            "reason": "a lower limit",
+        },
+        {
+            "name": "latency_ms / baseline",
+            "limit": 1.05,
+            "measured": 1.01,
+            "low": 0.99,
+            "high": 1.03,
+            "verdict": "within",
+            "reason": "",
+        },
+    ]
+    (package / "seal.json").write_text(json.dumps({"format": "bittailor seal 1", "package": "", "report": checked, "digest": ""}))
+    result = cli("report", package, "--out", tmp_path / "r.html", "--json")
+    entry = result.json["groups"][0]["packages"][0]
+    assert entry["measured"]["latency_ms"]["value"] == checked["measured"]["latency_ms"]["value"]
+    assert [limit["name"] for limit in entry["limits"]][-2:] == ["fidelity", "latency_ms / baseline"]
+    assert entry["bytes"] == sum(path.stat().st_size for path in (fleet.folder / "low").iterdir())
+    words = Page((tmp_path / "r.html").read_text()).root.words
+    assert "latency_ms / baseline" in words
+    other = json.loads((fleet.folder / "reports" / "high.check.json").read_text())
+    (package / "seal.json").write_text(json.dumps({"report": other}))
+    assert "got one of another package" in cli("report", package, "--out", tmp_path / "r.html").error
+
+
 # ---- strangers
 
 

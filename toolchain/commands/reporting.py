@@ -29,6 +29,8 @@ FORMAT = "bittailor report 1"
 RESOURCES = ("latency_ms", "first_token_ms", "peak_memory_bytes", "package_bytes", "compute_flop", "energy_mj")
 """As a package's manifest predicts them."""
 NOT_CHECKED = "not checked"
+SEAL = "seal.json"
+"""What `check --seal` calls a report that it puts into the package."""
 BESIDE = "supernet"
 """What quickstart calls it: looked for beside a package where no --supernet is given."""
 
@@ -52,6 +54,7 @@ def gather(folders: Sequence[Path], reports: Sequence[Path], supernet: Path | No
     if twice := [name for name, count in Counter(str(folder.resolve()) for folder in folders).items() if count > 1]:
         raise InputError(f"expected each package once, got {twice[0]} twice")
     found, references = records.match([records.read(path) for path in reports], packages)
+    found = [[*of_it, *_sealed(package, of_it)] for package, of_it in zip(packages, found, strict=True)]
     if supernet is not None:
         require("scipy")  # what reads a supernet and solves comes with bittailor[train]
         from toolchain.commands.foresight import refuse_a_stranger
@@ -77,6 +80,16 @@ def gather(folders: Sequence[Path], reports: Sequence[Path], supernet: Path | No
             for members in groups.values()
         ],
     }
+
+
+def _sealed(package: Package, found: Sequence[Record]) -> list[Record]:
+    """The check that is sealed in a package, where no other was given: shown as it stands, `bittailor verify` is what verifies it."""
+    path = package.directory / SEAL
+    if not path.is_file() or any(record.kind == "check" for record in found):
+        return []
+    record = records.read(path)
+    records.refuse_another(record, package)
+    return [record]
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -179,7 +192,7 @@ def _entry(
         "budget": package.budget.to_json() if package.budget else None,
         "chosen_by": str(package.data.get("chosen_by", "not said")),
         "mean_bits": _finite(package, "mean_bits", package.data.get("mean_bits")),
-        "bytes": sum(path.stat().st_size for path in package.directory.iterdir() if path.is_file()),
+        "bytes": sum((package.directory / file).stat().st_size for file in (*package.data["files"], FILE_NAME)),
         "predicted": predicted,
         "predicted_loss": known.loss(package) if known else {"value": None, "reason": why},
         "measured": _measured(checked, limits),

@@ -7,7 +7,8 @@ from markupsafe import Markup
 from toolchain.check import COULD_NOT_TELL, OVER, WITHIN
 from toolchain.report.drawing import GRID, LIMIT, MEASURED, MUTED, PREDICTED, SURFACE, drawing, finished, interval, shorten
 from toolchain.report.drawing import OVER as OVER_COLOUR
-from toolchain.report.view import QUANTITIES, Cell, Figure, View
+from toolchain.report.text import MISSING
+from toolchain.report.view import QUANTITIES, Cell, Figure, View, quantity_of
 
 SIGNS = {WITHIN: "✓", OVER: "✗", COULD_NOT_TELL: "?"}
 """Beside the word, so that no verdict is told by its colour."""
@@ -24,9 +25,10 @@ def budget(package: View, key: str) -> Figure:
         return Figure(key, title, Markup(), "", columns, reason="the package has no budget")
     rows, said = [], []
     for limit in limits:
-        quantity = QUANTITIES[limit["name"]]
+        quantity = quantity_of(limit["name"])
         numbers = [limit.cell(name, factor=quantity.factor) for name in ("limit", "measured", "low", "high")]
-        forecast = package.cell("predicted", limit["name"], "value", factor=quantity.factor)
+        known = limit["name"] in package["predicted"]
+        forecast = package.cell("predicted", limit["name"], "value", factor=quantity.factor) if known else Cell(MISSING)
         rows.append(
             [
                 Cell(quantity.name),
@@ -42,12 +44,12 @@ def budget(package: View, key: str) -> Figure:
     widest = max([1.0, *(share for limit in limits for share in _shares(package, limit))])
     with drawing(_ROW * len(limits) + 34, (12, 12, 26, 8)) as (figure, axes):
         for place, limit in enumerate(limits):
-            quantity, top = QUANTITIES[limit["name"]], -place
+            quantity, top = quantity_of(limit["name"]), -place
             text = (
                 f"{limit.text('measured', factor=quantity.factor)} of {limit.text('limit', factor=quantity.factor)} {quantity.unit}"
             )
             verdict = f"{SIGNS.get(limit['verdict'], '–')} {limit['verdict']}"
-            axes.text(0, top + 0.36, quantity.name, ha="left", va="center", fontsize=11, fontweight="bold")
+            axes.text(0, top + 0.36, shorten(quantity.name, 22), ha="left", va="center", fontsize=11, fontweight="bold")
             axes.text(1.0 if widest < 1.15 else widest, top + 0.36, f"{text} · {verdict}", ha="right", va="center", fontsize=11)
             axes.barh(top - 0.08, 1.0, height=0.36, color=GRID, zorder=1)
             if limit["measured"] is not None:
@@ -62,10 +64,10 @@ def budget(package: View, key: str) -> Figure:
                 )
                 if limit["low"] is not None and limit["high"] is not None and limit["high"] > limit["low"]:
                     interval(axes, limit["low"] / limit["limit"], limit["high"] / limit["limit"], top - 0.08)
-            forecast = package["predicted", limit["name"], "value"]
-            if forecast is not None:
+            expected = _predicted(package, limit)
+            if expected is not None:
                 axes.plot(
-                    [forecast / limit["limit"]],
+                    [expected / limit["limit"]],
                     [top - 0.08],
                     "D",
                     markersize=7,
@@ -88,8 +90,13 @@ def budget(package: View, key: str) -> Figure:
 
 
 def _shares(package: View, limit: View) -> list[float]:
-    values = (limit["measured"], limit["high"], package["predicted", limit["name"], "value"])
+    values = (limit["measured"], limit["high"], _predicted(package, limit))
     return [value / limit["limit"] for value in values if value is not None]
+
+
+def _predicted(package: View, limit: View) -> float | None:
+    """What the package was predicted to take of what is limited; None where nothing predicts it."""
+    return package["predicted"].get(limit["name"], {}).get("value")
 
 
 def breakdown(package: View, resource: str, key: str) -> Figure:

@@ -41,6 +41,8 @@ def read(path: Path) -> Record:
         if path.stat().st_size > LARGEST:
             raise ValueError(f"{path.stat().st_size} bytes, at most {LARGEST} are read")
         data = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(data, dict) and isinstance(data.get("report"), dict):  # as `check --seal` puts it into a package
+            data = data["report"]
         if not isinstance(data, dict):
             raise ValueError(f"a {type(data).__name__} instead of an object")
         if "limits" in data and "measured" in data:
@@ -60,8 +62,7 @@ def match(records: Sequence[Record], packages: Sequence[Package]) -> tuple[list[
     """(the records of each package, those of the packages' full-precision model).
 
     A record is a package's if it names its folder, or, from elsewhere, a folder of that name. Raises InputError for a record of none or
-    of several, for two of one kind on one package, and for a check of another package under the same name: a check repeats the
-    prediction of the manifest it read.
+    of several, for two of one kind on one package, and as `refuse_another`: a check repeats the prediction of the manifest it read.
     """
     found: list[list[Record]] = [[] for _ in packages]
     references: list[Record] = []
@@ -82,20 +83,26 @@ def match(records: Sequence[Record], packages: Sequence[Package]) -> tuple[list[
                 "name that package too, or leave this file out",
             )
         index = candidates[0]
-        if record.kind == "check" and record.said["predicted"] != packages[index].predicted:
-            raise InputError(
-                f"expected in {record.path} a check of {packages[index].directory} as it is, got one of another package",
-                f"type: bittailor check {packages[index].directory} --json > {record.path}",
-            )
-        if record.kind == "check" and (device := record.said["device"]) != packages[index].data["device"]:
-            raise InputError(
-                f"expected in {record.path} a check on {packages[index].data['device']!r}, the device that {record.subject} was cut for,"
-                f" got one on {device!r}"
-            )
+        if record.kind == "check":
+            refuse_another(record, packages[index])
         if twice := [other for other in found[index] if other.kind == record.kind]:
             raise InputError(f"expected one {record.kind} report of each package, got {twice[0].path} and {record.path}")
         found[index].append(record)
     return found, references
+
+
+def refuse_another(record: Record, package: Package) -> None:
+    """Raise InputError for a check of another package of that name, or on another device than the package was cut for."""
+    if record.said["predicted"] != package.predicted:
+        raise InputError(
+            f"expected in {record.path} a check of {package.directory} as it is, got one of another package",
+            f"type: bittailor check {package.directory} --json > {record.path}",
+        )
+    if (device := record.said["device"]) != package.data["device"]:
+        raise InputError(
+            f"expected in {record.path} a check on {package.data['device']!r}, the device that {package.directory} was cut for,"
+            f" got one on {device!r}"
+        )
 
 
 def _checked(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,13 +133,17 @@ def _device(typed: str) -> str:
 
 
 def _limit(limit: Mapping[str, Any]) -> dict[str, Any]:
-    if limit["name"] not in LIMITS:
-        raise ValueError(f"the limit {limit['name']!r}, not one of {', '.join(LIMITS)}")
     value = _number(limit, "limit")
     if value is None or value <= 0:
         raise ValueError(f"the limit {value!r} on {limit['name']}")
     numbers = {name: _number(limit, name) for name in ("measured", "low", "high")}
-    return {"name": limit["name"], "limit": value, **numbers, "verdict": _verdict(limit), "reason": str(limit.get("reason") or "")}
+    return {
+        "name": _text(limit, "name"),
+        "limit": value,
+        **numbers,
+        "verdict": _verdict(limit),
+        "reason": str(limit.get("reason") or ""),
+    }
 
 
 def _evaluated(data: Mapping[str, Any], metric: str) -> dict[str, Any]:

@@ -31,7 +31,15 @@ QUANTITIES = {
     "package_bytes": Quantity("Package", "MB", 1e-6),
     "compute_flop": Quantity("Compute", "GFLOP", 1e-9),
     "energy_mj": Quantity("Energy", "mJ"),
+    "latency_p95_ms": Quantity("Latency, 95th percentile", "ms"),
+    "perplexity_ratio": Quantity("Perplexity ratio"),
+    "fidelity": Quantity("Fidelity, at least"),
 }
+
+
+def quantity_of(limit: str) -> Quantity:
+    """How what a check held is written; one that is not known here under its own name, its numbers as they are."""
+    return QUANTITIES.get(limit, Quantity(limit))
 
 
 @dataclass(frozen=True)
