@@ -28,6 +28,7 @@ import toolchain.commands
 from toolchain.cli import _parser, main
 from toolchain.commands import foresight
 from toolchain.commands.reporting import gather
+from toolchain.errors import BittailorError
 from toolchain.graph.assemble import round_to_nearest
 from toolchain.graph.build import build
 from toolchain.graph.model import Graph
@@ -35,9 +36,6 @@ from toolchain.kernels import CATALOGUE, candidates
 from toolchain.profiler.ask import Host
 from toolchain.report import MISSING, number
 from toolchain.supernet import store
-
-for _module in ("matplotlib", "jinja2"):
-    pytest.importorskip(_module)
 
 Cli = Callable[..., Result]
 NAMES = ("fp32", "low", "high")
@@ -53,6 +51,10 @@ class Fleet:
         """Arguments of the command for these packages."""
         files = [self.folder / "reports" / f"{name}.{kind}.json" for name in names for kind in ("check", "evaluate")]
         return [*(self.folder / name for name in names), *(["--measured", *files] if reports else [])]
+
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("jinja2")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -653,6 +655,48 @@ def test_a_hostile_manifest_is_refused_in_one_line(fleet: Fleet, cli: Cli, tmp_p
             assert words in cli("report", *words_of_it, "--out", tmp_path / "r.html").error
         else:
             assert "expected a path inside" in _gathered(*words_of_it)["front"]["reason"]
+
+
+_WEIRD = (None, True, 5, -1.5, float("nan"), "x", "", [], {}, [{}], {"x": []})
+
+
+def _changed(data: Any) -> Iterator[Any]:
+    """The data with each of its values, one at a time, replaced by what nobody expects there, or left out."""
+    for key, value in data.items() if isinstance(data, dict) else enumerate(data):
+        for weird in _WEIRD:
+            yield {**data, key: weird} if isinstance(data, dict) else [*data[:key], weird, *data[key + 1 :]]
+        if isinstance(data, dict):
+            yield {name: other for name, other in data.items() if name != key}
+        if isinstance(value, dict | list):
+            for inner in _changed(value):
+                yield {**data, key: inner} if isinstance(data, dict) else [*data[:key], inner, *data[key + 1 :]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["manifest", "check", "evaluate"])
+def test_whatever_a_file_says_it_is_shown_or_refused_in_one_line(fleet: Fleet, tmp_path: Path, what: str) -> None:
+    package = copied(fleet.folder / "low", tmp_path / "low")
+    file = package / "manifest.yaml" if what == "manifest" else tmp_path / "said.json"
+    good = yaml.safe_load((file if what == "manifest" else fleet.folder / "reports" / f"low.{what}.json").read_text())
+    if what == "manifest":
+        good["policy"] = dict(list(good["policy"].items())[:2])
+        good["files"] = {name: good["files"][name] for name in ("model.onnx", "tokenizer.json")}
+    from toolchain.report.page import page
+
+    shown, refused = 0, []
+    for changed in _changed(good):
+        file.write_text(json.dumps(changed))  # which YAML reads too; NaN is a text there
+        try:
+            data = gather([package], [] if what == "manifest" else [file], None, None)
+        except BittailorError as error:
+            refused.append(str(error))
+            continue
+        shown += 1
+        if shown % 50 == 1:  # drawing takes longer
+            assert Page(page(data)).data == json.loads(json.dumps(data, allow_nan=False))
+    assert shown > 5
+    assert len(refused) > 50
+    assert not [line for line in refused if "\n" in line]
 
 
 def test_another_models_supernet_is_refused(fleet: Fleet, cli: Cli, tmp_path: Path) -> None:

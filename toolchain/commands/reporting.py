@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 FORMAT = "bittailor report 1"
 RESOURCES = ("latency_ms", "first_token_ms", "peak_memory_bytes", "package_bytes", "compute_flop", "energy_mj")
 """As a package's manifest predicts them."""
+_MODEL = ("source", "architecture", "kind", "fingerprint")
 NOT_CHECKED = "not checked"
 SEAL = "seal.json"
 """What `check --seal` calls a report that it puts into the package."""
@@ -50,7 +51,7 @@ def report(
 
 def gather(folders: Sequence[Path], reports: Sequence[Path], supernet: Path | None, profiles: str | None) -> dict[str, Any]:
     """Everything the page shows. Raises InputError, DamagedFileError for what was given; what is merely absent has a reason instead."""
-    packages = [open_package(folder) for folder in folders]
+    packages = [_readable(open_package(folder)) for folder in folders]
     if twice := [name for name, count in Counter(str(folder.resolve()) for folder in folders).items() if count > 1]:
         raise InputError(f"expected each package once, got {twice[0]} twice")
     found, references = records.match([records.read(path) for path in reports], packages)
@@ -98,6 +99,17 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return [str(folder) if short.count(name) > 1 else name for folder, name in zip(folders, short, strict=True)]
 
 
+def _readable(package: Package) -> Package:
+    """The package, if its manifest has what is shown, of the types that can be. Raises DamagedFileError."""
+    for path in (*(("model", name) for name in _MODEL), ("device",)):
+        _field(package, *path)
+    if wrong := [item for item in package.policy.items() if not all(isinstance(name, str) for name in item)]:
+        raise DamagedFileError(
+            f"expected names in the policy of {package.directory / FILE_NAME}, got {wrong[0]!r}", "export the package again"
+        )
+    return package
+
+
 def _field(package: Package, *path: str) -> str:
     """A text of the manifest. Raises DamagedFileError."""
     found: Any = package.data
@@ -129,7 +141,7 @@ def _group(
         entry["radar"] = comparison.radar(entry, reference)
     _mark_fronts(entries, quality["better"])
     return {
-        "model": {name: _field(first, "model", name) for name in ("source", "architecture", "kind", "fingerprint")},
+        "model": {name: _field(first, "model", name) for name in _MODEL},
         "device": _field(first, "device"),
         "workload": str(first.workload),
         "latency_is": "per generated token" if first.workload.kind == "generate" else "per inference",
