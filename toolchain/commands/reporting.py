@@ -6,7 +6,6 @@ Owns the object's layout and the reasons for what is missing. Packages are compa
 
 from __future__ import annotations
 
-import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import toolchain
-from toolchain.errors import DamagedFileError, InputError, require
+from toolchain.errors import InputError, require
 from toolchain.files import write_atomic
 from toolchain.package.manifest import FILE_NAME, Package, open_package
-from toolchain.report import comparison, records
+from toolchain.report import comparison, manifests, records
 from toolchain.report.comparison import COSTS, no_breakdown
 from toolchain.report.contents import layers
 from toolchain.report.records import METRICS, Record
@@ -26,9 +25,6 @@ if TYPE_CHECKING:
     from toolchain.commands.foresight import Foresight
 
 FORMAT = "bittailor report 1"
-RESOURCES = ("latency_ms", "first_token_ms", "peak_memory_bytes", "package_bytes", "compute_flop", "energy_mj")
-"""As a package's manifest predicts them."""
-_MODEL = ("source", "architecture", "kind", "fingerprint")
 NOT_CHECKED = "not checked"
 SEAL = "seal.json"
 """What `check --seal` calls a report that it puts into the package."""
@@ -51,7 +47,7 @@ def report(
 
 def gather(folders: Sequence[Path], reports: Sequence[Path], supernet: Path | None, profiles: str | None) -> dict[str, Any]:
     """Everything the page shows. Raises InputError, DamagedFileError for what was given; what is merely absent has a reason instead."""
-    packages = [_readable(open_package(folder)) for folder in folders]
+    packages = [manifests.readable(open_package(folder)) for folder in folders]
     if twice := [name for name, count in Counter(str(folder.resolve()) for folder in folders).items() if count > 1]:
         raise InputError(f"expected each package once, got {twice[0]} twice")
     found, references = records.match([records.read(path) for path in reports], packages)
@@ -64,7 +60,7 @@ def gather(folders: Sequence[Path], reports: Sequence[Path], supernet: Path | No
     names = _names(folders)
     groups: dict[tuple[str, ...], list[int]] = {}
     for index, package in enumerate(packages):
-        key = (_field(package, "model", "fingerprint"), _field(package, "device"), str(package.workload))
+        key = (manifests.text_of(package, "model", "fingerprint"), manifests.text_of(package, "device"), str(package.workload))
         groups.setdefault(key, []).append(index)
     return {
         "format": FORMAT,
@@ -99,29 +95,6 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return [str(folder) if short.count(name) > 1 else name for folder, name in zip(folders, short, strict=True)]
 
 
-def _readable(package: Package) -> Package:
-    """The package, if its manifest has what is shown, of the types that can be. Raises DamagedFileError."""
-    for path in (*(("model", name) for name in _MODEL), ("device",)):
-        _field(package, *path)
-    if wrong := [item for item in package.policy.items() if not all(isinstance(name, str) for name in item)]:
-        raise DamagedFileError(
-            f"expected names in the policy of {package.directory / FILE_NAME}, got {wrong[0]!r}", "export the package again"
-        )
-    return package
-
-
-def _field(package: Package, *path: str) -> str:
-    """A text of the manifest. Raises DamagedFileError."""
-    found: Any = package.data
-    for name in path:
-        found = found.get(name) if isinstance(found, Mapping) else None
-    if not isinstance(found, str):
-        raise DamagedFileError(
-            f"expected text as {'.'.join(path)} in {package.directory / FILE_NAME}, got {found!r}", "export the package again"
-        )
-    return found
-
-
 def _group(
     packages: Sequence[Package],
     names: Sequence[str],
@@ -141,8 +114,8 @@ def _group(
         entry["radar"] = comparison.radar(entry, reference)
     _mark_fronts(entries, quality["better"])
     return {
-        "model": {name: _field(first, "model", name) for name in _MODEL},
-        "device": _field(first, "device"),
+        "model": {name: manifests.text_of(first, "model", name) for name in manifests.MODEL},
+        "device": manifests.text_of(first, "device"),
         "workload": str(first.workload),
         "latency_is": "per generated token" if first.workload.kind == "generate" else "per inference",
         "quality": quality,
@@ -192,7 +165,7 @@ def _on_the_text(said: Mapping[str, Any], quality: Mapping[str, Any]) -> bool:
 def _entry(
     package: Package, name: str, found: Sequence[Record], quality: Mapping[str, Any], known: Foresight | None, why: str
 ) -> dict[str, Any]:
-    predicted = _predicted(package)
+    predicted = manifests.predicted(package)
     checked = next((record.said for record in found if record.kind == "check"), None)
     evaluated = next((record.said for record in found if record.kind == "evaluate"), None)
     limits = checked["limits"] if checked else _unchecked(package)
@@ -203,7 +176,7 @@ def _entry(
         "full_precision": comparison.is_full_precision(package.policy),
         "budget": package.budget.to_json() if package.budget else None,
         "chosen_by": str(package.data.get("chosen_by", "not said")),
-        "mean_bits": _finite(package, "mean_bits", package.data.get("mean_bits")),
+        "mean_bits": manifests.finite(package, "mean_bits", package.data.get("mean_bits")),
         "bytes": sum((package.directory / file).stat().st_size for file in (*package.data["files"], FILE_NAME)),
         "predicted": predicted,
         "predicted_loss": known.loss(package) if known else {"value": None, "reason": why},
@@ -217,32 +190,6 @@ def _entry(
             for resource in COSTS
         },
     }
-
-
-def _finite(package: Package, name: str, value: Any, null: bool = False) -> float | None:
-    if value is None and null:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise DamagedFileError(
-            f"expected a finite number as {name} in {package.directory / FILE_NAME}, got {value!r}", "export the package again"
-        )
-    return float(value)
-
-
-def _predicted(package: Package) -> dict[str, dict[str, Any]]:
-    """resource → {"value", "spread", "reason"} of the manifest."""
-    found = {}
-    for name in RESOURCES:
-        said = package.predicted.get(name, {"value": None, "reason": "the package was exported without a cost table"})
-        if not isinstance(said, Mapping):
-            raise DamagedFileError(
-                f"expected a predicted {name} in {package.directory / FILE_NAME}, got {said!r}", "export it again"
-            )
-        value = _finite(package, f"predicted {name}", said.get("value"), null=True)
-        spread = _finite(package, f"the spread of {name}", said.get("spread"), null=True)
-        reason = str(said.get("reason") or ("not predicted" if value is None else ""))
-        found[name] = {"value": value, "spread": spread, "reason": reason}
-    return found
 
 
 def _unchecked(package: Package) -> list[dict[str, Any]]:
