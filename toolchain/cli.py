@@ -212,6 +212,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--window", type=int, default=256, help="tokens per window (default: 256)")
 
+    example = "bittailor report low medium high --measured *.json --out report.html"
+    sub = command("report", answers.report, "one HTML page of packages: fronts, bits, costs, budgets", example)
+    sub.add_argument("packages", nargs="+", metavar="PACKAGE")
+    sub.add_argument(
+        "--measured", nargs="+", default=[], metavar="FILE", help="what check --json and evaluate --json wrote about them"
+    )
+    what = "what they were cut from, for the exact front and the costs by unit (default: supernet/ beside them)"
+    sub.add_argument("--supernet", metavar="DIR", help=what)
+    sub.add_argument(
+        "--profiles", metavar="DIR", help="folder of cost tables (default: profiles/ beside it and here, then those shipped)"
+    )
+    sub.add_argument("--out", required=True, metavar="FILE")
+
     sub = command("run", answers.run, "generate with a package", 'bittailor run package "Once upon a time"')
     sub.add_argument("package", metavar="PACKAGE")
     sub.add_argument("prompt")

@@ -344,6 +344,14 @@ def evaluate(arguments: Namespace) -> Answer:
     return Answer(data, "\n".join(f"{name}: {value}" for name, value in data.items()))
 
 
+def report(arguments: Namespace) -> Answer:
+    from toolchain.commands import reporting
+
+    supernet = Path(arguments.supernet) if arguments.supernet else None
+    packages, measured = _paths(arguments.packages) or [], _paths(arguments.measured) or []
+    return Answer(*reporting.report(packages, measured, supernet, arguments.profiles, Path(arguments.out)))
+
+
 def run(arguments: Namespace) -> Answer:
     from toolchain.commands.scoring import serving_provider
     from toolchain.package.generate import generate

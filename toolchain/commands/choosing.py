@@ -56,13 +56,7 @@ def choose(source: Source, costs: Costs, budget: Budget, method: str = DEFAULT) 
             "expected a supernet to choose a policy from, got a model",
             "type: bittailor train MODEL --out SUPERNET, or add --policy",
         )
-    # A device of another provider than the supernet's: its kernels of the same codes, under the names that were trained.
-    trained = {
-        name: own for name in costs.table.header.kernels if (own := counterpart(name, folder.kernels)) or CATALOGUE[name].prefill
-    }
-    here = {name: own or name for name, own in trained.items()}
-    there = {own: name for name, own in here.items()}
-    measured = costs.model.renamed(here)
+    measured, there = in_trained_names(costs, folder)
     model = restricted(measured, folder)
     _, unmeasured = measured_limits(model, budget)
     for resource in unmeasured:
@@ -79,6 +73,18 @@ def choose(source: Source, costs: Costs, budget: Budget, method: str = DEFAULT) 
         note("bittailor: no policy keeps this budget with room for the prediction's spread; taking one without")
     gap = projection.gap_to_optimum(policy, offered, losses, plan)
     return Choice(Policy.of({unit: there[kernel] for unit, kernel in policy.items()}), METHODS[method], gap)
+
+
+def in_trained_names(costs: Costs, folder: SupernetFolder) -> tuple[CostModel, dict[str, str]]:
+    """(the costs of a device's kernels under the names that the supernet trained, those names → the device's own).
+
+    A device of another provider than the supernet's has kernels of the same codes under other names.
+    """
+    trained = {
+        name: own for name in costs.table.header.kernels if (own := counterpart(name, folder.kernels)) or CATALOGUE[name].prefill
+    }
+    here = {name: own or name for name, own in trained.items()}
+    return costs.model.renamed(here), {own: name for name, own in here.items()}
 
 
 def _found(method: str, folder: SupernetFolder, model: CostModel, offered: CostModel, losses: Values, plan: Budget) -> Policy:

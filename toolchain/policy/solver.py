@@ -32,6 +32,7 @@ Values = Mapping[str, Mapping[str, float]]
 _STDOUT = threading.Lock()
 _OPTIMAL, _STOPPED, _INFEASIBLE = 0, 1, 2  # scipy's status codes
 _ROOM = 1e-9  # a limit counts as kept up to this relative excess: sums of floats in another order differ by that much
+_HAIR = 1e-6
 _UNITS = {
     "peak_memory_bytes": (1e6, "MB"),
     "compute_flop": (1e9, "GFLOP"),
@@ -181,8 +182,11 @@ def solve(cost_model: CostModel, value: Values, budget: Budget, seconds: float =
     return found
 
 
-def find(cost_model: CostModel, value: Values, budget: Budget, seconds: float = 30.0) -> Solution | None:
-    """As `solve`, but None where no policy keeps the budget: saying why takes several solutions more."""
+def find(cost_model: CostModel, value: Values, budget: Budget, seconds: float = 30.0, cheapest: str = "") -> Solution | None:
+    """As `solve`, but None where no policy keeps the budget: saying why takes several solutions more.
+
+    cheapest: a resource; of policies whose values differ by less than a hair of the values' whole range, the one that takes least of it.
+    """
     limits, unmeasured = measured_limits(cost_model, budget)
     programme = _Programme(cost_model)
     objective = np.zeros(programme.width)
@@ -200,6 +204,10 @@ def find(cost_model: CostModel, value: Values, budget: Budget, seconds: float = 
         position.setdefault(unit, []).append(index)
     for columns in position.values():
         shifted[columns] -= objective[columns].min()
+    if cheapest:
+        low, high = cost_model.bounds(cheapest)
+        span = sum(shifted[columns].max() for columns in position.values()) or 1.0
+        shifted += _HAIR * span / ((high - low) or 1.0) * programme.row(cheapest)
     found = programme.minimise(shifted, limits, seconds)
     if found is None:
         return None
