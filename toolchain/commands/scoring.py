@@ -78,7 +78,7 @@ def _folder(what: str) -> Iterator[Path]:
 
 def _context(directory: Path) -> int:
     if is_package(directory):
-        return int(open_package(directory, verify=False).data["model"]["context"])
+        return open_package(directory, verify=False).context
     from toolchain.graph.model import Graph
 
     return Graph.open(directory).context

@@ -8,7 +8,6 @@ remote code in reach.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from importlib import resources
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 from toolchain.errors import InputError, UnknownArchitectureError, UnsafeModelError, require
 from toolchain.files import inside, sha256
 from toolchain.graph.model import Graph
+from toolchain.reading import read_json
 
 EMBEDDED = "pocket-llama-6m"
 DECODERS = ("LlamaForCausalLM", "Qwen2ForCausalLM", "MistralForCausalLM")
@@ -56,7 +56,7 @@ def _download(hub_id: str) -> Path:
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json as a dict. Raises InputError."""
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = read_json(folder / "config.json")
     except FileNotFoundError:
         raise InputError(f"expected config.json in {folder}, found none", "name a folder saved by save_pretrained") from None
     except (OSError, ValueError) as error:
@@ -95,7 +95,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if not index.is_file():
         return []
     try:
-        parts = sorted({inside(folder, name) for name in json.loads(index.read_text())["weight_map"].values()})
+        parts = sorted({inside(folder, name) for name in read_json(index)["weight_map"].values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"expected an index of weights in {index}, got {type(error).__name__}: {error}") from error
     return parts if parts and all(path.suffix == ".safetensors" and path.is_file() for path in parts) else []

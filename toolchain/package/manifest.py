@@ -15,6 +15,8 @@ import yaml
 
 from toolchain.errors import DamagedFileError, InputError
 from toolchain.files import inside, sha256, write_atomic
+from toolchain.kernels import CATALOGUE
+from toolchain.reading import read_yaml
 from toolchain.session import MODEL_FILES
 from toolchain.spec import CPU, WORKS, Budget, Policy, Workload
 
@@ -31,7 +33,10 @@ class Package:
 
     @property
     def policy(self) -> Policy:
-        return Policy.of(self.data["policy"])
+        found: Mapping[str, str] = self.data["policy"]
+        if not found or (unknown := [name for name in found.values() if name not in CATALOGUE]):
+            raise ValueError(f"kernel {unknown[0]!r}, which this version does not know" if found else "no policy")
+        return Policy.of(found)
 
     @property
     def workload(self) -> Workload:
@@ -46,7 +51,10 @@ class Package:
     @property
     def predicted(self) -> Mapping[str, Any]:
         """The cost it was predicted to have (`Cost.to_json`), empty where there was no cost table."""
-        return dict(self.data["predicted"] or {})
+        found = self.data["predicted"] or {}
+        if not all(isinstance(part, Mapping) for name, part in found.items() if name not in ("workload", "device")):
+            raise ValueError("predicted values without a spread")
+        return dict(found)
 
     @property
     def reference_ns(self) -> dict[str, tuple[str, float]]:
@@ -76,7 +84,18 @@ class Package:
 
     @property
     def vocabulary(self) -> int:
-        return int(self.data["model"]["vocabulary"])
+        return self._size("vocabulary")
+
+    @property
+    def context(self) -> int:
+        """The longest sequence; of an encoder-decoder the longest source and the longest target."""
+        return self._size("context")
+
+    def _size(self, name: str) -> int:
+        found = self.data["model"][name]
+        if type(found) is not int or not 0 < found < 1 << 31:
+            raise ValueError(f"{name} {found!r} instead of a whole number from 1")
+        return found
 
 
 def write_manifest(directory: Path, data: Mapping[str, Any]) -> None:
@@ -99,15 +118,23 @@ def open_package(directory: Path, verify: bool = True) -> Package:
     path = directory / FILE_NAME
     remedy = "export the package again"
     try:
-        data = yaml.safe_load(path.read_text())
+        data = read_yaml(path)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError(f"no format {FORMAT!r}")
         package = Package(directory, data)
-        _ = (package.policy, package.workload, package.budget, package.vocabulary, package.predicted, package.reference_ns)
+        _ = (
+            package.policy,
+            package.workload,
+            package.budget,
+            package.vocabulary,
+            package.context,
+            package.predicted,
+            package.reference_ns,
+        )
         files = {str(name): str(digest) for name, digest in data["files"].items()}
         if missing := [name for name in MODEL_FILES[package.kind] if name not in files]:
             raise ValueError(f"no sha256 of {missing[0]}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedFileError(f"expected a package manifest in {path}, got {type(error).__name__}: {error}", remedy) from error
     for name, digest in files.items() if verify else ():
         file = inside(directory, name)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from toolchain.errors import DamagedFileError
+from toolchain.reading import json_of
 
 LAYERS = 4
 
@@ -19,7 +19,7 @@ def read(path: Path) -> tuple[dict[str, tuple[str, ...]], dict[str, np.ndarray]]
 
     try:
         with safe_open(path, framework="numpy") as stored:
-            candidates = {unit: tuple(kernels) for unit, kernels in json.loads((stored.metadata() or {})["candidates"]).items()}
+            candidates = {unit: tuple(kernels) for unit, kernels in json_of((stored.metadata() or {})["candidates"]).items()}
             arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a mapping
         outputs = len(candidates) * max(len(kernels) for kernels in candidates.values())
         inputs = 4

@@ -36,9 +36,9 @@ from typing import Any
 import numpy as np
 
 import toolchain
-from toolchain.errors import BittailorError, DamagedFileError, InputError, MeterError
+from toolchain.errors import BittailorError, DamagedFileError, InputError, MeterError, reason_of
 from toolchain.files import inside, write_atomic
-from toolchain.profiler import energy, gpu, meters
+from toolchain.profiler import energy, gpu, meters, requests
 from toolchain.profiler.contention import Watch
 from toolchain.profiler.subjects import GRAPHS, SUBJECTS, References, Subject, Unit
 from toolchain.session import open_session
@@ -64,7 +64,11 @@ def main(arguments: list[str]) -> int:
     if arguments == ["--version"]:
         sys.stdout.write(f"bittailor agent {toolchain.__version__}\n")
         return 0
-    request = json.loads(Path(arguments[0]).read_text())
+    try:
+        request = requests.read(Path(arguments[0]))
+    except InputError as error:
+        sys.stdout.write(json.dumps({"error": str(error)}))
+        return 2
     if host := request.get("host"):
         threading.Thread(target=_leave_with, args=(host,), daemon=True).start()
     if len(arguments) < 2:
@@ -93,7 +97,9 @@ def _answer(request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     desk = request.get("desk", mine)
     try:
         if desk != mine:
-            expected, got = (f"{one.get('version')} ({one.get('protocol')})" for one in (desk, mine))
+            expected, got = (
+                f"{one.get('version')} ({one.get('protocol')})" for one in (desk if isinstance(desk, dict) else {}, mine)
+            )
             raise InputError(
                 f"expected an agent of version {expected}, the desk's, got {got} on the device",
                 "install that version there, or leave agent: out of the device's file and it is sent",
@@ -147,9 +153,14 @@ def outputs(request: dict[str, Any]) -> dict[str, Any]:
             made[subject["name"]] = None
             continue
         folder = Path(subject["folder"])
-        inputs = [np.load(inside(folder, name), allow_pickle=False) for name in subject["inputs"]]
         dtype = {"tensor(int64)": np.int64, "tensor(float16)": np.float16}.get(session.get_inputs()[0].type, np.float32)
-        made[subject["name"]] = [session.run(None, {"x": x.astype(dtype)})[0].tolist() for x in inputs]
+        try:  # mapped: a header may say that 10 GB follow
+            inputs = [np.load(inside(folder, name), mmap_mode="r", allow_pickle=False) for name in subject["inputs"]]
+            made[subject["name"]] = [session.run(None, {"x": x.astype(dtype)})[0].tolist() for x in inputs]
+        except BittailorError:
+            raise
+        except Exception as error:  # onnxruntime's exceptions share no other base class
+            raise InputError(f"expected inputs that {subject['name']!r} runs on, got: {reason_of(error)}") from error
     return {"outputs": made}
 
 
