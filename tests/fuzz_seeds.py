@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from constructed_sysfs import package as rapl_package
 from constructed_sysfs import write
+from fuzz_readers import WORKLOAD
 from random_models import save_random_model
 from small_tables import complete_table
 from tiny_graphs import POCKET
@@ -22,37 +24,32 @@ from toolchain.kernels import uniform
 from toolchain.policy import budgets, prices
 from toolchain.costs.from_table import cost_model
 from toolchain.policy.meta_network import MetaNetwork
-from toolchain.spec import Budget, Workload
+from toolchain.spec import Budget
 from toolchain.supernet import saving, store
 from toolchain.supernet.loading import load_model
 from toolchain.supernet.model import Supernet
 from toolchain.train import checkpoint
 
-WORKLOAD = "generate:8+4"
 KERNELS = ("fp32", "w8a8", "w4g32")
 _TINY = {"vocab_size": 96, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}
-
-
-def parameters() -> dict[str, torch.nn.Parameter]:
-    """What the checkpoint is of."""
-    return {"a": torch.nn.Parameter(torch.ones(4, 4)), "b": torch.nn.Parameter(torch.zeros(4))}
 
 
 def make(root: Path) -> Path:
     """All of it in `root`, which is returned: devices/ tables/ model/ graph/ package/ supernet/ checkpoint/ sys/ other/."""
     torch.set_num_threads(1)
     model = save_random_model("llama", root / "model", **_TINY)
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
         shutil.copyfile(POCKET / name, model / name)
+    (model / "tokenizer.json").write_text(json.dumps(_tokenizer()))
     (root / "graph").mkdir()
     graph = build(str(model), root / "graph")
-    workload = Workload.parse(WORKLOAD)
+    workload = WORKLOAD
     table = complete_table(graph, workload)
     table.save(root / "tables" / "local" / "table.jsonl")
     costs = cost_model(graph, table, workload)
     stored = {name: budget.to_json() for name, budget in budgets.derive(costs).items()}
-    name = f"budgets-{graph.fingerprint[:12]}-{WORKLOAD.replace(':', '-')}.json"
-    (root / "tables" / "local" / name).write_text(json.dumps({"workload": WORKLOAD, **stored}, indent=1))
+    name = f"budgets-{graph.fingerprint[:12]}-{str(WORKLOAD).replace(':', '-')}.json"
+    (root / "tables" / "local" / name).write_text(json.dumps({"workload": str(WORKLOAD), **stored}, indent=1))
     policy = uniform("w4g32", graph.units)
     export_package(
         graph, policy, round_to_nearest(graph), root / "package", workload=workload, device="local", provider="CPUExecutionProvider",
@@ -60,7 +57,7 @@ def make(root: Path) -> Path:
         runtime="onnxruntime", evidence={"reference_ns": {"latency_ms": {"token": 1000.0}}, "measured_on": table.header.identity},
     )  # fmt: skip
     _supernet(root, graph, policy)
-    values = parameters()
+    values = {"a": torch.nn.Parameter(torch.ones(4, 4)), "b": torch.nn.Parameter(torch.zeros(4))}
     optimiser = torch.optim.AdamW(values.values())
     sum(value.sum() for value in values.values()).backward()
     optimiser.step()
@@ -68,6 +65,17 @@ def make(root: Path) -> Path:
     checkpoint.save(root / "checkpoint", "id", checkpoint.State(3, {"x": [1, 2]}), values, [optimiser])
     _others(root, dict(policy))
     return root
+
+
+def _tokenizer() -> dict[str, Any]:
+    """The pocket model's, with its first few merges: read in a millisecond."""
+    whole = json.loads((POCKET / "tokenizer.json").read_text())
+    model = whole["model"]
+    made = {token: number for token, number in model["vocab"].items() if number < 330}
+    parts = [(merge, merge if isinstance(merge, list) else merge.split(" ")) for merge in model["merges"]]
+    kept = [merge for merge, pair in parts if {*pair, "".join(pair)} <= set(made)]
+    whole["model"] = {**model, "vocab": made, "merges": kept}
+    return whole
 
 
 def _supernet(root: Path, graph, policy) -> None:
@@ -80,7 +88,7 @@ def _supernet(root: Path, graph, policy) -> None:
     windows = np.zeros((2, 16), np.int64)
     store.write_arrays(folder / "heldout.safetensors", {"tokens": windows})
     losses = {unit: {name: 0.1 * place for place, name in enumerate(names)} for unit, names in supernet.kernels.items()}
-    training = {"text": "none", "steps": 1, "workload": WORKLOAD, "device": "local"}
+    training = {"text": "none", "steps": 1, "workload": str(WORKLOAD), "device": "local"}
     saving.save(supernet, folder, "model", losses, training, windows)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -18,12 +19,13 @@ if TYPE_CHECKING:
 
 MOST_BYTES = 64 << 20
 """Of a text. The longest that we write, a cost table, has 300 bytes a row: room for 200,000 rows, some 400 models of one device."""
-MOST_YAML_BYTES = 4 << 20
-"""A supernet's description has about 600 bytes a unit: room for 7,000 units, where a model of 70 billion parameters has 560."""
+MOST_YAML_BYTES = 1 << 20
+"""A supernet's description has about 600 bytes a unit: room for 1,700 units, where a model of 405 billion parameters has 884."""
 DEEPEST = 64
 """Lists and mappings inside each other; ours have five."""
-MOST_NODES = 200_000
-"""Of a YAML document, every alias counted as what it stands for: what the longest that fits has without any."""
+MOST_NODES = 50_000
+"""Of a YAML document, every alias counted as what it stands for; PyYAML needs two seconds for so many. A unit of a supernet has 27."""
+_TOO_MANY = f"expected at most {MOST_NODES} values, aliases counted as what they stand for, got more"
 _LARGEST = 1 << 1000
 """Of whole numbers: what is larger is no float."""
 
@@ -68,7 +70,7 @@ def yaml_of(text: str) -> tuple[Any, yaml.Node | None]:
 
     loader = None
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _loader()(text)
         node = loader.get_single_node()
         if node is None:
             return None, None
@@ -85,6 +87,24 @@ def yaml_of(text: str) -> tuple[Any, yaml.Node | None]:
     finally:
         if loader:
             loader.dispose()
+
+
+@cache
+def _loader() -> type[yaml.SafeLoader]:
+    import yaml
+
+    class Bounded(yaml.SafeLoader):
+        """Stops at the node that is one too many, before the rest is read."""
+
+        count = 0
+
+        def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+            self.count += 1
+            if self.count > MOST_NODES:
+                raise ValueError(f"line {self.line + 1}: {_TOO_MANY}")
+            return super().compose_node(parent, index)
+
+    return Bounded
 
 
 def _measure(node: yaml.Node, known: dict[int, tuple[int, int]], depth: int) -> tuple[int, int]:
@@ -109,7 +129,7 @@ def _measure(node: yaml.Node, known: dict[int, tuple[int, int]], depth: int) -> 
         known[id(node)] = 1 + sum(size for size, _ in inner), 1 + max((levels for _, levels in inner), default=0)
     size, levels = known[id(node)]
     if size > MOST_NODES:
-        raise ValueError(f"line {node.start_mark.line + 1}: more than {MOST_NODES} values, aliases counted as what they stand for")
+        raise ValueError(f"line {node.start_mark.line + 1}: {_TOO_MANY}")
     if depth + levels > DEEPEST + 1:
         raise ValueError(f"line {node.start_mark.line + 1}: {_too_deep()}")
     return size, levels

@@ -122,7 +122,8 @@ def open_session(
     if provider == CUDA:
         _load_libraries()
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=[(provider, PROVIDER_OPTIONS.get(provider, {}))])
+        with contextlib.redirect_stdout(io.StringIO()):  # where onnxruntime says that it tries again; stdout is the command's
+            session = onnxruntime.InferenceSession(str(path), options, providers=[(provider, PROVIDER_OPTIONS.get(provider, {}))])
     except Exception as error:  # onnxruntime's exceptions share no other base class
         raise DamagedFileError(f"expected {path} to load in onnxruntime {onnxruntime.__version__}, got: {error}") from error
     if provider not in session.get_providers():  # it goes on without one that does not start: numbers of another device

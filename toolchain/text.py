@@ -165,12 +165,14 @@ def separator_id(directory: Path) -> int | None:
     if config.is_file():
         try:
             settings = read_json(config)
+            if not isinstance(settings, dict):
+                raise ValueError(f"a {type(settings).__name__}")
         except (OSError, ValueError) as error:
             raise DamagedFileError(f"expected JSON in {config}, got: {error}") from error
         for key in ("eos_token", "sep_token"):
             named = settings.get(key)
             names.append(named.get("content", "") if isinstance(named, dict) else named or "")
-    ids = (tokenizer.token_to_id(name) for name in (*names, *END_OF_TEXT) if name)
+    ids = (tokenizer.token_to_id(name) for name in (*names, *END_OF_TEXT) if name and isinstance(name, str))
     return next((found for found in ids if found is not None), None)
 
 

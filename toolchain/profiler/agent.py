@@ -64,21 +64,18 @@ def main(arguments: list[str]) -> int:
     if arguments == ["--version"]:
         sys.stdout.write(f"bittailor agent {toolchain.__version__}\n")
         return 0
-    try:
-        request = requests.read(Path(arguments[0]))
-    except InputError as error:
-        sys.stdout.write(json.dumps({"error": str(error)}))
-        return 2
-    if host := request.get("host"):
+    request = requests.read(Path(arguments[0]))
+    if isinstance(host := request.get("host"), int):
         threading.Thread(target=_leave_with, args=(host,), daemon=True).start()
     if len(arguments) < 2:
         code, answer = _answer(request)
         sys.stdout.write(json.dumps(answer))
         return code
     with open("../../busy", "a") as busy:
-        if request["action"] != "identify":  # which disturbs nobody for long
+        if request.get("action") != "identify":  # which disturbs nobody for long
             fcntl.flock(busy, fcntl.LOCK_EX)
-        threading.Thread(target=_leave_after, args=(request["limit_s"],), daemon=True).start()
+        if isinstance(limit_s := request.get("limit_s"), int | float):
+            threading.Thread(target=_leave_after, args=(limit_s,), daemon=True).start()
         code, answer = _answer(request)
         write_atomic(Path(arguments[1]), json.dumps(answer))
     return code
@@ -96,14 +93,13 @@ def _answer(request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     mine = {"version": toolchain.__version__, "protocol": PROTOCOL}
     desk = request.get("desk", mine)
     try:
-        if desk != mine:
-            expected, got = (
-                f"{one.get('version')} ({one.get('protocol')})" for one in (desk if isinstance(desk, dict) else {}, mine)
-            )
+        if desk != mine and isinstance(desk, dict):
+            expected, got = (f"{one.get('version')} ({one.get('protocol')})" for one in (desk, mine))
             raise InputError(
                 f"expected an agent of version {expected}, the desk's, got {got} on the device",
                 "install that version there, or leave agent: out of the device's file and it is sent",
             )
+        requests.check(request)
         for item in (*request.get("subjects", ()), *filter(None, [request.get("subject")])):
             item.setdefault("provider", request.get("provider", CPU))
         return 0, actions[request["action"]](request)

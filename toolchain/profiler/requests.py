@@ -40,22 +40,32 @@ _NUMBERS: dict[str, tuple[Any, float, float]] = {
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The request in a file. Raises InputError unless it is one: what it lacks would otherwise end some other way, minutes later."""
+    """The JSON object in a file; {"unreadable": why} where there is none, which `check` then says."""
     try:
         request = read_json(path)
-        if not isinstance(request, dict) or request.get("action") not in (*_NEEDS,):
-            raise ValueError(f"no action among {', '.join(_NEEDS)}")
-        _check(request, _NEEDS[request["action"]])
-        subjects = request.get("subjects", [request["subject"]] if "subject" in request else [])
+        return request if isinstance(request, dict) else {"unreadable": f"a {type(request).__name__}"}
+    except (OSError, ValueError) as error:
+        return {"unreadable": str(error)}
+
+
+def check(request: dict[str, Any]) -> None:
+    """Raise InputError unless it is a request of this version: what it lacks would otherwise end some other way, minutes later."""
+    try:
+        if "unreadable" in request:
+            raise ValueError(request["unreadable"])
+        action = request.get("action")
+        if not isinstance(action, str) or action not in _NEEDS:
+            raise ValueError(f"the action {action!r} instead of one of {', '.join(_NEEDS)}")
+        _check(request, _NEEDS[action])
+        subjects = request.get("subjects", [])
         if not isinstance(subjects, list):
             raise ValueError("subjects that are no list")
-        for subject in subjects:
+        for subject in (*subjects, *([request["subject"]] if "subject" in request else [])):
             if not isinstance(subject, dict):
                 raise ValueError("a subject that is no object")
-            _check(subject, _NEEDS_OF_A_SUBJECT[request["action"]])
-    except (OSError, ValueError) as error:
-        raise InputError(f"expected a request in {path.name}, got {error}") from error
-    return request
+            _check(subject, _NEEDS_OF_A_SUBJECT[action])
+    except ValueError as error:
+        raise InputError(f"expected a request of this version's desk, got {error}") from error
 
 
 def _check(found: dict[str, Any], needed: tuple[str, ...]) -> None:
