@@ -49,7 +49,6 @@ def main() -> int:
     guide = None if words.plain else _guide()
     seeds = _seeds(work)
     import fuzz_readers
-
     import torch
 
     import toolchain.train.checkpoint  # noqa: F401 - what takes seconds to import, once for all
@@ -106,6 +105,12 @@ def _state(work: Path, name: str) -> tuple[Path, dict[str, Any]]:
     return path, json.loads(path.read_text()) if path.is_file() else empty
 
 
+def _save(path: Path, state: dict[str, Any]) -> None:
+    """Whole or not at all: its process may end at any time."""
+    path.with_suffix(".new").write_text(json.dumps(state))
+    os.replace(path.with_suffix(".new"), path)
+
+
 def _reader(work: Path, reader: Any, cases: int, seed: int, guide: Any) -> dict[str, Any]:
     """One reader's state after so many cases: processes, one after the other, until they are done."""
     name = _file_name(reader.name)
@@ -125,7 +130,7 @@ def _reader(work: Path, reader: Any, cases: int, seed: int, guide: Any) -> dict[
             what = f"its process ended with {code}" if code != -signal.SIGKILL else "hangs, or was killed"
             state["cases"] += 1
             _keep(work, name, state, what, last.read_bytes() if last.is_file() else b"")
-            path.write_text(json.dumps(state))
+            _save(path, state)
     return state
 
 
@@ -184,7 +189,7 @@ def _child(work: Path, reader: Any, cases: int, seed: int, guide: Any) -> None:
             state[outcome] += 1
         else:
             _keep(work, name, state, outcome, case)
-        path.write_text(json.dumps(state))
+        _save(path, state)
 
     def next_case(data: bytes, most: int, number: int) -> bytes:
         rng = random.Random(f"{name} {seed} {begun} {number}")
@@ -197,9 +202,18 @@ def _child(work: Path, reader: Any, cases: int, seed: int, guide: Any) -> None:
             return
         corpus = work / "corpus" / name
         corpus.mkdir(parents=True, exist_ok=True)
-        for file in reader.files:
-            (corpus / f"seed-{_file_name(file)}").write_bytes(os.fsencode(file) + b"\n" + (seeds / reader.folder / file).read_bytes())
-        options = [f"-seed={seed + begun + 1}", "-timeout=0", "-rss_limit_mb=0", "-malloc_limit_mb=0", f"-max_len={1 << 21}", "-len_control=0"]
+        for file in reader.names(seeds):
+            (corpus / f"seed-{_file_name(file)}").write_bytes(
+                os.fsencode(file) + b"\n" + (seeds / reader.folder / file).read_bytes()
+            )
+        options = [
+            f"-seed={seed + begun + 1}",
+            "-timeout=100000",
+            "-rss_limit_mb=0",
+            "-malloc_limit_mb=0",
+            f"-max_len={1 << 21}",
+            "-len_control=0",
+        ]
         guide.Setup([sys.argv[0], *options, str(corpus)], one, custom_mutator=next_case)
         guide.Fuzz()
 

@@ -24,7 +24,20 @@ _STRINGS = (
 _NUMBERS: tuple[Any, ...] = (
     0, -1, 1, 2, 255, 2**31, -(2**31), 2**32, 2**63 - 1, 2**63, 2**64, 10**30, 10**400, -(10**400), 0.5, -0.0, 1e-320, 1e308, float("inf"), float("-inf"), float("nan"),
 )  # fmt: skip
-_OTHERS: tuple[Any, ...] = (None, True, False, [], {}, [[]], [None], {"": None}, {"a": {"b": {"c": {}}}}, "@deep@", "@bomb@", "@loop@")
+_OTHERS: tuple[Any, ...] = (
+    None,
+    True,
+    False,
+    [],
+    {},
+    [[]],
+    [None],
+    {"": None},
+    {"a": {"b": {"c": {}}}},
+    "@deep@",
+    "@bomb@",
+    "@loop@",
+)
 _BYTES = (b"\0", b"\n", b"\xff", b"\xef\xbb\xbf", b"[", b"]" * 50, b"{" * 2000, b'"', b"9" * 5000, b"-", b"1e999", b"NaN", b"&a ", b"*a", b"!!binary ",
           b"!!timestamp x", b"!!int ''", b"!!bool x", b"<<: ", b"? ", b"%TAG ! x", b"\xe2\x80\xa8", b"../", b"\xed\xa0\x80")  # fmt: skip
 
@@ -60,7 +73,9 @@ def _of_bytes(rng: random.Random, data: bytes) -> bytes:
             case 5:
                 made[place:place] = rng.randbytes(rng.randint(1, 32))
             case 6:
-                made[place : place + 8] = rng.choice((b"\xff" * 8, b"\0" * 8, (1 << 40).to_bytes(8, "little"), (10**10).to_bytes(8, "little")))
+                made[place : place + 8] = rng.choice(
+                    (b"\xff" * 8, b"\0" * 8, (1 << 40).to_bytes(8, "little"), (10**10).to_bytes(8, "little"))
+                )
             case _:
                 lines = bytes(made).split(b"\n")
                 lines.insert(rng.randint(0, len(lines)), rng.choice(lines))
@@ -94,7 +109,9 @@ def _edited(rng: random.Random, tree: Any) -> Any:
             case 0:
                 del container[key]
             case 1 if isinstance(container, dict):
-                container[str(rng.choice(_STRINGS)) if rng.random() < 0.8 else rng.choice((0, None, 1.5, True))] = container.pop(key)
+                container[str(rng.choice(_STRINGS)) if rng.random() < 0.8 else rng.choice((0, None, 1.5, True))] = container.pop(
+                    key
+                )
             case 2 if isinstance(container, list):
                 container.insert(key, _value(rng))
             case 3:
@@ -102,7 +119,9 @@ def _edited(rng: random.Random, tree: Any) -> Any:
                 if isinstance(other[its], str | int | float | None):
                     container[key] = other[its]
             case 4 if isinstance(container[key], int | float) and not isinstance(container[key], bool):
-                container[key] = rng.choice((-container[key], container[key] + 1, container[key] * 10**9, str(container[key]), [container[key]]))
+                container[key] = rng.choice(
+                    (-container[key], container[key] + 1, container[key] * 10**9, str(container[key]), [container[key]])
+                )
             case _:
                 container[key] = _value(rng)
     return tree
@@ -112,8 +131,15 @@ def _expanded(rng: random.Random, text: str) -> str:
     """What no writer writes: deep nesting, alias bombs and loops, in the place of their marks; a key that stands there twice."""
     depth, wide = rng.choice((50, 300, 3000, 100_000)), rng.choice((3, 9))
     names = [f"b{index}" for index in range(12)]
-    bomb = ", ".join(f"&{name} [{', '.join([f'*{before}' if before else 'x'] * wide)}]" for before, name in zip(["", *names], names, strict=False))
-    for mark, made in (("deep", "[" * depth + "]" * depth), ("bomb", f"[{bomb}]"), ("loop", rng.choice(("&z [*z]", "&z {a: *z}", "&z {? *z : 1}")))):
+    bomb = ", ".join(
+        f"&{name} [{', '.join([f'*{before}' if before else 'x'] * wide)}]"
+        for before, name in zip(["", *names], names, strict=False)
+    )
+    for mark, made in (
+        ("deep", "[" * depth + "]" * depth),
+        ("bomb", f"[{bomb}]"),
+        ("loop", rng.choice(("&z [*z]", "&z {a: *z}", "&z {? *z : 1}"))),
+    ):
         for quoted in (f'"@{mark}@"', f"'@{mark}@'"):
             text = text.replace(quoted, made)
     if rng.random() < 0.05:
@@ -129,8 +155,10 @@ def _json(rng: random.Random, data: bytes) -> bytes:
 
 
 def _yaml(rng: random.Random, data: bytes) -> bytes:
-    tree = _edited(rng, yaml.load(data, Loader=yaml.CSafeLoader))  # noqa: S506 - safe, and quick
-    return _expanded(rng, yaml.dump(tree, Dumper=yaml.CSafeDumper, sort_keys=False, allow_unicode=False)).encode("utf-8", "surrogatepass")
+    tree = _edited(rng, yaml.load(data, Loader=yaml.CSafeLoader))
+    return _expanded(rng, yaml.dump(tree, Dumper=yaml.CSafeDumper, sort_keys=False, allow_unicode=False)).encode(
+        "utf-8", "surrogatepass"
+    )
 
 
 def _lines(rng: random.Random, data: bytes) -> bytes:
@@ -165,7 +193,16 @@ def _safetensors(rng: random.Random, data: bytes) -> bytes:
 def _npy(rng: random.Random, data: bytes) -> bytes:
     head, _, body = data.partition(b"\n")
     text = head[10:].decode("latin1")
-    edits = (("(", "(99999999999, "), ("'<f4'", "'|O'"), ("'<f4'", "'<f8'"), ("'<i8'", "'|O'"), ("False", "True"), ("{", "{'a': 1, "), ("(", "(-"), ("'descr'", "'x'"))
+    edits = (
+        ("(", "(99999999999, "),
+        ("'<f4'", "'|O'"),
+        ("'<f4'", "'<f8'"),
+        ("'<i8'", "'|O'"),
+        ("False", "True"),
+        ("{", "{'a': 1, "),
+        ("(", "(-"),
+        ("'descr'", "'x'"),
+    )
     text = text.replace(*rng.choice(edits)).rstrip()
     made = text.encode("latin1") + b"\n"
     return head[:8] + len(made).to_bytes(2, "little") + made + body
@@ -187,7 +224,23 @@ def _repeated(field: Any) -> bool:
     return bool(field.is_repeated)
 
 
-_ONNX_STRINGS = ("", "evil", "com.microsoft", "ai.onnx", "ai.onnx.ml", "Loop", "If", "Scan", "ConstantOfShape", "Expand", "Tile", "EPContext", "logits", "input_ids", *_STRINGS)
+_ONNX_STRINGS = (
+    "",
+    "evil",
+    "com.microsoft",
+    "ai.onnx",
+    "ai.onnx.ml",
+    "Loop",
+    "If",
+    "Scan",
+    "ConstantOfShape",
+    "Expand",
+    "Tile",
+    "EPContext",
+    "logits",
+    "input_ids",
+    *_STRINGS,
+)
 
 
 def _onnx(rng: random.Random, data: bytes) -> bytes:
@@ -205,7 +258,9 @@ def _edit_field(rng: random.Random, model: onnx.ModelProto, message: Any, field:
     drawn: dict[int, Callable[[], Any]] = {
         FieldDescriptor.TYPE_STRING: lambda: rng.choice([text for text in _ONNX_STRINGS if "\ud800" not in text]),
         FieldDescriptor.TYPE_BYTES: lambda: rng.choice((b"", b"\0" * 4, rng.randbytes(16), b"../../secret", b"\xff" * 8)),
-        FieldDescriptor.TYPE_INT64: lambda: rng.choice((0, 1, -1, 7, 16, 2**31, 2**32, 2**62, -(2**63), 10_000_000_000, 2_500_000_000)),
+        FieldDescriptor.TYPE_INT64: lambda: rng.choice(
+            (0, 1, -1, 7, 16, 2**31, 2**32, 2**62, -(2**63), 10_000_000_000, 2_500_000_000)
+        ),
         FieldDescriptor.TYPE_UINT64: lambda: rng.choice((0, 1, 2**63, 2**64 - 1)),
         FieldDescriptor.TYPE_INT32: lambda: rng.choice((0, 1, 2, 6, 7, 8, 16, 21, 22, 23, 99, 2**31 - 1, -1)),
         FieldDescriptor.TYPE_FLOAT: lambda: rng.choice((0.0, float("nan"), float("inf"), 1e38)),
@@ -217,7 +272,7 @@ def _edit_field(rng: random.Random, model: onnx.ModelProto, message: Any, field:
             message.ClearField(field.name) if rng.random() < 0.5 else getattr(message, field.name).SetInParent()
             return
         values = getattr(message, field.name)
-        alike = [other for other in _messages(model) if other.DESCRIPTOR == field.message_type]
+        alike = [other for other in _messages(model) if field.message_type == other.DESCRIPTOR]
         if len(values) and rng.random() < 0.5:
             del values[rng.randrange(len(values))]
         elif alike:

@@ -17,9 +17,10 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache
 from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ class TooSlow(BaseException):
 
 @dataclass(frozen=True)
 class Reader:
-    """One reader: the folder of `fuzz_seeds.make` that it reads, the files in it that are mutated, and the call.
+    """One reader: the folder of `fuzz_seeds.make` that it reads, which files in it (patterns) are mutated, and the call.
 
     links: the files may become links, and not only other bytes.
     closed: what it reads must lie in the folder, links or not; a file that the user names may be a link.
@@ -86,25 +87,29 @@ class Reader:
     links: bool = True
     honest: bool = False
     closed: bool = True
-    forms: Mapping[str, str] = field(default_factory=dict)
 
-    def form(self, name: str) -> str:
-        return self.forms.get(name, FORMS.get(Path(name).suffix, "bytes"))
+    def names(self, seeds: Path) -> tuple[str, ...]:
+        """The files that are mutated."""
+        return _names(seeds / self.folder, self.files)
+
+
+@cache
+def _names(folder: Path, patterns: tuple[str, ...]) -> tuple[str, ...]:
+    found = {path.relative_to(folder).as_posix() for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return tuple(sorted(found))
 
 
 class Sandbox:
     """A folder that a case may read, beside others that it may not touch."""
 
-    def __init__(self, root: Path, seeds: Path, reader: Reader) -> None:
-        self.root, self.seeds, self.reader = root, seeds, reader
+    def __init__(self, root: Path, seeds: Path, reader: Reader, most_seconds: float = MOST_SECONDS) -> None:
+        self.root, self.seeds, self.reader, self.most_seconds = root, seeds, reader, most_seconds
         tempfile.gettempdir()  # looks for a folder where it may write
         self.inside = root / "inside"
         root.mkdir(parents=True)
         (root / "secret").write_bytes(b"\0" * 4096)
         self.fresh()
-        for name in reader.files:
-            if not (self.inside / name).is_file():
-                raise SystemExit(f"{reader.name}: no seed {name}")
+        self.names = reader.names(seeds)
         self._around = self._listing()
         self.risen = 0
         self._offence = ""
@@ -123,10 +128,24 @@ class Sandbox:
             return
         if event == "open":
             path, mode, flags = arguments
-            writes = bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)) if isinstance(flags, int) else bool(set(mode or "") & set("wax+"))
+            writes = (
+                bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+                if isinstance(flags, int)
+                else bool(set(mode or "") & set("wax+"))
+            )
             if isinstance(path, str | bytes) and self._outside(path, writes):
                 self._offence = self._offence or f"{'writes' if writes else 'reads'} {os.fsdecode(path)[-80:]!r}"
-        elif event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.symlink", "os.link", "os.truncate", "shutil.rmtree", "os.chmod"):
+        elif event in (
+            "os.rename",
+            "os.remove",
+            "os.mkdir",
+            "os.rmdir",
+            "os.symlink",
+            "os.link",
+            "os.truncate",
+            "shutil.rmtree",
+            "os.chmod",
+        ):
             if any(isinstance(path, str | bytes) and self._outside(path, True) for path in arguments[:2]):
                 self._offence = self._offence or f"{event} {arguments[:2]!r}"[:120]
         elif event in ("subprocess.Popen", "os.system", "os.exec", "exec", "socket.connect", "ctypes.dlopen") and event != "exec":
@@ -134,7 +153,9 @@ class Sandbox:
 
     def _outside(self, path: str | bytes, writes: bool) -> bool:
         full = os.path.realpath(os.fsdecode(path))
-        if full.startswith((f"{self.inside}/", "/dev/null", os.path.join(os.path.realpath("/tmp"), "bittailor-"))) or full == str(self.inside):
+        if full.startswith((f"{self.inside}/", "/dev/null", os.path.join(os.path.realpath("/tmp"), "bittailor-"))) or full == str(
+            self.inside
+        ):
             return False
         return writes or (self.reader.closed and full.startswith(f"{self.root}/"))
 
@@ -144,7 +165,7 @@ class Sandbox:
         name = os.fsdecode(first)
         link = name.startswith("@link ")
         name = name.removeprefix("@link ")
-        if name not in self.reader.files:
+        if name not in self.names:
             return "accepted"
         target = self.inside / name
         if link:
@@ -183,7 +204,7 @@ class Sandbox:
     def _outcome(self, show: bool = False) -> str:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         self._offence, self._watching = "", True
-        signal.setitimer(signal.ITIMER_PROF, MOST_SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, self.most_seconds)
         try:
             self.reader.call(self.inside)
             outcome = "accepted"
@@ -235,7 +256,7 @@ def _refit(folder: Path, name: str) -> None:
     for description in _DIGESTS:
         path = folder / description
         if path.is_file() and name not in _DIGESTS:
-            listed = yaml.load(path.read_bytes(), Loader=yaml.CSafeLoader)  # noqa: S506 - safe, and ours
+            listed = yaml.load(path.read_bytes(), Loader=yaml.CSafeLoader)
             if name in listed["files"] and (folder / name).is_file():
                 path.write_bytes(path.read_bytes().replace(listed["files"][name].encode(), sha256(folder / name).encode()))
 
@@ -246,7 +267,9 @@ def _refit(folder: Path, name: str) -> None:
 def _device(folder: Path) -> object:
     device = hardware.load(str(folder / "board.yaml"))
     hash(device)
-    return json.dumps([device.title, {name: budget.to_json() for name, budget in device.budgets.items()}]), hardware.meter(device, {})
+    return json.dumps([device.title, {name: budget.to_json() for name, budget in device.budgets.items()}]), hardware.meter(
+        device, {}
+    )
 
 
 def _devices(folder: Path) -> object:
@@ -288,7 +311,15 @@ def _stored_budget(folder: Path) -> object:
 
 def _manifest(folder: Path) -> object:
     package = open_package(folder)
-    said = (package.policy, package.workload, package.budget, package.vocabulary, package.predicted, package.reference_ns, package.provider)
+    said = (
+        package.policy,
+        package.workload,
+        package.budget,
+        package.vocabulary,
+        package.predicted,
+        package.reference_ns,
+        package.provider,
+    )
     json.dumps([str(one) for one in said])
     package.predicted.get("compute_flop", {}).get("value")
     return json.dumps(package.predicted), [CATALOGUE[name].prefill for name in package.policy.values()]
@@ -304,7 +335,12 @@ def _graph(folder: Path) -> object:
     graph = Graph.open(folder)
     policy = uniform("w4g32", graph.units)
     bytes_ = package_bytes(graph, policy)
-    return bytes_, [graph.first_row(unit) for unit in graph.units], graph.cache_bytes_per_layer(16), [graph.weight(unit).sum() for unit in graph.units]
+    return (
+        bytes_,
+        [graph.first_row(unit) for unit in graph.units],
+        graph.cache_bytes_per_layer(16),
+        [graph.weight(unit).sum() for unit in graph.units],
+    )
 
 
 def _external(folder: Path) -> object:
@@ -391,7 +427,10 @@ _PHONE = Device("phone")
 
 
 def _reply(folder: Path) -> object:
-    return [replies.reply_of((folder / f"reply-{name}.json").read_bytes(), operation, _PHONE) for name, (operation, _) in _REPLIES.items()]
+    return [
+        replies.reply_of((folder / f"reply-{name}.json").read_bytes(), operation, _PHONE)
+        for name, (operation, _) in _REPLIES.items()
+    ]
 
 
 def _answer(folder: Path) -> object:
@@ -447,8 +486,41 @@ def _meters(folder: Path) -> object:
     return states
 
 
+EVERY = (
+    Reader("device file", "devices", ("board.yaml",), _device, 1, closed=False),
+    Reader("device folder, presets", "devices", ("board.yaml", "local.yaml", "presets/sources.yaml"), _devices, 0.3, closed=False),
+    Reader("budget file", "other", ("budget.yaml",), _budget, 2, closed=False),
+    Reader("policy file, YAML", "other", ("policy.yaml",), _policy("policy.yaml"), 0.6, closed=False),
+    Reader("policy file, JSON", "other", ("policy.json",), _policy("policy.json"), 1.5, closed=False),
+    Reader("cost table", "tables/local", ("table.jsonl",), _table, 0.7, honest=True),
+    Reader("stored budgets", "tables/local", ("budgets-*.json",), _stored_budget, 2),
+    Reader("manifest", "package", ("manifest.yaml",), _manifest, 1),
+    Reader("package's graph, onnxruntime", "package", ("model.onnx",), _session, 0.7, honest=True),
+    Reader("package's graph, external data", "package", ("model.onnx",), _external, 2),
+    Reader("graph folder", "graph", ("graph.json", "model.onnx"), _graph, 1),
+    Reader("supernet.yaml", "supernet", ("supernet.yaml",), _supernet, 0.3),
+    Reader("supernet's tensors", "supernet", ("quantised/*.safetensors", "adapters/**/*.safetensors", "*.safetensors"), _supernet, 0.4, honest=True),
+    Reader("meta-network", "supernet", ("meta_network.safetensors",), _meta_network, 2),
+    Reader("prices", "other", ("prices.safetensors",), lambda folder: prices.read(folder / "prices.safetensors"), 2),
+    Reader("checkpoint", "checkpoint", ("checkpoint.safetensors",), _checkpoint, 2),
+    Reader("tokenizer", "package", ("tokenizer.json", "tokenizer_config.json"), _tokenizer, 1),
+    Reader("genai_config.json", "package", ("genai_config.json",), _settings, 2),
+    Reader("encoder-decoder's configs", "other", ("config.json", "generation_config.json"), _encoder_decoder, 2),
+    Reader("model's config.json", "model", ("config.json",), _config, 2, closed=False),
+    Reader("model, transformers", "model", ("config.json", "model.safetensors"), _torch_model, 0.1, closed=False),
+    Reader("index of weights", "other", ("model.safetensors.index.json",), _index, 2, closed=False),
+    Reader("text", "other", ("text.txt",), _text, 2, closed=False),
+    Reader("device's replies", "talk", ("reply-*.json",), _reply, 3, links=False),
+    Reader("agent's answers", "talk", ("answer-*.json",), _answer, 3, links=False),
+    Reader("agent's requests", "talk", ("request-identify.json", "request-outputs.json", "unit/x.npy"), _request, 2),
+    Reader("doorkeeper, agent's file", "incoming", ("header.json", "agent.pyz"), _doorkeeper, 0.7, links=False),
+    Reader("meters", "sys", ("**/*",), _meters, 0.7),
+    Reader("battery's gauge", "gauge", ("**/*",), _meters, 1),
+)  # fmt: skip
+
+
 def readers(seeds: Path) -> dict[str, Reader]:
-    """Every reader by name. seeds: what `fuzz_seeds.make` made, to which the inputs of some readers are added."""
+    """`EVERY` by name, ready to read. seeds: what `fuzz_seeds.make` made, to which the inputs of some readers are added."""
     _Known.graph = Graph.open(seeds / "graph")
     _Known.source = workflow.Source(_Known.graph, round_to_nearest(_Known.graph), None)
     talk = seeds / "talk"
@@ -461,48 +533,18 @@ def readers(seeds: Path) -> dict[str, Reader]:
         (talk / "unit").mkdir()
         shutil.copyfile(agent.BARE / "model.onnx", talk / "unit" / "model.onnx")
         np.save(talk / "unit" / "x.npy", np.ones((1, 8), np.float32))
-        (talk / "request-identify.json").write_text(json.dumps({"action": "identify", "sysfs": "sys", "provider": "CPUExecutionProvider"}))
+        (talk / "request-identify.json").write_text(
+            json.dumps({"action": "identify", "sysfs": "sys", "provider": "CPUExecutionProvider"})
+        )
         subject = {"name": "x", "folder": "unit", "inputs": ["x.npy"]}
         (talk / "request-outputs.json").write_text(json.dumps({"action": "outputs", "subjects": [subject]}))
         (seeds / "incoming").mkdir()
         (seeds / "incoming" / "agent.pyz").write_bytes(agent_bytes())
         files = [{"sha256": hashlib.sha256(b"x" * 32).hexdigest(), "size": 32, "offset": 0}]
-        (seeds / "incoming" / "header.json").write_text(json.dumps({"op": "put", "folder": "@device", "caller": "abc", "files": files}))
-    below = {name: sorted(path.relative_to(seeds / name).as_posix() for path in (seeds / name).rglob("*") if path.is_file()) for name in os.listdir(seeds)}
-    stored = next(name for name in below["tables/local" if "tables/local" in below else "tables"] if "budgets-" in name).rpartition("/")[2]
-    tensors = [name for name in below["supernet"] if name.endswith(".safetensors") and not name.startswith("model/")]
-    found = [
-        Reader("device file", "devices", ("board.yaml",), _device, 1, closed=False),
-        Reader("device folder, presets", "devices", ("board.yaml", "local.yaml", "presets/sources.yaml"), _devices, 0.3, closed=False),
-        Reader("budget file", "other", ("budget.yaml",), _budget, 2, closed=False),
-        Reader("policy file, YAML", "other", ("policy.yaml",), _policy("policy.yaml"), 0.6, closed=False),
-        Reader("policy file, JSON", "other", ("policy.json",), _policy("policy.json"), 1.5, closed=False),
-        Reader("cost table", "tables/local", ("table.jsonl",), _table, 0.7, honest=True),
-        Reader("stored budgets", "tables/local", (stored,), _stored_budget, 2),
-        Reader("manifest", "package", ("manifest.yaml",), _manifest, 1),
-        Reader("package's graph, onnxruntime", "package", ("model.onnx",), _session, 0.7, honest=True),
-        Reader("package's graph, external data", "package", ("model.onnx",), _external, 2),
-        Reader("graph folder", "graph", ("graph.json", "model.onnx"), _graph, 1),
-        Reader("supernet.yaml", "supernet", ("supernet.yaml",), _supernet, 0.3),
-        Reader("supernet's tensors", "supernet", tuple(tensors), _supernet, 0.4, honest=True),
-        Reader("meta-network", "supernet", ("meta_network.safetensors",), _meta_network, 2),
-        Reader("prices", "other", ("prices.safetensors",), lambda folder: prices.read(folder / "prices.safetensors"), 2),
-        Reader("checkpoint", "checkpoint", ("checkpoint.safetensors",), _checkpoint, 2),
-        Reader("tokenizer", "package", ("tokenizer.json", "tokenizer_config.json"), _tokenizer, 1),
-        Reader("genai_config.json", "package", ("genai_config.json",), _settings, 2),
-        Reader("encoder-decoder's configs", "other", ("config.json", "generation_config.json"), _encoder_decoder, 2),
-        Reader("model's config.json", "model", ("config.json",), _config, 2, closed=False),
-        Reader("model, transformers", "model", ("config.json", "model.safetensors"), _torch_model, 0.1, closed=False),
-        Reader("index of weights", "other", ("model.safetensors.index.json",), _index, 2, closed=False),
-        Reader("text", "other", ("text.txt",), _text, 2, closed=False),
-        Reader("device's replies", "talk", tuple(f"reply-{name}.json" for name in _REPLIES), _reply, 3, links=False),
-        Reader("agent's answers", "talk", tuple(f"answer-{name}.json" for name in _ANSWERS), _answer, 3, links=False),
-        Reader("agent's requests", "talk", ("request-identify.json", "request-outputs.json", "unit/x.npy"), _request, 2),
-        Reader("doorkeeper, agent's file", "incoming", ("header.json", "agent.pyz"), _doorkeeper, 0.7, links=False),
-        Reader("meters", "sys", tuple(below["sys"]), _meters, 0.7),
-        Reader("battery's gauge", "gauge", tuple(below["gauge"]), _meters, 1),
-    ]  # fmt: skip
-    return {reader.name: reader for reader in found}
+        (seeds / "incoming" / "header.json").write_text(
+            json.dumps({"op": "put", "folder": "@device", "caller": "abc", "files": files})
+        )
+    return {reader.name: reader for reader in EVERY}
 
 
 # ---- cases
@@ -516,15 +558,21 @@ def cases(reader: Reader, seeds: Path, seed: int, start: int, count: int) -> Ite
 
 def case(reader: Reader, seeds: Path, rng: random.Random, earlier: bytes = b"") -> bytes:
     """One case. earlier: a case to go on from instead of a valid file."""
-    name = rng.choice(reader.files)
+    names = reader.names(seeds)
+    name = rng.choice(names)
     if reader.links and rng.random() < 0.01:
-        return b"@link " + os.fsencode(name) + b"\n" + rng.choice((b"../secret", b"/dev/zero", b".", b"nowhere", os.fsencode(name), b"/proc/self/mem"))
+        return (
+            b"@link "
+            + os.fsencode(name)
+            + b"\n"
+            + rng.choice((b"../secret", b"/dev/zero", b".", b"nowhere", os.fsencode(name), b"/proc/self/mem"))
+        )
     first, _, content = earlier.partition(b"\n")
-    if first and os.fsdecode(first) in reader.files:
+    if first and os.fsdecode(first) in names:
         name = os.fsdecode(first)
     else:
         content = (seeds / reader.folder / name).read_bytes()
-    return os.fsencode(name) + b"\n" + mutated(rng, content, reader.form(name))
+    return os.fsencode(name) + b"\n" + mutated(rng, content, FORMS.get(Path(name).suffix, "bytes"))
 
 
 @contextmanager

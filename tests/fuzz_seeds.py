@@ -16,13 +16,13 @@ from random_models import save_random_model
 from small_tables import complete_table
 from tiny_graphs import POCKET
 
+from toolchain.costs.from_table import cost_model
+from toolchain.graph.assemble import round_to_nearest
 from toolchain.graph.build import build
 from toolchain.hardware import shipped
-from toolchain.package.export import export_package
-from toolchain.graph.assemble import round_to_nearest
 from toolchain.kernels import uniform
+from toolchain.package.export import export_package
 from toolchain.policy import budgets, prices
-from toolchain.costs.from_table import cost_model
 from toolchain.policy.meta_network import MetaNetwork
 from toolchain.spec import Budget
 from toolchain.supernet import saving, store
@@ -31,7 +31,14 @@ from toolchain.supernet.model import Supernet
 from toolchain.train import checkpoint
 
 KERNELS = ("fp32", "w8a8", "w4g32")
-_TINY = {"vocab_size": 96, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}
+_TINY = {
+    "vocab_size": 96,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "tie_word_embeddings": True,
+}
 
 
 def make(root: Path) -> Path:

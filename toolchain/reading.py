@@ -75,7 +75,10 @@ def yaml_of(text: str) -> tuple[Any, yaml.Node | None]:
         if node is None:
             return None, None
         _measure(node, {}, 0)
-        return loader.construct_document(node), node
+        try:
+            return loader.construct_document(node), node
+        except ValueError as error:  # 5000 digits, 30 February
+            raise ValueError(f"expected YAML, got a value that is none: {str(error)[:80]}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark else ""
@@ -94,15 +97,18 @@ def _loader() -> type[yaml.SafeLoader]:
     import yaml
 
     class Bounded(yaml.SafeLoader):
-        """Stops at the node that is one too many, before the rest is read."""
+        """Stops at the node that is one too many, or too deep, before the rest is read."""
 
-        count = 0
+        count = depth = 0
 
         def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
             self.count += 1
-            if self.count > MOST_NODES:
-                raise ValueError(f"line {self.line + 1}: {_TOO_MANY}")
-            return super().compose_node(parent, index)
+            self.depth += 1
+            if self.count > MOST_NODES or self.depth > DEEPEST + 1:
+                raise ValueError(f"line {self.line + 1}: {_TOO_MANY if self.count > MOST_NODES else _too_deep()}")
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
 
     return Bounded
 

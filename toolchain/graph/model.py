@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from toolchain.errors import DamagedFileError
-from toolchain.files import write_atomic
+from toolchain.files import inside, write_atomic
 from toolchain.reading import read_json
 from toolchain.session import MODEL_FILES
 from toolchain.spec import Unit
@@ -62,9 +62,12 @@ class Graph:
         write_atomic(self.directory / DESCRIPTION, json.dumps(data, indent=1) + "\n")
 
     def companions(self) -> list[Path]:
-        """Files that a package carries besides the model: tokenizer and generation settings, by name."""
+        """Files that a package carries besides the model: tokenizer and generation settings, by name. Raises InputError for a link out of
+        the folder: what it leads to would be published."""
         own = {DESCRIPTION, *self.files, "model.onnx.data"}
-        return sorted(path for path in self.directory.iterdir() if path.is_file() and path.name not in own)
+        return sorted(
+            inside(self.directory, path.name) for path in self.directory.iterdir() if path.is_file() and path.name not in own
+        )
 
     @property
     def files(self) -> tuple[str, ...]:
