@@ -5,8 +5,8 @@
 Valid inputs are made first (`fuzz_seeds.py`), mutated by structure (`fuzz_mutation.py`), and given to the readers in a sandbox, with time
 and memory bounded (`fuzz_readers.py`). Each reader has a process of its own: one that dies is a crash, and the next case goes on.
 Guided: atheris (not among the project's dependencies: pip install atheris) chooses which cases to mutate further by the lines of ours
-that they reached; one case in two begins anew, from a valid file. Without atheris, or with --plain, all do, and a seed then names its cases for good.
-Resumable: the same --work DIR goes on where it was stopped; crashes/ there holds one case of each kind.
+that they reached; one case in two begins anew, from a valid file. Without atheris, or with --plain, all do, and a seed then names its
+cases for good. Resumable: the same --work DIR goes on where it was stopped; crashes/ there holds one case of each kind, for --replay.
 
 Prints a table; exit code 1 if anything crashed.
 """

@@ -1,8 +1,8 @@
 """Every reader of what strangers write, each as its command calls it, and the sandbox in which a case runs.
 
-A case is the name of one file of a valid folder and its new content (`NAME\\nCONTENT`), or `@link NAME\\nTARGET`. It ends well if the reader
-gives a value, or refuses by a BittailorError of one line. Anything else is a crash: another exception, a file written or read outside
-the folder, more than `MOST_BYTES` of memory, more than `MOST_SECONDS`.
+A case is the name of one file of a valid folder and its new content (`NAME\\nCONTENT`), or `@link NAME\\nTARGET`. It ends well if
+the reader gives a value, or refuses by a BittailorError of one line. Anything else is a crash: another exception, a file written or read
+outside the folder, more than `MOST_BYTES` of memory, more than `MOST_SECONDS`.
 """
 
 from __future__ import annotations
@@ -416,13 +416,35 @@ _REPLIES: dict[str, tuple[str, dict[str, Any]]] = {
     "died": ("job", {"died": "out of memory"}),
 }
 _ANSWERS: dict[str, dict[str, Any]] = {
-    "identify": {"cpu": "x", "cache_bytes": 1, "runtime": "onnxruntime 1.31", "protocol": agent.PROTOCOL, "providers": ["CPUExecutionProvider"], "meters": {"rapl": ""}},
-    "time": {"trials": {"package": [{"decode_ns": 1e6, "prefill_ns": 2e6}] * 5}, "reference_ns": {"token": [1.0], "tokens": [2.0]}, "dropped": 0, "valid": True},
+    "identify": {
+        "cpu": "x",
+        "cache_bytes": 1,
+        "runtime": "onnxruntime 1.31",
+        "protocol": agent.PROTOCOL,
+        "providers": ["CPUExecutionProvider"],
+        "meters": {"rapl": ""},
+    },
+    "time": {
+        "trials": {"package": [{"decode_ns": 1e6, "prefill_ns": 2e6}] * 5},
+        "reference_ns": {"token": [1.0], "tokens": [2.0]},
+        "dropped": 0,
+        "valid": True,
+    },
     "peak": {"peak_bytes": 10, "running_bytes": 5},
     "outputs": {"outputs": {"w4g32 0": [[1.0, 2.0]], "w8a8 1": None}},
-    "energy": {"reason": "", "meter": "rapl", "step_s": 0.001, "window_s": 1.0, "idle_mw": 5.0,
-               "measured": {"package": {"decode": {"valid": True, "reason": "", "error": 0.1, "energy_mj": [1.0], "above_idle_mj": [0.5], "run_ms": [1.0]}}}},
-}  # fmt: skip
+    "energy": {
+        "reason": "",
+        "meter": "rapl",
+        "step_s": 0.001,
+        "window_s": 1.0,
+        "idle_mw": 5.0,
+        "measured": {
+            "package": {
+                "decode": {"valid": True, "reason": "", "error": 0.1, "energy_mj": [1.0], "above_idle_mj": [0.5], "run_ms": [1.0]}
+            }
+        },
+    },
+}
 _PHONE = Device("phone")
 
 
@@ -499,7 +521,14 @@ EVERY = (
     Reader("package's graph, external data", "package", ("model.onnx",), _external, 2),
     Reader("graph folder", "graph", ("graph.json", "model.onnx"), _graph, 1),
     Reader("supernet.yaml", "supernet", ("supernet.yaml",), _supernet, 0.3),
-    Reader("supernet's tensors", "supernet", ("quantised/*.safetensors", "adapters/**/*.safetensors", "*.safetensors"), _supernet, 0.4, honest=True),
+    Reader(
+        "supernet's tensors",
+        "supernet",
+        ("quantised/*.safetensors", "adapters/**/*.safetensors", "*.safetensors"),
+        _supernet,
+        0.4,
+        honest=True,
+    ),
     Reader("meta-network", "supernet", ("meta_network.safetensors",), _meta_network, 2),
     Reader("prices", "other", ("prices.safetensors",), lambda folder: prices.read(folder / "prices.safetensors"), 2),
     Reader("checkpoint", "checkpoint", ("checkpoint.safetensors",), _checkpoint, 2),
@@ -516,7 +545,7 @@ EVERY = (
     Reader("doorkeeper, agent's file", "incoming", ("header.json", "agent.pyz"), _doorkeeper, 0.7, links=False),
     Reader("meters", "sys", ("**/*",), _meters, 0.7),
     Reader("battery's gauge", "gauge", ("**/*",), _meters, 1),
-)  # fmt: skip
+)
 
 
 def readers(seeds: Path) -> dict[str, Reader]:

@@ -1,4 +1,4 @@
-"""What is mutated: a model, its graph, cost table, package, supernet and checkpoint, made by the commands' own code, as small as they come."""
+"""What is mutated: a model, its graph, table, package, supernet and checkpoint, made by the commands' own code, as small as they come."""
 
 from __future__ import annotations
 
@@ -59,10 +59,19 @@ def make(root: Path) -> Path:
     (root / "tables" / "local" / name).write_text(json.dumps({"workload": str(WORKLOAD), **stored}, indent=1))
     policy = uniform("w4g32", graph.units)
     export_package(
-        graph, policy, round_to_nearest(graph), root / "package", workload=workload, device="local", provider="CPUExecutionProvider",
-        budget=Budget(latency_ms=5.0, peak_memory_bytes=1e7, name="low"), predicted=costs.predict(policy), gap_to_optimum=0.0,
-        runtime="onnxruntime", evidence={"reference_ns": {"latency_ms": {"token": 1000.0}}, "measured_on": table.header.identity},
-    )  # fmt: skip
+        graph,
+        policy,
+        round_to_nearest(graph),
+        root / "package",
+        workload=workload,
+        device="local",
+        provider="CPUExecutionProvider",
+        budget=Budget(latency_ms=5.0, peak_memory_bytes=1e7, name="low"),
+        predicted=costs.predict(policy),
+        gap_to_optimum=0.0,
+        runtime="onnxruntime",
+        evidence={"reference_ns": {"latency_ms": {"token": 1000.0}}, "measured_on": table.header.identity},
+    )
     _supernet(root, graph, policy)
     values = {"a": torch.nn.Parameter(torch.ones(4, 4)), "b": torch.nn.Parameter(torch.zeros(4))}
     optimiser = torch.optim.AdamW(values.values())
@@ -107,7 +116,8 @@ def _others(root: Path, policy: dict[str, str]) -> None:
         shutil.copyfile(path, devices / "presets" / path.name)
     (devices / "board.yaml").write_text(
         "name: board\ntitle: a board\ntransport: ssh\nhost: board.lan\nuser: pi\nport: 22\nidentity: ~/.ssh/id\npython: venv/bin/python\n"
-        "folder: /data/bittailor\nthreads: 4\nmeter: auto\nbudgets:\n  small: {latency_ms: 5, memory_mb: 20.5}\n  large:\n    energy_mj: 1000.0\n"
+        "folder: /data/bittailor\nthreads: 4\nmeter: auto\nbudgets:\n"
+        "  small: {latency_ms: 5, memory_mb: 20.5}\n  large:\n    energy_mj: 1000.0\n"
     )
     other = root / "other"
     other.mkdir()

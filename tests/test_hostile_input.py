@@ -81,7 +81,7 @@ YAML = {
     "a tag that knows its words": ("a: !!bool perhaps\n", "expected"),
     "half a surrogate pair": ('a: "\\ud800"\n', "expected"),
     "megabytes": ("a: [" + "x, " * 1_000_000 + "]\n", "expected|more than"),
-}  # fmt: skip
+}
 
 
 def _device(folder: Path, text: str) -> object:
@@ -520,16 +520,11 @@ def test_a_table_whose_model_rows_lack_a_unit(place: Path) -> None:
 
     path = place / "tables" / "local" / "table.jsonl"
     table, graph = open_table(path), Graph.open(place / "graph")
-    rows = {key: row for key, row in table.rows.items()}
-    for row in rows.values():
-        if key_is_of_a_model(row):
+    for row in table.rows.values():
+        if row.key[0] in ("model", "model memory"):
             row.units.pop(next(iter(row.units)))  # type: ignore[union-attr]
     with refused("kernel"):
         cost_model(graph, table, Workload.parse("generate:8+4"))
-
-
-def key_is_of_a_model(row: Any) -> bool:
-    return row.key[0] in ("model", "model memory")
 
 
 @pytest.mark.parametrize("said", ["\u00b2", "9" * 5000, "1e9", ""])
