@@ -233,7 +233,7 @@ def _sample(row: ModelRow | ModelMemoryRow, whole: float, isolated: Costs, graph
     sums: dict[str, float] = {}
     for unit in units_within(graph.units, row.layers):
         kernel = row.units.get(unit.name, "")
-        if kernel not in isolated[unit.name]:
+        if kernel not in isolated.get(unit.name, {}):
             problem = f"expected a measured kernel of unit {unit.name!r} in the row of {row.policy!r}, got {kernel!r}"
             raise DamagedFileError(problem, "restore the cost table, or delete it and type: bittailor profile MODEL")
         kind = kind_of(unit, kernel)

@@ -15,6 +15,7 @@ import numpy as np
 
 from toolchain.decoding import DEFAULT_CONTEXT, Generator, open_generator
 from toolchain.errors import DamagedFileError, InputError
+from toolchain.files import inside
 from toolchain.reading import read_json
 from toolchain.session import ENCODER_DECODER_CONTEXT, is_encoder_decoder
 from toolchain.spec import CPU
@@ -103,7 +104,7 @@ def _settings(directory: Path) -> _Settings:
     if not path.is_file():
         return _Settings(DEFAULT_CONTEXT)
     try:
-        model = read_json(path)["model"]
+        model = read_json(inside(Path(directory), path.name))["model"]
         return _Settings(int(model["context_length"]), _ids(model.get("eos_token_id", [])))
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise DamagedFileError(f"expected context_length and eos_token_id in {path}, got: {error!r}") from error
@@ -115,7 +116,7 @@ def _encoder_decoder_settings(directory: Path) -> _Settings:
         found: dict[str, Any] = {}
         for name in ("config.json", "generation_config.json"):
             if (path := Path(directory) / name).is_file():
-                found |= {key: value for key, value in read_json(path).items() if value is not None}
+                found |= {key: value for key, value in read_json(inside(Path(directory), name)).items() if value is not None}
         context = int(found.get("n_positions", ENCODER_DECODER_CONTEXT))
         return _Settings(context, _ids(found.get("eos_token_id", [])), int(found["decoder_start_token_id"]), continues=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:

@@ -115,7 +115,7 @@ def open_package(directory: Path, verify: bool = True) -> Package:
         raise InputError(
             f"expected a package folder with {FILE_NAME}, got {directory}", "make one: bittailor export MODEL --out PACKAGE"
         )
-    path = directory / FILE_NAME
+    path = inside(directory, FILE_NAME)
     remedy = "export the package again"
     try:
         data = read_yaml(path)

@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any
 
 from toolchain.costs.operations import runs
+from toolchain.errors import BittailorError
 from toolchain.profiler.ask import Host
 from toolchain.spec import Measurement, Workload
 
@@ -75,6 +76,8 @@ def latencies(trials: Sequence[Mapping[str, float]], valid: bool) -> dict[str, M
     """latency_ms, and first_token_ms of a decoder, from the agent's trials."""
     names = {"decode_ns": "latency_ms", "encode_ns": "latency_ms", "prefill_ns": "first_token_ms"}
     present = trials[0] if trials else {}
+    if any(trial.keys() != present.keys() for trial in trials) or not present.keys() <= names.keys():
+        raise BittailorError("expected trials of the same phases, decode and prefill or encode, got others", "measure again")
     return {names[phase]: summarise((trial[phase] / 1e6 for trial in trials), valid) for phase in present}
 
 

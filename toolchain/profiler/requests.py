@@ -76,7 +76,7 @@ def _check(found: dict[str, Any], needed: tuple[str, ...]) -> None:
         wanted, least, most = _NUMBERS.get(name, (object, 0, 0))
         if wanted is not object and (isinstance(value, bool) or not isinstance(value, wanted) or not least <= value <= most):
             raise ValueError(f"{name} {value!r} instead of a number from {least} to {most}")
-        if name in _TEXTS and (not isinstance(value, str) or "\0" in value):
+        if name in _TEXTS and (not isinstance(value, str) or "\0" in value or max(map(len, value.split("/"))) > 255):
             raise ValueError(f"{name} {value!r} instead of text")
     inputs = found.get("inputs", [])
     if not isinstance(inputs, list) or not all(isinstance(name, str) for name in inputs):
