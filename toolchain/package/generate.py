@@ -115,7 +115,7 @@ def _encoder_decoder_settings(directory: Path) -> _Settings:
     try:
         found: dict[str, Any] = {}
         for name in ("config.json", "generation_config.json"):
-            if (path := Path(directory) / name).is_file():
+            if (Path(directory) / name).is_file():
                 found |= {key: value for key, value in read_json(inside(Path(directory), name)).items() if value is not None}
         context = int(found.get("n_positions", ENCODER_DECODER_CONTEXT))
         return _Settings(context, _ids(found.get("eos_token_id", [])), int(found["decoder_start_token_id"]), continues=False)
