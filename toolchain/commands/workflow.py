@@ -71,7 +71,8 @@ def opened(source: str) -> Iterator[Source]:
 
 def trained_workload(source: Source) -> Workload | None:
     """The workload that a supernet's meta-network was trained for; None for a model."""
-    return Workload.parse(source.supernet.description["training"]["workload"]) if source.supernet else None
+    said = source.supernet.description["training"].get("workload") if source.supernet else None
+    return Workload.parse(said) if said else None
 
 
 @dataclass(frozen=True)

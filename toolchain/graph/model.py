@@ -49,7 +49,7 @@ class Graph:
     def open(cls, directory: Path) -> Graph:
         """Read the folder back. Raises DamagedFileError."""
         try:
-            data = read_json(directory / DESCRIPTION)
+            data = read_json(inside(directory, DESCRIPTION))
             units = tuple(Unit(**{**unit, "modules": tuple(unit["modules"])}) for unit in data.pop("units"))
             inputs = tuple(data.pop("inputs"))
             return _typed(cls(directory=directory, units=units, inputs=inputs, **data))

@@ -107,7 +107,7 @@ class SupernetFolder:
                 f"expected a supernet with {DESCRIPTION} in {path}, got none", "type: bittailor train MODEL --out SUPERNET"
             )
         try:
-            data = read_yaml(description)
+            data = read_yaml(inside(path, DESCRIPTION))
             if data["format"] != FORMAT:
                 raise ValueError(f"format {data['format']}, this version reads {FORMAT}")
             files = {str(name): str(digest) for name, digest in data["files"].items()}
