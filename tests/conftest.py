@@ -221,6 +221,15 @@ def quantised(kernels: dict[str, Kernel]) -> list[Kernel]:
     return [kernel for kernel in kernels.values() if kernel.quantised]
 
 
+@pytest.fixture(scope="session")
+def strangers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with graph, table, package, supernet, checkpoint (`fuzz_seeds.py`). Shared: copy what you change."""
+    pytest.importorskip("torch")
+    from fuzz_seeds import make
+
+    return make(tmp_path_factory.mktemp("strangers") / "seeds")
+
+
 @dataclass(frozen=True)
 class Profiled:
     """A model that was really measured through the command, once for all tests: its folder, its --profiles, what the command said."""

@@ -107,8 +107,10 @@ def test_no_test_reads_a_meter_of_the_machine_it_runs_on(tmp_path: Path, monkeyp
 def test_what_the_agent_refuses_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(BittailorError, match=r"model\.onnx"):
         HOST.peak({"name": "x", "kind": "unit", "folder": str(tmp_path), "tokens": 1, "rows": 1})
+    with pytest.raises(BittailorError, match="colour"):
+        HOST.peak({"name": "x", "kind": "colour", "folder": str(tmp_path), "rows": 1})
     with pytest.raises(BittailorError, match="died"):
-        HOST.peak({"name": "x", "kind": "colour"})
+        HOST.peak({"name": "x", "kind": "unit", "folder": str(agent.BARE), "rows": 1})
     with pytest.raises(InputError, match="transport"):
         Host(replace(HOST.device, transport="pigeon"), 1).identify()
 

@@ -79,7 +79,7 @@ def test_a_device_of_ones_own_is_one_file(tmp_path):
         ("name: !!python/object/apply:os.getcwd []\n", 1, "expected YAML"),
         ("- name\n", 1, "a mapping"),
         ("", 1, "a mapping"),
-        ("name: board\nbudgets: &a\n  x: *a\n", 3, "expected a budget with keys"),
+        ("name: board\nbudgets: &a\n  x: *a\n", 3, "levels inside each other"),
     ],
 )
 def test_a_wrong_device_file_is_named_with_its_line(tmp_path, content, line, words):

@@ -103,9 +103,22 @@ def test_a_device_that_stays_away_is_given_up_with_one_line(board: Device, subje
 def test_an_agent_that_dies_is_told_once_and_started_again_by_the_next(board: Device) -> None:
     for _ in range(2):
         link, _ = linked(board)
-        with pytest.raises(BittailorError, match="on 'board', it died: KeyError: 'colour'"):
-            link.ask({"action": "colour"})
-    assert started(board) == ["colour"] * 2
+        with pytest.raises(BittailorError, match="on 'board', it died: KeyError: 'tokens'"):
+            link.ask(asking_for_peak({"kind": "unit", "folder": str(agent.BARE), "rows": 1}))
+    assert started(board) == ["peak"] * 2
+
+
+def test_a_request_that_no_desk_makes_is_refused_in_one_line(board: Device, subject: dict[str, Any]) -> None:
+    link, _ = linked(board)
+    for request, word in (
+        ({"action": "colour"}, "colour"),
+        ({"action": "peak"}, "no threads"),
+        (asking_for_peak({**subject, "tokens": 10**12}), "tokens"),
+        (asking_for_peak({**subject, "kind": "thing"}), "thing"),
+        ({**asking_for_peak(subject), "threads": -1}, "threads"),
+    ):
+        with pytest.raises(BittailorError, match=f"expected a request of this version's desk, got .*{word}"):
+            link.ask(request)
 
 
 def test_what_the_agent_refuses_is_its_own_line(board: Device, tmp_path: Path) -> None:

@@ -17,12 +17,21 @@ BittailorError                 base: one line for the user, exit code 2
 
 from __future__ import annotations
 
+LONGEST = 1000
+"""Characters of a problem: what came may be a stranger's, and as long as they like."""
+
 
 class BittailorError(Exception):
-    """Base class. `str(error)` is one line: what was expected, what came, and the remedy."""
+    """Base class. `str(error)` is one line: what was expected, what came, and the remedy.
+
+    Of what came, characters that would steer a terminal are replaced, and what is too long is cut.
+    """
 
     def __init__(self, problem: str, remedy: str = "") -> None:
+        if len(problem) > LONGEST:
+            problem = f"{problem[:LONGEST]}…"
         line = " ".join(problem.split())
+        line = line if line.isprintable() else "".join(one if one.isprintable() else "\ufffd" for one in line)
         if remedy:
             line = f"{line}; {' '.join(remedy.split())}"
         super().__init__(line)

@@ -15,6 +15,8 @@ from pathlib import Path
 from toolchain.errors import InputError
 
 _SCRATCH = "bittailor-"
+_LONGEST_NAME = 255
+"""Bytes; what every file system here allows."""
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
@@ -130,7 +132,11 @@ def sha256(path: Path) -> str:
 def inside(folder: Path, name: str) -> Path:
     """`folder/name`, or InputError if a name from a file we did not write would leave the folder (also through a link)."""
     root = folder.resolve()
-    path = (root / name).resolve()
-    if not path.is_relative_to(root) or Path(name).is_absolute():
-        raise InputError(f"expected a path inside {folder}, got {name!r}")
+    unnamed = "\0" in name or not name or any(len(part.encode(errors="replace")) > _LONGEST_NAME for part in Path(name).parts)
+    try:
+        path = root if unnamed else (root / name).resolve()
+    except (OSError, RuntimeError):  # a link that leads to itself
+        path = root
+    if unnamed or path == root or not path.is_relative_to(root) or Path(name).is_absolute():
+        raise InputError(f"expected a path inside {folder}, got {name[:200]!r}")
     return path

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.errors import InputError
+from toolchain.reading import MOST_YAML_BYTES, read_text, yaml_of
 from toolchain.spec import Budget, Device
 
 TRANSPORTS = ("local", "ssh", "adb")
@@ -170,17 +171,13 @@ def _read_yaml(path: Path) -> _Source:
     import yaml
 
     try:
-        text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
+        data, node = yaml_of(read_text(path, MOST_YAML_BYTES))
     except OSError as error:
         raise InputError(f"expected a YAML file, got {path} ({error.strerror or error})") from error
     except UnicodeDecodeError as error:
         raise InputError(f"expected UTF-8 text in {path}, got the byte 0x{error.object[error.start]:02x}") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise InputError(f"{path}{line}: expected YAML, got: {getattr(error, 'problem', None) or error}") from error
+    except ValueError as error:
+        raise InputError(f"{path}, {error}") from error
     if not isinstance(data, dict):
         raise InputError(f"{path}, line 1: expected a mapping of keys to values, got {type(data).__name__}")
     lines: dict[tuple[str, ...], int] = {}

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from toolchain.errors import DamagedFileError, InputError
+from toolchain.ops import refusal
 from toolchain.spec import CPU, CUDA
 
 if TYPE_CHECKING:
@@ -89,14 +90,22 @@ def open_session(
 
     Nodes that the provider has no kernel for run on the CPU, as onnxruntime does it; only: refuse a graph that has such nodes.
 
-    Raises InputError for a folder without that file or a provider that does not start, DamagedFileError for a graph that onnxruntime
-    cannot load.
+    Raises InputError for a folder without that file, a graph with ops that are not run (`ops.py`) or a provider that does not start,
+    DamagedFileError for a graph that onnxruntime cannot load.
     """
     import onnxruntime
 
     path = Path(directory) / name
     if not path.is_file():
         raise InputError(f"expected a folder with {name}, got {directory}", "make one: bittailor export MODEL --out PACKAGE")
+    try:
+        refused = refusal(path)
+    except (OSError, ValueError) as error:
+        raise DamagedFileError(f"expected an ONNX graph in {path}, got {error}") from error
+    if refused:
+        raise InputError(
+            f"expected a graph of ONNX's and onnxruntime's own ops, without loops and functions, got {refused} in {path}"
+        )
     options = onnxruntime.SessionOptions()
     if shared_pool:
         options.use_per_session_threads = False
@@ -104,14 +113,17 @@ def open_session(
         options.intra_op_num_threads = threads
     for name, value in SESSION_OPTIONS.items():
         setattr(options, name, value)
-    options.log_severity_level = 3  # errors only: warnings would go to stderr in the middle of a progress line
+    # Not in the middle of a progress line, and not beside the one line of a refusal, which says what went wrong. On a GPU errors alone: a
+    # provider that does not start says why nowhere else.
+    options.log_severity_level = 4 if provider == CPU else 3
     if only and provider != CPU:
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         options.log_severity_level = 4  # who asks expects to be refused
     if provider == CUDA:
         _load_libraries()
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=[(provider, PROVIDER_OPTIONS.get(provider, {}))])
+        with contextlib.redirect_stdout(io.StringIO()):  # where onnxruntime says that it tries again; stdout is the command's
+            session = onnxruntime.InferenceSession(str(path), options, providers=[(provider, PROVIDER_OPTIONS.get(provider, {}))])
     except Exception as error:  # onnxruntime's exceptions share no other base class
         raise DamagedFileError(f"expected {path} to load in onnxruntime {onnxruntime.__version__}, got: {error}") from error
     if provider not in session.get_providers():  # it goes on without one that does not start: numbers of another device

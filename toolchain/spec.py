@@ -143,6 +143,10 @@ class Phase:
         return "first_token_ms" if self.name == "prefill" else "latency_ms"
 
 
+MOST_TOKENS = 1 << 24
+"""Of one inference: more than any model's context, and what a stranger's manifest may have allocated."""
+
+
 @dataclass(frozen=True)
 class Workload:
     """What one inference is: `generate:P+N` (prefill of P tokens, N decode steps) or `encode:BxT`. Every cost is for one."""
@@ -155,16 +159,16 @@ class Workload:
     @classmethod
     def parse(cls, text: str) -> Workload:
         """Read `generate:64+32` or `encode:1x128`. Raises InputError."""
-        if match := re.fullmatch(r"generate:(\d+)\+(\d+)", text):
+        if match := re.fullmatch(r"generate:([0-9]{1,9})\+([0-9]{1,9})", text):
             prompt, new = int(match[1]), int(match[2])
-            if prompt >= 1 and new >= 1:
+            if prompt >= 1 and new >= 1 and prompt + new <= MOST_TOKENS:
                 return cls("generate", 1, prompt, new)
-        elif match := re.fullmatch(r"encode:(\d+)x(\d+)", text):
+        elif match := re.fullmatch(r"encode:([0-9]{1,9})x([0-9]{1,9})", text):
             batch, tokens = int(match[1]), int(match[2])
-            if batch >= 1 and tokens >= 1:
+            if batch >= 1 and tokens >= 1 and batch * tokens <= MOST_TOKENS:
                 return cls("encode", batch, tokens, 0)
         raise InputError(
-            f"expected a workload as generate:P+N or encode:BxT with positive numbers, got {text!r}",
+            f"expected a workload as generate:P+N or encode:BxT with positive numbers, {MOST_TOKENS} tokens at most, got {text!r}",
             "type for example: --workload generate:64+32",
         )
 
@@ -316,9 +320,13 @@ class Budget:
             if key not in _BUDGET_KEYS:
                 raise InputError(f"expected a budget with keys among {', '.join(_BUDGET_KEYS)}, got {key!r}")
             resource, factor = _BUDGET_KEYS[key]
-            if isinstance(raw, bool) or not isinstance(raw, int | float) or not 0 < raw * factor < float("inf"):
+            try:
+                value = float("nan") if isinstance(raw, bool) or not isinstance(raw, int | float) else float(raw * factor)
+            except OverflowError:  # a whole number that is no float
+                value = float("inf")
+            if not 0 < value < float("inf"):
                 raise InputError(f"expected a positive finite number for the limit {key}, got {raw!r}")
-            values[resource] = float(raw * factor)
+            values[resource] = value
         if not values:
             raise InputError("expected a budget with at least one limit, got none", "type for example: --memory-mb 100")
         return cls(**values, name=str(data.get("name", name)))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from toolchain.errors import DamagedFileError, InputError, require
+from toolchain.reading import read_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -60,8 +61,8 @@ def documents(paths: Sequence[Path]) -> list[str]:
             raise InputError(f"expected a text file, got {path} ({error.strerror or error})") from error
         if path.suffix == ".xz":
             try:
-                raw = lzma.decompress(raw)
-            except (lzma.LZMAError, EOFError) as error:
+                raw = _unpacked(raw)
+            except (lzma.LZMAError, EOFError, ValueError) as error:
                 raise DamagedFileError(f"expected xz data in {path}, got {error}", f"make it again: xz {path.stem}") from error
         try:
             text = raw.decode("utf-8-sig")
@@ -79,6 +80,26 @@ def documents(paths: Sequence[Path]) -> list[str]:
     if not found:
         raise InputError("expected at least one text file, got none", "type for example: --text book.txt")
     return found
+
+
+_MOST_UNPACKED, _MOST_RATIO = 64 << 20, 100
+"""Bytes that any `.xz` may become, and how many times as long a larger one: prose becomes four times as long, zeros seven thousand."""
+
+
+def _unpacked(packed: bytes) -> bytes:
+    """Raises LZMAError, EOFError; ValueError for what grows as no text does."""
+    most = max(_MOST_UNPACKED, _MOST_RATIO * len(packed))
+    made: list[bytes] = []
+    left = packed
+    while left:  # several streams may follow each other
+        unpacking = lzma.LZMADecompressor()
+        made.append(unpacking.decompress(left, most + 1 - sum(map(len, made))))
+        if sum(map(len, made)) > most:
+            raise ValueError(f"more than {most >> 20} MiB in {len(packed)} bytes, which is no text")
+        if not unpacking.eof:
+            raise EOFError("the end is missing")
+        left = unpacking.unused_data.lstrip(b"\0")  # padding
+    return b"".join(made)
 
 
 def pydoc_documents() -> list[str]:
@@ -138,20 +159,20 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
 def separator_id(directory: Path) -> int | None:
     """Token id that separates documents: what tokenizer_config.json calls eos (else sep), else a usual name; None if there is none."""
-    import json
-
     tokenizer = load_tokenizer(directory)
     names: list[str] = []
     config = Path(directory) / "tokenizer_config.json"
     if config.is_file():
         try:
-            settings = json.loads(config.read_text(encoding="utf-8"))
-        except ValueError as error:
+            settings = read_json(config)
+            if not isinstance(settings, dict):
+                raise ValueError(f"a {type(settings).__name__}")
+        except (OSError, ValueError) as error:
             raise DamagedFileError(f"expected JSON in {config}, got: {error}") from error
         for key in ("eos_token", "sep_token"):
             named = settings.get(key)
             names.append(named.get("content", "") if isinstance(named, dict) else named or "")
-    ids = (tokenizer.token_to_id(name) for name in (*names, *END_OF_TEXT) if name)
+    ids = (tokenizer.token_to_id(name) for name in (*names, *END_OF_TEXT) if name and isinstance(name, str))
     return next((found for found in ids if found is not None), None)
 
 

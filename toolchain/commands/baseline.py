@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from toolchain.blocks import Block
 from toolchain.errors import InputError
+from toolchain.reading import json_of
 
 _MOST_BYTES = 64 * 1024**2
 _AGAIN = "make it again on this machine: bittailor check PACKAGE --json > REPORT"
@@ -30,13 +30,13 @@ class Baseline:
         try:
             if path.stat().st_size > _MOST_BYTES:
                 raise InputError(f"expected a report of check --json in {path}, got more than {_MOST_BYTES >> 20} MiB", _AGAIN)
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = json_of(path.read_text(encoding="utf-8"))
             machine, blocks = dict(data["machine"]), tuple(map(Block.from_json, data["blocks"]))
             peaks = tuple(float(peak) for peak in data["measured"]["peak_memory_bytes"]["trials"])
             return cls(blocks, tuple(peak for peak in peaks if 0 < peak < float("inf")), machine, str(data["workload"]))
         except OSError as error:
             raise InputError(f"expected a report of check --json in {path}, got: {error.strerror or error}", _AGAIN) from error
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             what = f"no {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {str(error)[:80]}"
             raise InputError(f"expected a report of check --json in {path}, got {what}", _AGAIN) from error
 

@@ -82,7 +82,7 @@ def _folder(what: str) -> Iterator[Path]:
 
 def _context(directory: Path) -> int:
     if is_package(directory):
-        return int(open_package(directory, verify=False).data["model"]["context"])
+        return open_package(directory, verify=False).context
     return Graph.open(directory).context
 
 

@@ -33,6 +33,7 @@ from toolchain.profiler.ask import Host
 from toolchain.profiler.probe import working_kernels
 from toolchain.profiler.profile import check_workload, current_header, default_workload, header_of, profile
 from toolchain.progress import note
+from toolchain.reading import read_json, read_yaml
 from toolchain.spec import FINER, Budget, Cost, Device, Estimate, Policy, Workload
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ def opened(source: str) -> Iterator[Source]:
 
 def trained_workload(source: Source) -> Workload | None:
     """The workload that a supernet's meta-network was trained for; None for a model."""
-    return Workload.parse(source.supernet.description["training"]["workload"]) if source.supernet else None
+    said = source.supernet.description["training"].get("workload") if source.supernet else None
+    return Workload.parse(said) if said else None
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ def find_budget(text: str | None, limits: Mapping[str, float], graph: Graph, cos
 def _stored_budget(path: Path, name: str) -> Budget:
     """One of the budgets that `measure_costs` wrote. Raises DamagedFileError."""
     try:
-        return Budget.from_json(json.loads(path.read_text())[name], name)
+        return Budget.from_json(read_json(path)[name], name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, InputError) as error:
         raise DamagedFileError(
             f"expected the derived budget {name!r} in {path}, got {type(error).__name__}: {error}",
@@ -205,12 +207,10 @@ def read_policy(text: str, source: Source, device: Device, folders: Sequence[Pat
     path = Path(text)
     if not path.is_file():
         return uniform(text, graph.units, available)
-    import yaml
-
     try:
-        data = yaml.safe_load(path.read_text())
+        data = read_yaml(path)
         units = {str(unit): str(kernel) for unit, kernel in data["units"].items()}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = " ".join(str(error).split())[:120]
         raise InputError(
             f'expected a policy file {{"units": {{name: kernel}}}} in {path}, got {type(error).__name__}: {what}'

@@ -25,7 +25,7 @@ from toolchain.costs.operations import flops, tokens_in_flight, working_set
 from toolchain.costs.predictor import Guess, ShapePredictor, guesses_note, guesses_spread
 from toolchain.costs.rows import ModelMemoryRow, ModelRow, ModelShapeRow, between
 from toolchain.costs.table import CostTable, missing
-from toolchain.errors import MissingCostError
+from toolchain.errors import DamagedFileError, MissingCostError
 from toolchain.graph.layers import units_within
 from toolchain.graph.model import Graph
 from toolchain.kernels import CATALOGUE, candidates, float_type, runs_as
@@ -235,7 +235,10 @@ def _interpolate(points: Mapping[int, float], x: int) -> float | None:
 def _sample(row: ModelRow | ModelMemoryRow, whole: float, isolated: Costs, graph: Graph, noise: float = 0.0) -> Sample:
     sums: dict[str, float] = {}
     for unit in units_within(graph.units, row.layers):
-        kernel = row.units[unit.name]
+        kernel = row.units.get(unit.name, "")
+        if kernel not in isolated.get(unit.name, {}):
+            problem = f"expected a measured kernel of unit {unit.name!r} in the row of {row.policy!r}, got {kernel!r}"
+            raise DamagedFileError(problem, "restore the cost table, or delete it and type: bittailor profile MODEL")
         kind = kind_of(unit, kernel)
         sums[kind] = sums.get(kind, 0.0) + isolated[unit.name][kernel]
     return Sample(whole, sums, row.layers, noise, typical=row.policy not in CATALOGUE, name=row.policy)

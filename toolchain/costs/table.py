@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 from toolchain.costs.rows import KINDS, Header, MemoryRow, Row, UnitRow, between
 from toolchain.errors import DamagedFileError, MissingCostError, StaleTableError
 from toolchain.files import write_atomic
+from toolchain.kernels import CATALOGUE
+from toolchain.reading import json_of, read_text
 from toolchain.spec import FINER, WORKS, Unit
 
 FORMAT = "bittailor cost table 3"
@@ -115,9 +117,19 @@ def _typed(made: _Typed) -> _Typed:
         right = isinstance(value, wanted) and isinstance(value, bool) == (wanted is bool)
         if not right or (isinstance(value, float) and not math.isfinite(value)):
             raise ValueError(f"{item.name} {value!r} instead of {item.type}")
+        if isinstance(value, int) and not isinstance(value, bool) and not 0 <= value <= _LARGEST:
+            raise ValueError(f"{item.name} {value!r} instead of a size or a count")
         if item.type == "Mapping[str, float]":
             _times(item.name, value)
+        names = value if item.name == "kernels" else value.values() if item.type == "Mapping[str, str]" else ()
+        for name in (value,) if item.name == "kernel" else names:
+            if name not in CATALOGUE:
+                raise ValueError(f"{item.name} {name!r} instead of a kernel of this version")
     return made
+
+
+_LARGEST = 1 << 53
+"""Of whole numbers: up to here a float holds each."""
 
 
 def _times(name: str, value: Mapping[str, Any]) -> None:
@@ -130,12 +142,12 @@ def _times(name: str, value: Mapping[str, Any]) -> None:
 def open_table(path: Path) -> CostTable:
     """Read a table back, whole or not at all. Raises DamagedFileError naming the line."""
     try:
-        head_line, _, body = path.read_text().partition("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        head_line, _, body = read_text(path).partition("\n")
+    except (OSError, ValueError) as error:
         raise DamagedFileError(f"expected a cost table in {path}, got {error}") from error
     remedy = f"restore it, or delete {path} and type: bittailor profile MODEL"
     try:
-        head = json.loads(head_line)
+        head = json_of(head_line)
         digest, form = head.pop("sha256"), head.pop("format")
         if form != FORMAT:
             raise ValueError(f"format {form!r} instead of {FORMAT!r}")
@@ -145,7 +157,7 @@ def open_table(path: Path) -> CostTable:
     rows: dict[tuple[Any, ...], Row] = {}
     for number, line in enumerate(body.splitlines(), start=2):
         try:
-            data = json.loads(line)
+            data = json_of(line)
             row = _typed(KINDS[data.pop("row")](**data))
             rows[row.key] = row
         except (ValueError, KeyError, TypeError, AttributeError) as error:

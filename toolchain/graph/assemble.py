@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from toolchain.errors import InputError
+from toolchain.errors import DamagedFileError, InputError
 from toolchain.graph.external import DATA_NAME, DataWriter, load_array, read_model
 from toolchain.graph.half import in_half, to_half
 from toolchain.graph.layers import keep_layers
@@ -137,6 +137,10 @@ def _replace_units(
     """stored: what becomes of a tensor that is no unit's, or of one that its kernel does not quantise."""
     present = {node.name for node in model.graph.node}
     units = {unit.node: unit for unit in graph.units if unit.node in present}
+    if short := next(
+        (node.name for node in model.graph.node if node.name in units and not (len(node.input) > 1 and node.output)), ""
+    ):
+        raise DamagedFileError(f"expected two inputs and an output of the node {short[:80]!r} in {graph.directory}, got fewer")
     all_weights = {unit.weight for unit in graph.units}
     read = {name for node in model.graph.node for name in node.input}
     arrays = {tensor.name: tensor for tensor in model.graph.initializer if tensor.name in read}

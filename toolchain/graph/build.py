@@ -8,15 +8,16 @@ remote code in reach.
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from toolchain.errors import InputError, UnknownArchitectureError, UnsafeModelError, require
+from toolchain.errors import InputError, UnknownArchitectureError, UnsafeModelError, reason_of, require
 from toolchain.files import inside, sha256
 from toolchain.graph.model import Graph
+from toolchain.reading import read_json
 
 EMBEDDED = "pocket-llama-6m"
 DECODERS = ("LlamaForCausalLM", "Qwen2ForCausalLM", "MistralForCausalLM")
@@ -24,6 +25,15 @@ ENCODERS = ("Bert", "Roberta", "DistilBert", "XLMRoberta")
 ENCODER_DECODERS = ("T5ForConditionalGeneration", "MT5ForConditionalGeneration")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _BASE = re.compile(r"^(model|bert|roberta|distilbert)\.")  # a checkpoint may be of the model inside: without its task's head
+_SIZES = {
+    **dict.fromkeys(("num_hidden_layers", "n_layers", "num_layers", "num_decoder_layers"), 1024),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_heads", "num_heads"), 1 << 14),
+    **dict.fromkeys(("hidden_size", "intermediate_size", "dim", "hidden_dim", "d_model", "d_ff", "head_dim", "d_kv"), 1 << 20),
+    "vocab_size": 1 << 24,
+}
+"""What config.json may say, ten times what any model does: a layer is a dozen Python objects before its first weight is read."""
+_MOST_LACKING = 4
+"""Tied tensors are stored once; and a checkpoint may lack its task's head."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 
 
@@ -56,7 +66,7 @@ def _download(hub_id: str) -> Path:
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json as a dict. Raises InputError."""
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = read_json(folder / "config.json")
     except FileNotFoundError:
         raise InputError(f"expected config.json in {folder}, found none", "name a folder saved by save_pretrained") from None
     except (OSError, ValueError) as error:
@@ -64,7 +74,32 @@ def read_config(folder: Path) -> dict[str, Any]:
     names = config.get("architectures") if isinstance(config, dict) else None
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise InputError(f'expected "architectures" in {folder / "config.json"}, found none', "save the model with save_pretrained")
+    for name, most in _SIZES.items():
+        value = config.get(name)
+        if value is not None and (type(value) is not int or not 0 < value <= most):
+            raise InputError(f"expected {name} in {folder / 'config.json'} to be a number from 1 to {most}, got {value!r}")
     return config
+
+
+def check_size(folder: Path, config: dict[str, Any]) -> None:
+    """Raise InputError where a config describes a model many times as large as the weights beside it: what they lack would be allocated
+    and filled in at random. Nothing is allocated to find out."""
+    safetensors, torch, transformers = require("safetensors"), require("torch"), require("transformers")
+    try:
+        stored = 0
+        for path in _weight_files(folder):
+            with safetensors.safe_open(path, "np") as tensors:
+                stored += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118 - not a dict
+        with torch.device("meta"):
+            model = getattr(transformers, config["architectures"][0])
+            described = sum(value.numel() for value in model(model.config_class.from_pretrained(folder)).parameters())
+    except Exception as error:  # what transformers and torch make of a strange config: types of many kinds
+        raise InputError(f"expected a model that transformers loads in {folder}, got: {reason_of(error)}") from error
+    if described > _MOST_LACKING * stored:
+        raise InputError(
+            f"expected weights of the model that {folder / 'config.json'} describes, of {described} parameters, got {stored} of them",
+            "save the whole model again",
+        )
 
 
 def _check(folder: Path) -> None:
@@ -95,7 +130,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if not index.is_file():
         return []
     try:
-        parts = sorted({inside(folder, name) for name in json.loads(index.read_text())["weight_map"].values()})
+        parts = sorted({inside(folder, name) for name in read_json(index)["weight_map"].values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"expected an index of weights in {index}, got {type(error).__name__}: {error}") from error
     return parts if parts and all(path.suffix == ".safetensors" and path.is_file() for path in parts) else []
@@ -120,7 +155,7 @@ def build(source: str, out: Path) -> Graph:
     folder = resolve(source)
     config = read_config(folder)
     architecture = config["architectures"][0]
-    require("torch")
+    check_size(folder, config)
     match kind_of(architecture):
         case "decoder":
             from toolchain.graph.decoder import build_decoder as builder

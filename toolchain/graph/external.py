@@ -8,6 +8,7 @@ tensor is checked to stay inside the folder before it is opened.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from pathlib import Path
 from types import TracebackType
@@ -71,27 +72,34 @@ class DataWriter:
 
 
 def load_array(tensor: TensorProto, folder: Path) -> np.ndarray:
-    """The tensor's values; external data is mapped read-only. Raises DamagedFileError when the data file is short or outside."""
-    if tensor.data_location != TensorProto.EXTERNAL:
-        return numpy_helper.to_array(tensor)
+    """The tensor's values; external data is mapped read-only. Raises DamagedFileError when the data file is short, InputError when it is
+    outside. Nothing is allocated for what a tensor says it holds and does not."""
+    shape, name = tuple(tensor.dims), tensor.name[:80]
+    try:
+        dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        if min(shape, default=0) < 0:
+            raise ValueError(f"the shape {shape}")
+        if tensor.data_location != TensorProto.EXTERNAL:
+            return numpy_helper.to_array(tensor)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedFileError(f"expected a tensor {name!r} of a known type and its own size in {folder}, got: {error}") from error
     entries = {entry.key: entry.value for entry in tensor.external_data}
     try:
         path, offset = inside(folder, entries["location"]), int(entries.get("offset", 0))
     except (KeyError, ValueError) as error:
-        raise DamagedFileError(f"expected location and offset of tensor {tensor.name!r} in {folder}, got {entries}") from error
-    dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    shape = tuple(tensor.dims)
-    needed = offset + int(np.prod(shape)) * dtype.itemsize
+        raise DamagedFileError(f"expected location and offset of tensor {name!r} in {folder}, got {entries}") from error
+    size = math.prod(shape) * dtype.itemsize  # not numpy's, which wraps around
+    needed = offset + size
     if offset < 0 or not path.is_file() or path.stat().st_size < needed:
         raise DamagedFileError(
             f"expected {needed} bytes or more in {path}, got {path.stat().st_size if path.is_file() else 'no file'}"
         )
-    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
+    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape) if size else np.empty(shape, dtype)
 
 
 def read_model(folder: Path, name: str = MODEL_NAME) -> onnx.ModelProto:
-    """The graph without its external data. Raises DamagedFileError if it does not parse."""
-    path = folder / name
+    """The graph without its external data. Raises DamagedFileError if it does not parse, InputError if it is a link out of the folder."""
+    path = inside(folder, name)
     try:
         return onnx.load(path, load_external_data=False)
     except (OSError, ValueError, RuntimeError) as error:

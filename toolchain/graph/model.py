@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from toolchain.errors import DamagedFileError
-from toolchain.files import write_atomic
+from toolchain.files import inside, write_atomic
+from toolchain.reading import read_json
 from toolchain.session import MODEL_FILES
 from toolchain.spec import Unit
 
@@ -48,11 +49,11 @@ class Graph:
     def open(cls, directory: Path) -> Graph:
         """Read the folder back. Raises DamagedFileError."""
         try:
-            data = json.loads((directory / DESCRIPTION).read_text())
+            data = read_json(inside(directory, DESCRIPTION))
             units = tuple(Unit(**{**unit, "modules": tuple(unit["modules"])}) for unit in data.pop("units"))
             inputs = tuple(data.pop("inputs"))
-            return cls(directory=directory, units=units, inputs=inputs, **data)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            return _typed(cls(directory=directory, units=units, inputs=inputs, **data))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedFileError(f"expected a graph folder with {DESCRIPTION} in {directory}, got {error}") from error
 
     def save(self) -> None:
@@ -61,9 +62,12 @@ class Graph:
         write_atomic(self.directory / DESCRIPTION, json.dumps(data, indent=1) + "\n")
 
     def companions(self) -> list[Path]:
-        """Files that a package carries besides the model: tokenizer and generation settings, by name."""
+        """Files that a package carries besides the model: tokenizer and generation settings, by name. Raises InputError for a link out of
+        the folder: what it leads to would be published."""
         own = {DESCRIPTION, *self.files, "model.onnx.data"}
-        return sorted(path for path in self.directory.iterdir() if path.is_file() and path.name not in own)
+        return sorted(
+            inside(self.directory, path.name) for path in self.directory.iterdir() if path.is_file() and path.name not in own
+        )
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -96,8 +100,15 @@ class Graph:
     def _rows(self, unit: Unit) -> np.ndarray:
         from toolchain.graph.external import load_array
 
+        if unit.weight not in self._stored[0]:
+            raise DamagedFileError(f"expected the weight {unit.weight!r} of unit {unit.name!r} in {self.directory}, found none")
         array = load_array(self._stored[0][unit.weight], self.directory)
-        return array if unit.weight in self._stored[1] else array.T
+        rows = array if unit.weight in self._stored[1] else array.T
+        if rows.shape != (unit.N, unit.K) or rows.dtype.kind != "f":
+            raise DamagedFileError(
+                f"expected {unit.N}x{unit.K} floats for unit {unit.name!r} in {self.directory}, got {rows.dtype} {rows.shape}"
+            )
+        return rows
 
     @cached_property
     def _stored(self) -> tuple[dict, set[str]]:
@@ -109,4 +120,37 @@ class Graph:
 
         models = [read_model(self.directory, name) for name in self.files]
         tensors = {tensor.name: tensor for model in models for tensor in model.graph.initializer}
-        return tensors, {node.input[0] for model in models for node in model.graph.node if node.op_type == "Gather"}
+        return tensors, {
+            node.input[0] for model in models for node in model.graph.node if node.op_type == "Gather" and len(node.input)
+        }
+
+
+_LARGEST = 1 << 40
+"""Of sizes: no layer is wider, and no sum of them overflows."""
+
+
+def _typed(graph: Graph) -> Graph:
+    """The graph, if its fields and its units' hold what they should. Raises ValueError."""
+    texts = [(name, getattr(graph, name)) for name in ("kind", "architecture", "source", "fingerprint")]
+    texts += [("inputs", name) for name in graph.inputs]
+    sizes = [(name, getattr(graph, name), 1) for name in ("layers", "kv_heads", "head_dim", "hidden", "vocabulary", "context")]
+    sizes.append(("encoder_layers", graph.encoder_layers, 0))
+    for unit in graph.units:
+        texts += [(name, getattr(unit, name)) for name in ("name", "op", "role", "node", "weight", "tied_to", "side")]
+        texts += [("modules", name) for name in unit.modules]
+        sizes += [("K", unit.K, 1), ("N", unit.N, 1)]
+    for name, value in texts:
+        if not isinstance(value, str):
+            raise ValueError(f"{name} {value!r} instead of text")
+    for name, value, least in sizes:
+        if type(value) is not int or not least <= value <= _LARGEST:
+            raise ValueError(f"{name} {value!r} instead of a whole number from {least}")
+    if graph.kind not in MODEL_FILES:
+        raise ValueError(f"kind {graph.kind!r} instead of one of {', '.join(MODEL_FILES)}")
+    names = [unit.name for unit in graph.units]
+    if not names or len(set(names)) < len(names):
+        raise ValueError("no units, or two of one name")
+    for unit in graph.units:
+        if unit.op not in ("MatMul", "Gather") or (unit.tied_to and unit.tied_to not in names):
+            raise ValueError(f"unit {unit.name!r} with the op {unit.op!r}, tied to {unit.tied_to!r}")
+    return graph

@@ -5,7 +5,6 @@ numpy and onnxruntime only (tokenizers where there is a prompt as text). How a t
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -16,6 +15,8 @@ import numpy as np
 
 from toolchain.decoding import DEFAULT_CONTEXT, Generator, open_generator
 from toolchain.errors import DamagedFileError, InputError
+from toolchain.files import inside
+from toolchain.reading import read_json
 from toolchain.session import ENCODER_DECODER_CONTEXT, is_encoder_decoder
 from toolchain.spec import CPU
 from toolchain.text import load_tokenizer
@@ -103,9 +104,9 @@ def _settings(directory: Path) -> _Settings:
     if not path.is_file():
         return _Settings(DEFAULT_CONTEXT)
     try:
-        model = json.loads(path.read_text(encoding="utf-8"))["model"]
+        model = read_json(inside(Path(directory), path.name))["model"]
         return _Settings(int(model["context_length"]), _ids(model.get("eos_token_id", [])))
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise DamagedFileError(f"expected context_length and eos_token_id in {path}, got: {error!r}") from error
 
 
@@ -114,11 +115,11 @@ def _encoder_decoder_settings(directory: Path) -> _Settings:
     try:
         found: dict[str, Any] = {}
         for name in ("config.json", "generation_config.json"):
-            if (path := Path(directory) / name).is_file():
-                found |= {key: value for key, value in json.loads(path.read_text(encoding="utf-8")).items() if value is not None}
+            if (Path(directory) / name).is_file():
+                found |= {key: value for key, value in read_json(inside(Path(directory), name)).items() if value is not None}
         context = int(found.get("n_positions", ENCODER_DECODER_CONTEXT))
         return _Settings(context, _ids(found.get("eos_token_id", [])), int(found["decoder_start_token_id"]), continues=False)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise DamagedFileError(
             f"expected decoder_start_token_id and eos_token_id in config.json of {directory}, got: {error!r}"
         ) from error

@@ -58,12 +58,12 @@ YAML_TAIL = Tail(b"digest: ", b"\n")
 JSON_TAIL = Tail(b',\n "digest": "', b'"\n}\n')
 
 
-def read_bounded(path: Path) -> bytes:
+def read_bounded(path: Path, most_bytes: int = _MOST_BYTES) -> bytes:
     """The bytes of a manifest, seal or signature. Raises OSError, ValueError for more than any of ours can have."""
     with open(path, "rb") as stream:
-        found = stream.read(_MOST_BYTES + 1)
-    if len(found) > _MOST_BYTES:
-        raise ValueError(f"more than {_MOST_BYTES >> 20} MiB")
+        found = stream.read(most_bytes + 1)
+    if len(found) > most_bytes:
+        raise ValueError(f"more than {most_bytes >> 20} MiB")
     return found
 
 

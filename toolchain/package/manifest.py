@@ -15,11 +15,12 @@ from typing import Any
 import yaml
 
 from toolchain.errors import DamagedFileError, InputError
-from toolchain.files import sha256, write_atomic
+from toolchain.files import inside, sha256, write_atomic
 from toolchain.kernels import CATALOGUE
 from toolchain.package.graphs import check_graphs
 from toolchain.package.integrity import MANIFEST as FILE_NAME
 from toolchain.package.integrity import REMEDY, YAML_TAIL, check_files, check_names, read_bounded
+from toolchain.reading import MOST_YAML_BYTES, plain_yaml_of
 from toolchain.session import MODEL_FILES
 from toolchain.spec import CPU, FINER, WORKS, Budget, Policy, Unit, Workload
 
@@ -35,7 +36,10 @@ class Package:
 
     @property
     def policy(self) -> Policy:
-        return Policy.of(self.data["policy"])
+        found: Mapping[str, str] = self.data["policy"]
+        if not found or (unknown := [name for name in found.values() if name not in CATALOGUE]):
+            raise ValueError(f"kernel {unknown[0]!r}, which this version does not know" if found else "no policy")
+        return Policy.of(found)
 
     @property
     def digest(self) -> str:
@@ -53,8 +57,6 @@ class Package:
             raise ValueError(f"unit {wrong[0]!r} {self.data['units'][wrong[0]]}")
         if other := sorted(found.keys() ^ self.policy.keys()):
             raise ValueError(f"{other[0]!r} either among its units or in its policy, not in both")
-        if unknown := [kernel for kernel in self.policy.values() if kernel not in CATALOGUE]:
-            raise ValueError(f"kernel {unknown[0]!r}, which this version does not know")
         return found
 
     @property
@@ -70,7 +72,10 @@ class Package:
     @property
     def predicted(self) -> Mapping[str, Any]:
         """The cost it was predicted to have (`Cost.to_json`), empty where there was no cost table."""
-        return dict(self.data["predicted"] or {})
+        found = self.data["predicted"] or {}
+        if not all(isinstance(part, Mapping) for name, part in found.items() if name not in ("workload", "device")):
+            raise ValueError("predicted values without a spread")
+        return dict(found)
 
     @property
     def reference_ns(self) -> dict[str, tuple[str, float]]:
@@ -100,7 +105,18 @@ class Package:
 
     @property
     def vocabulary(self) -> int:
-        return int(self.data["model"]["vocabulary"])
+        return self._size("vocabulary")
+
+    @property
+    def context(self) -> int:
+        """The longest sequence; of an encoder-decoder the longest source and the longest target."""
+        return self._size("context")
+
+    def _size(self, name: str) -> int:
+        found = self.data["model"][name]
+        if type(found) is not int or not 0 < found < 1 << 31:
+            raise ValueError(f"{name} {found!r} instead of a whole number from 1")
+        return found
 
 
 def write_manifest(directory: Path, data: Mapping[str, Any], units: Sequence[Unit] = ()) -> None:
@@ -135,19 +151,27 @@ def open_package(directory: Path, verify: bool = True) -> Package:
         raise InputError(
             f"expected a package folder with {FILE_NAME}, got {directory}", "make one: bittailor export MODEL --out PACKAGE"
         )
-    path = directory / FILE_NAME
+    path = inside(directory, FILE_NAME)
     try:
-        text = read_bounded(path)
+        text = read_bounded(path, MOST_YAML_BYTES)
         if (first := text.partition(b"\n")[0]) != f"format: {FORMAT}".encode():
             raise ValueError(f"a first line {first[:40]!r} instead of 'format: {FORMAT}'")
         digest = YAML_TAIL.digest(text)
-        package = Package(directory, {**yaml.safe_load(text.decode()), "digest": digest})
-        _ = (package.workload, package.budget, package.vocabulary, package.predicted, package.reference_ns, package.units)
+        package = Package(directory, {**plain_yaml_of(text.decode()), "digest": digest})
+        _ = (
+            package.workload,
+            package.budget,
+            package.vocabulary,
+            package.context,
+            package.predicted,
+            package.reference_ns,
+            package.units,
+        )
         files = {str(name): str(digest) for name, digest in package.data["files"].items()}
         check_names(files)
         if missing := [name for name in MODEL_FILES[package.kind] if name not in files]:
             raise ValueError(f"no sha256 of {missing[0]}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedFileError(f"expected a package manifest in {path}, got {type(error).__name__}: {error}", REMEDY) from error
     if verify:
         check_files(directory, files)

@@ -18,6 +18,7 @@ from toolchain.files import write_atomic
 from toolchain.package import signature
 from toolchain.package.integrity import JSON_TAIL, SEAL, SIGNATURE, read_bounded
 from toolchain.package.manifest import Package, open_package
+from toolchain.reading import json_of
 
 FORMAT = "bittailor seal 1"
 _REMEDY = "remove it, and type: bittailor check PACKAGE --seal"
@@ -65,13 +66,13 @@ def read_seal(package: Package) -> Seal | None:
         return None
     try:
         text = read_bounded(path)
-        data = json.loads(text)
+        data = json_of(text)
         if data["format"] != FORMAT:
             raise ValueError(f"format {data['format']!r} instead of {FORMAT!r}")
         if not isinstance(data["report"], dict):
             raise ValueError("no report")
         about = str(data["package"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedFileError(f"expected a sealed report in {path}, got {type(error).__name__}: {error}", _REMEDY) from error
     if about != package.digest:
         raise DamagedFileError(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from toolchain.errors import DamagedFileError
+from toolchain.reading import json_of
 
 LAYERS = 4
 
@@ -19,12 +19,16 @@ def read(path: Path) -> tuple[dict[str, tuple[str, ...]], dict[str, np.ndarray]]
 
     try:
         with safe_open(path, framework="numpy") as stored:
-            candidates = {unit: tuple(kernels) for unit, kernels in json.loads((stored.metadata() or {})["candidates"]).items()}
+            candidates = {unit: tuple(kernels) for unit, kernels in json_of((stored.metadata() or {})["candidates"]).items()}
             arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a mapping
+        if not candidates or not all(kernels and all(isinstance(name, str) for name in kernels) for kernels in candidates.values()):
+            raise ValueError("a unit without kernels")
         outputs = len(candidates) * max(len(kernels) for kernels in candidates.values())
         inputs = 4
         for index in range(LAYERS):
             weight, bias = arrays[f"layers.{index}.weight"], arrays[f"layers.{index}.bias"]
+            if weight.dtype != np.float32 or bias.dtype != np.float32 or bias.ndim != 1 or not bias.size:
+                raise ValueError(f"layer {index} of {weight.dtype} with a bias {bias.dtype} {bias.shape}")
             if weight.shape != (len(bias), inputs) or not (np.isfinite(weight).all() and np.isfinite(bias).all()):
                 raise ValueError(f"layer {index} has shape {weight.shape} or numbers that are not finite")
             inputs = len(bias)

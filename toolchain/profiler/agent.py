@@ -37,9 +37,9 @@ from typing import Any
 import numpy as np
 
 import toolchain
-from toolchain.errors import BittailorError, DamagedFileError, InputError, MeterError
+from toolchain.errors import BittailorError, DamagedFileError, InputError, MeterError, reason_of
 from toolchain.files import inside, write_atomic
-from toolchain.profiler import energy, gpu, meters, state
+from toolchain.profiler import energy, gpu, meters, requests, state
 from toolchain.profiler.contention import Watch
 from toolchain.profiler.subjects import GRAPHS, SUBJECTS, References, Subject, Unit, singles_of
 from toolchain.session import open_session
@@ -67,17 +67,18 @@ def main(arguments: list[str]) -> int:
     if arguments == ["--version"]:
         sys.stdout.write(f"bittailor agent {toolchain.__version__}\n")
         return 0
-    request = json.loads(Path(arguments[0]).read_text())
-    if host := request.get("host"):
+    request = requests.read(Path(arguments[0]))
+    if isinstance(host := request.get("host"), int):
         threading.Thread(target=_leave_with, args=(host,), daemon=True).start()
     if len(arguments) < 2:
         code, answer = _answer(request)
         sys.stdout.write(json.dumps(answer))
         return code
     with open("../../busy", "a") as busy:
-        if request["action"] not in ("identify", "state"):  # which disturb nobody for long
+        if request.get("action") not in ("identify", "state"):  # which disturb nobody for long
             fcntl.flock(busy, fcntl.LOCK_EX)
-        threading.Thread(target=_leave_after, args=(request["limit_s"],), daemon=True).start()
+        if isinstance(limit_s := request.get("limit_s"), int | float):
+            threading.Thread(target=_leave_after, args=(limit_s,), daemon=True).start()
         code, answer = _answer(request)
         write_atomic(Path(arguments[1]), json.dumps(answer))
     return code
@@ -96,12 +97,13 @@ def _answer(request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     mine = {"version": toolchain.__version__, "protocol": PROTOCOL}
     desk = request.get("desk", mine)
     try:
-        if desk != mine:
+        if desk != mine and isinstance(desk, dict):
             expected, got = (f"{one.get('version')} ({one.get('protocol')})" for one in (desk, mine))
             raise InputError(
                 f"expected an agent of version {expected}, the desk's, got {got} on the device",
                 "install that version there, or leave agent: out of the device's file and it is sent",
             )
+        requests.check(request)
         for item in (*request.get("subjects", ()), *filter(None, [request.get("subject")])):
             item.setdefault("provider", request.get("provider", CPU))
         return 0, actions[request["action"]](request)
@@ -151,9 +153,14 @@ def outputs(request: dict[str, Any]) -> dict[str, Any]:
             made[subject["name"]] = None
             continue
         folder = Path(subject["folder"])
-        inputs = [np.load(inside(folder, name), allow_pickle=False) for name in subject["inputs"]]
         dtype = {"tensor(int64)": np.int64, "tensor(float16)": np.float16}.get(session.get_inputs()[0].type, np.float32)
-        made[subject["name"]] = [session.run(None, {"x": x.astype(dtype)})[0].tolist() for x in inputs]
+        try:  # mapped: a header may say that 10 GB follow
+            inputs = [np.load(inside(folder, name), mmap_mode="r", allow_pickle=False) for name in subject["inputs"]]
+            made[subject["name"]] = [session.run(None, {"x": x.astype(dtype)})[0].tolist() for x in inputs]
+        except BittailorError:
+            raise
+        except Exception as error:  # onnxruntime's exceptions share no other base class
+            raise InputError(f"expected inputs that {subject['name']!r} runs on, got: {reason_of(error)}") from error
     return {"outputs": made}
 
 

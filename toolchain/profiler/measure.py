@@ -10,6 +10,7 @@ from typing import Any
 
 from toolchain.blocks import Block
 from toolchain.costs.operations import runs
+from toolchain.errors import BittailorError
 from toolchain.profiler.ask import Host
 from toolchain.spec import Measurement, Workload
 
@@ -80,6 +81,8 @@ def subject(name: str, folder: Path, workload: Workload, vocabulary: int) -> dic
 def latencies(trials: Sequence[Mapping[str, float]], valid: bool) -> dict[str, Measurement]:
     """latency_ms, and first_token_ms of a decoder, from the agent's trials."""
     present = trials[0] if trials else {}
+    if any(trial.keys() != present.keys() for trial in trials) or not present.keys() <= _NAMES.keys():
+        raise BittailorError("expected trials of the same phases, decode and prefill or encode, got others", "measure again")
     return {_NAMES[phase]: summarise((trial[phase] / 1e6 for trial in trials), valid) for phase in present}
 
 

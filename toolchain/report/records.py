@@ -5,7 +5,6 @@ Owns the reading and the matching. Refuses to know how anything was measured and
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 from toolchain.check import COULD_NOT_TELL, OVER, WITHIN
 from toolchain.errors import InputError
 from toolchain.package.manifest import Package
+from toolchain.reading import json_of
 from toolchain.spec import LIMITS, RESOURCES
 
 LARGEST = 64 * 2**20
@@ -40,7 +40,7 @@ def read(path: Path) -> Record:
     try:
         if path.stat().st_size > LARGEST:
             raise ValueError(f"{path.stat().st_size} bytes, at most {LARGEST} are read")
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json_of(path.read_text(encoding="utf-8"))
         if isinstance(data, dict) and isinstance(data.get("report"), dict):  # as `check --seal` puts it into a package
             data = data["report"]
         if not isinstance(data, dict):
@@ -50,7 +50,7 @@ def read(path: Path) -> Record:
         if metric := next((name for name in METRICS if name in data), None):
             return Record(path, "evaluate", _text(data, "what"), _evaluated(data, metric))
         raise ValueError(f"the keys {', '.join(sorted(map(str, data)))[:80] or 'none'}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise InputError(
             f"expected a report that check or evaluate wrote in {path}, got {what}",

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from toolchain.errors import InputError, UnknownArchitectureError, UnsafeModelError
-from toolchain.graph.build import kind_of, read_config
+from toolchain.graph.build import check_size, kind_of, read_config
 from toolchain.supernet.passes import Pass
 
 
@@ -22,10 +22,12 @@ def load_model(folder: Path) -> nn.Module:
 
     if not any(folder.glob("*.safetensors")):
         raise UnsafeModelError(f"expected *.safetensors in {folder}, got none", "convert the checkpoint to safetensors first")
-    architecture = read_config(folder)["architectures"][0]
+    said = read_config(folder)
+    architecture = said["architectures"][0]
     kind, loader = kind_of(architecture), getattr(transformers, architecture, None)
     if loader is None or not issubclass(loader, transformers.PreTrainedModel):
         raise UnknownArchitectureError(f"expected a model class of transformers in {folder / 'config.json'}, got {architecture}")
+    check_size(folder, said)
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if not isinstance(config, loader.config_class):
@@ -38,7 +40,9 @@ def load_model(folder: Path) -> nn.Module:
             attn_implementation="eager" if kind == "encoder-decoder" else "sdpa",  # T5 has no other: its position biases are added
             local_files_only=True,
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # what transformers and torch make of a strange config or file: types of many kinds
         raise InputError(f"expected a model that transformers loads in {folder}, got: {error}") from error
     Pass.of(model)  # what it would refuse, it refuses here, before any work
     return model.eval()

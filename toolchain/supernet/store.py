@@ -14,7 +14,7 @@ A tied embedding and head are stored once per kernel, under the first of the two
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from toolchain.files import inside, sha256, write_atomic
 from toolchain.kernels import CATALOGUE, counterpart
 from toolchain.quantize.affine import Quantized, groups
 from toolchain.quantize.packing import pack, unpack
-from toolchain.spec import Kernel, Unit
+from toolchain.reading import read_yaml
+from toolchain.spec import Kernel, Unit, Workload
 
 DESCRIPTION = "supernet.yaml"
 FORMAT = 2
@@ -100,26 +101,22 @@ class SupernetFolder:
     @classmethod
     def open(cls, path: Path) -> SupernetFolder:
         """Read supernet.yaml and check every file it names. Raises InputError if there is none, DamagedFileError if anything differs."""
-        import yaml
-
         description = path / DESCRIPTION
         if not description.is_file():
             raise InputError(
                 f"expected a supernet with {DESCRIPTION} in {path}, got none", "type: bittailor train MODEL --out SUPERNET"
             )
         try:
-            data = yaml.safe_load(description.read_text(encoding="utf-8"))
+            data = read_yaml(inside(path, DESCRIPTION))
             if data["format"] != FORMAT:
                 raise ValueError(f"format {data['format']}, this version reads {FORMAT}")
             files = {str(name): str(digest) for name, digest in data["files"].items()}
-            for key in ("kernels", "sensitivity"):
-                if not isinstance(data[key], Mapping):
-                    raise ValueError(f"no {key}")
+            _typed(data)
             given = {name for names in data["kernels"].values() for name in names}
             needed = {f"quantised/{name}.safetensors" for name in given if CATALOGUE[name].quantised}
             if missing := sorted((needed | {"meta_network.safetensors"}) - set(files)):
                 raise ValueError(f"no {missing[0]} in its list")
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
+        except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise DamagedFileError(f"expected a supernet's description in {description}, got: {error!r}", _REMEDY) from error
         for name, digest in files.items():
             file = inside(path, name)
@@ -173,7 +170,8 @@ class SupernetFolder:
                 stem = unit.name if f"{unit.name}/codes" in stored.keys() else unit.tied_to  # noqa: SIM118 - not a mapping
                 packed, scales, zero_points = (stored.get_tensor(f"{stem}/{part}") for part in ("codes", "scales", "zero_points"))
             expected = ((unit.N, G, -(-width * kernel.container_bits // 8)), (unit.N, G), (unit.N, G))
-            if (packed.shape, scales.shape, zero_points.shape) != expected or scales.dtype != np.float32:
+            kinds = (packed.dtype, scales.dtype, zero_points.dtype)
+            if (packed.shape, scales.shape, zero_points.shape) != expected or kinds != (np.uint8, np.float32, np.uint8):
                 raise ValueError(f"shapes {packed.shape}, {scales.shape}, expected {expected[0]}, {expected[1]}")
         except (OSError, SafetensorError, ValueError) as error:
             raise DamagedFileError(f"expected codes of unit {unit.name!r} in {path}, got: {error}", _REMEDY) from error
@@ -181,9 +179,16 @@ class SupernetFolder:
         return Quantized(unpack(packed, kernel.container_bits, width), scales, zero_points, unit.K)
 
     def trained(self) -> dict[str, np.ndarray]:
-        """What `Supernet.arrays` gave, for `Supernet.load`: "kernel/module/part"."""
+        """What `Supernet.arrays` gave, for `Supernet.load`: "kernel/module/part". Raises DamagedFileError."""
+        from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
+        try:
+            return self._trained(load_file)
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise DamagedFileError(f"expected adapters in {self.directory / 'adapters'}, got: {error}", _REMEDY) from error
+
+    def _trained(self, load_file: Callable[[Path], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         out = {}
         for kernel in (*self.kernels, SHARED):
             folder = self.directory / "adapters" / kernel
@@ -191,6 +196,8 @@ class SupernetFolder:
                 continue
             for name, array in load_file(folder / "adapter_model.safetensors").items():
                 module, _, part = name.removeprefix("base_model.model.").partition(".lora_")
+                if not part:
+                    raise ValueError(f"the tensor {name!r}, which is no adapter's")
                 swapped = {"embedding_A": "B", "embedding_B": "A"}
                 out[f"{kernel}/{module}/{swapped.get(part, part[0])}"] = array.T if part in swapped else array
             for file in ("bounds.safetensors", "start.safetensors"):
@@ -211,6 +218,27 @@ class SupernetFolder:
 
         path = self.directory / f"{name}.safetensors"
         try:
-            return load_file(path)["tokens"]
-        except (OSError, SafetensorError, KeyError) as error:
+            tokens = load_file(path)["tokens"]
+            if tokens.ndim != 2 or tokens.dtype != np.int64 or tokens.size == 0 or tokens.min() < 0:
+                raise ValueError(f"{tokens.dtype} {tokens.shape}")
+            return tokens
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise DamagedFileError(f"expected token windows in {path}, got: {error}", _REMEDY) from error
+
+
+def _typed(data: Mapping[str, Any]) -> None:
+    """ValueError unless a description holds what is read from it."""
+    for key in ("kernels", "sensitivity", "training"):
+        if not isinstance(data[key], Mapping):
+            raise ValueError(f"no {key}")
+    for unit, names in data["kernels"].items():
+        if not isinstance(names, list) or not names or any(name not in CATALOGUE for name in names):
+            raise ValueError(f"kernels {names!r} of unit {unit!r} instead of a list of this version's")
+    for unit, row in data["sensitivity"].items():
+        if not isinstance(row, Mapping) or any(type(loss) not in (int, float) for loss in row.values()):
+            raise ValueError(f"sensitivity {row!r} of unit {unit!r} instead of a number for each kernel")
+    for key in ("rank", "alpha"):
+        if type(data[key]) not in (int, float) or not 0 < data[key] < 1 << 20:
+            raise ValueError(f"{key} {data[key]!r} instead of a positive number")
+    if "workload" in data["training"]:
+        Workload.parse(str(data["training"]["workload"]))

@@ -17,6 +17,7 @@ from torch import nn
 
 from toolchain.files import write_atomic
 from toolchain.progress import note
+from toolchain.reading import json_of
 
 FILE = "checkpoint.safetensors"
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -61,9 +62,11 @@ def load(
             if header.get("identity") != identity:
                 note(f"bittailor: {path} is of another set-up (model, text, costs or settings): starting over")
                 return None
-            state = json.loads(header["state"])
+            state = json_of(header["state"])
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a mapping
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        found = State(int(state["step"]), dict(state["extra"]))
+        _check(tensors, named)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         note(f"bittailor: {path} does not read back ({error}): starting over")
         return None
     owner = {
@@ -79,4 +82,14 @@ def load(
             optimiser.state[parameter] = {
                 part: value.to(counted if part == "step" else parameter.device) for part, value in moments.items()
             }
-    return State(state["step"], state["extra"])
+    return found
+
+
+def _check(tensors: Mapping[str, torch.Tensor], named: Mapping[str, nn.Parameter]) -> None:
+    """ValueError or KeyError unless these are the parameters' values, and of each all moments or none: before anything is put back."""
+    for name, parameter in named.items():
+        parts = ["value", *(_MOMENTS if f"step:{name}" in tensors else ())]
+        for part in parts:
+            tensor, shape = tensors[f"{part}:{name}"], () if part == "step" else parameter.shape
+            if tensor.shape != shape or not tensor.is_floating_point():
+                raise ValueError(f"{part} of {name!r} as {tensor.dtype} {tuple(tensor.shape)} instead of {tuple(shape)}")

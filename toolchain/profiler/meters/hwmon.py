@@ -118,7 +118,7 @@ def _iio_rails(sysfs: Path) -> list[Rail]:
 def _seconds(path: Path) -> float:
     """An interval that a chip tells in ms; 0 where it tells none."""
     said = text(path)
-    return int(said) / 1e3 if said.isdigit() else 0.0
+    return int(said) / 1e3 if re.fullmatch("[0-9]{1,6}", said) else 0.0
 
 
 def _named(chip: str, label: str, otherwise: str) -> str:

@@ -7,6 +7,12 @@ from pathlib import Path
 from typing import Protocol
 
 from toolchain.errors import MeterError
+from toolchain.reading import read_text
+
+_MOST_BYTES = 1 << 16
+"""Of a file of sysfs, which has a page at most."""
+_MOST_DIGITS = 20
+"""Of a number there: 64 bits and a sign."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,10 @@ class Meter(Protocol):
 def number(path: Path, remedy: str = "") -> int:
     """The whole number in a file of sysfs. Raises MeterError naming the file, with the remedy where reading it is not allowed."""
     try:
-        return int(path.read_text())
+        said = read_text(path, _MOST_BYTES)
+        if len(said.strip()) > _MOST_DIGITS:
+            raise ValueError(f"{len(said)} characters")
+        return int(said)
     except PermissionError as error:
         raise MeterError(f"{path} is not readable ({error.strerror})", remedy) from error
     except (OSError, ValueError) as error:
@@ -59,6 +68,6 @@ def number(path: Path, remedy: str = "") -> int:
 def text(path: Path) -> str:
     """A line of sysfs, or "" where there is none."""
     try:
-        return path.read_text().strip()
-    except (OSError, UnicodeDecodeError):
+        return read_text(path, _MOST_BYTES).strip()
+    except (OSError, ValueError):
         return ""

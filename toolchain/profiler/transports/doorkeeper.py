@@ -48,20 +48,29 @@ def main() -> None:
     """One exchange. Everything that goes wrong on purpose is a reply, not an exit code."""
     source, out = sys.stdin.buffer, sys.stdout.buffer
     assert isinstance(source, BufferedReader)
-    header = json.loads(source.read(int(source.readline())))
-    try:
-        root = _root(header["folder"])
-        reply = {"hello": hello, "put": put, "adopt": adopt, "job": job, "settle": settle}[header["op"]](root, header, source)
-    except Refused as error:
-        reply = {"error": str(error)}
-    except OSError as error:
-        reply = {"error": f"expected to read and write in {header['folder']}, got: {error}"}
+    header, reply = answered(source)
     data = json.dumps(reply).encode()
     out.write(b"\n%s %d\n%s" % (MARK, len(data), data))
     out.flush()
     if "answer" in reply and select.select([source], [], [], RECEIVED_SECONDS)[0] and source.readline() == b"received\n":
-        _remove_job(root, header["job"])
+        _remove_job(_from_home(header["folder"]), header["job"])
         out.write(b"settled\n")
+
+
+def answered(source: BufferedReader) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the header that came, the reply to it)."""
+    header: dict[str, Any] = {}
+    try:
+        header = json.loads(source.read(int(source.readline())))
+        root = _root(header["folder"])
+        operations = {"hello": hello, "put": put, "adopt": adopt, "job": job, "settle": settle}
+        return header, operations[header["op"]](root, header, source)
+    except Refused as error:
+        return header, {"error": str(error)}
+    except OSError as error:
+        return header, {"error": f"expected to read and write in {header['folder']}, got: {error}"}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        return {}, {"error": f"expected what this version's desk and agent write, got {type(error).__name__}: {error}"}
 
 
 def _root(folder: str) -> Path:

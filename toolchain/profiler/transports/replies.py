@@ -3,12 +3,12 @@ anything else is one line that names the device, whatever made it so."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from toolchain.errors import BittailorError
+from toolchain.reading import json_of
 from toolchain.spec import Device
 
 LONGEST_BYTES = 64 << 20
@@ -122,7 +122,7 @@ def plain(value: Any) -> Any:
 
 def _parsed(data: str | bytes, device: Device) -> dict[str, Any]:
     try:
-        value = plain(json.loads(data))
+        value = plain(json_of(data))
     except (ValueError, RecursionError) as error:
         raise malformed(
             device, "JSON", "what is nested too deep" if isinstance(error, RecursionError) else repr(data[:80])
