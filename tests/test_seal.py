@@ -182,7 +182,7 @@ FORGERIES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a limit more that is none": (_report(lambda report: report["limits"].append({"name": "x"})), "seal.json"),
     "a state of words": (_report(lambda report: report["evidence"].update(state="idle")), "seal.json"),
     "seconds of words": (_report(lambda report: report["evidence"].update(seconds={"latency_ms": "one"})), "seal.json"),
-    "a number that is no float": (_report(lambda report: report["limits"][0].update(measured=10**400)), "latency_ms"),
+    "a number that is no float": (_report(lambda report: report["limits"][0].update(measured=10**400)), "numbers below 1e300"),
     "what is nested deep": (_report(lambda report: report.update(predicted=_nested(800))), "seal.json"),
     "a budget of words": (_report(lambda report: report["evidence"].update(budget={"latency_ms": "low"})), "latency_ms"),
 }  # fmt: skip
