@@ -150,6 +150,8 @@ def _block(level_ms, valid=True, slowness=1.0):
         ("low", 1.5, True, "within"),  # a machine half as fast: 0.75 at the table's speed
         ("low", 2.5, True, "over"),
         ("mine", 1.5, True, "could not tell"),  # an absolute limit is held as measured
+        ("mine", 3.5, True, "over"),  # on a machine as fast as for the table it would be, too
+        ("low", 1.5, False, "could not tell"),  # disturbed: it must keep the limit as it ran
         ("mine", 0.5, False, "within"),  # disturbed, and kept all the same
         ("mine", 1.5, False, "could not tell"),
     ],
@@ -168,7 +170,7 @@ def test_a_slow_machine_is_no_proof_against_a_package(tmp_path, monkeypatch, nam
     monkeypatch.setattr(acceptance.Host, "identify", lambda _: here)
     budget = {"name": name, "latency_ms": 1.0, "peak_memory_bytes": 6e6}
     manifest = {
-        "model": {"vocabulary": 8, "kind": "decoder"},
+        "model": {"vocabulary": 8, "context": 8, "kind": "decoder"},
         "workload": "generate:2+2",
         "policy": {},
         "budget": budget,
@@ -177,6 +179,43 @@ def test_a_slow_machine_is_no_proof_against_a_package(tmp_path, monkeypatch, nam
     manifest["reference_ns"] = {"latency_ms": {"token": 10.0}}
     write_manifest(tmp_path, {**manifest, "measured_on": here})
     assert acceptance.check_package(tmp_path, load("local"), {}).verdict == expected
-    if name == "low":  # another machine has no such excuse
+    if name == "low" and valid:  # another machine has no such excuse
         write_manifest(tmp_path, {**manifest, "measured_on": {**here, "cpu": "another"}})
         assert acceptance.check_package(tmp_path, load("local"), {}).verdict == "over"
+
+
+def _phase(total_mj: float, above_mj: float, slowness: float) -> dict[str, object]:
+    return {"energy_mj": total_mj, "above_idle_mj": above_mj, "reference_ns": {"token": 10.0 * slowness}}
+
+
+@pytest.mark.parametrize(
+    ("slowness", "total_mj", "expected"),
+    [
+        (1.5, 130.0, "could not tell"),  # 20 + 110 / 1.5 = 93 at the table's speed
+        (1.05, 130.0, "over"),
+        (1.5, 300.0, "over"),  # 207 at the table's speed
+        (1.5, 90.0, "within"),
+    ],
+)
+def test_energy_over_its_limit_on_a_slow_machine_may_be_idle_power(slowness, total_mj, expected):
+    from toolchain.commands import acceptance
+
+    trials = tuple(total_mj * factor for factor in (0.99, 0.995, 1.0, 1.0, 1.005, 1.01))
+    seen = Measurement(total_mj, 0.0, 6, True, trials)
+    held = decide(Budget.from_json({"energy_mj": 100.0}), {"energy_mj": seen})
+    speeds = {"latency_ms": ("token", 10.0)}
+    verdict = acceptance._excused(held, {"encode": _phase(total_mj, 20.0, slowness)}, speeds)[0]
+    assert verdict.verdict == expected
+    assert acceptance._excused(held, {"encode": _phase(total_mj, 20.0, slowness)}, {})[0] == held[0]
+
+
+def test_a_users_budget_that_has_a_derived_ones_name_is_the_users(tmp_path):
+    """Derived limits are held at the table's speed, a user's as measured."""
+    from toolchain.commands.workflow import find_budget
+    from toolchain.hardware import load
+    from toolchain.spec import DERIVED_BUDGETS
+
+    (tmp_path / "low.yaml").write_text("latency_ms: 20\n")
+    budget = find_budget(str(tmp_path / "low.yaml"), {}, None, None, load("local"))
+    assert budget.name not in DERIVED_BUDGETS
+    assert budget.latency_ms == 20

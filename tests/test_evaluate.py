@@ -58,7 +58,7 @@ def test_folders_that_are_no_decoders_are_refused(tmp_path):
     with pytest.raises(InputError, match="use fidelity"):
         perplexity(encoder(tmp_path / "encoder", np.zeros((4, 4), np.float32)), windows)
     (tmp_path / "model.onnx").write_bytes(b"not a protobuf")
-    with pytest.raises(DamagedFileError, match="to load in onnxruntime"):
+    with pytest.raises(DamagedFileError, match="expected an ONNX graph in"):
         perplexity(tmp_path, windows)
     with pytest.raises(InputError, match="'surprise'"):
         fidelity(*[encoder(tmp_path / "strange", np.zeros((4, 4), np.float32), extra_input="surprise")] * 2, windows)

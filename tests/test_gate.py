@@ -105,8 +105,8 @@ def test_an_open_limit_is_measured_longer_until_the_time_is_over() -> None:
     assert stopped.verdicts[0].verdict == "could not tell"
     assert "--most-seconds" in stopped.verdicts[0].reason
     assert stopped.seconds <= 30
-    short = _decided(Machine(0, 1.0), 2.0, most_s=1.0)
-    assert "3 are the least" in short.verdicts[0].reason
+    short = _decided(Machine(0, 1.0), 2.0, most_s=1.0)  # a large model: three processes all the same, and they may tell
+    assert (len(short.blocks), short.verdicts[0].verdict) == (3, "within")
     least = decide_in_looks(Machine(0, 1.0).measure, lambda *_: [], Patience(0, 5), iter(range(100)).__next__)
     assert len(least.blocks) < LOOKS[0]
 

@@ -33,7 +33,8 @@ from toolchain.graph.build import build, read_config
 from toolchain.graph.external import load_array
 from toolchain.graph.model import Graph
 from toolchain.package.generate import _settings
-from toolchain.package.manifest import open_package
+from toolchain.package.integrity import YAML_TAIL
+from toolchain.package.manifest import manifest_text, open_package
 from toolchain.policy import proposal
 from toolchain.profiler import agent, meters
 from toolchain.profiler.meters import hwmon, rapl
@@ -98,7 +99,7 @@ def _budget(folder: Path, text: str) -> object:
 
 def _manifest(folder: Path, text: str) -> object:
     path = folder / "package" / "manifest.yaml"
-    path.write_text(path.read_text() + text)
+    path.write_bytes(YAML_TAIL.append(path.read_bytes().rpartition(b"digest:")[0] + text.encode()))
     return open_package(folder / "package")
 
 
@@ -495,7 +496,7 @@ def test_manifests_that_say_something_else(place: Path, name: str) -> None:
     path = place / "package" / "manifest.yaml"
     data = yaml.safe_load(path.read_text())
     MANIFESTS[name](data)
-    path.write_text(yaml.safe_dump(data))
+    path.write_bytes(manifest_text(data))
     with refused():
         open_package(place / "package")
 
@@ -543,3 +544,51 @@ def test_an_error_is_one_line_however_long_and_strange_its_cause() -> None:
     assert len(line) < 1200
     assert line.endswith("type: bittailor --help")
     assert str(InputError("red \x1b[31m\n text")) == "red \ufffd[31m text"
+
+
+_PHASE = {
+    "energy_mj": [1.0],
+    "above_idle_mj": [0.5],
+    "run_ms": [1.0],
+    "reference_ns": {"token": [1.0]},
+    "error": 0.0,
+    "valid": True,
+}
+_ENERGY = {"reason": "", "meter": "rapl: x", "step_s": 0.1, "window_s": 5.0, "idle_mw": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("action", "answer"),
+    [
+        ("energy", {"reason": ""}),
+        ("energy", {**_ENERGY, "measured": {"m": {"run": {**_PHASE, "reason": "", "energy_mj": "much"}}}}),
+        ("energy", {**_ENERGY, "measured": {"m": {"run": {"reason": ""}}}}),
+        ("time", {"trials": {"m": [{"x_ns": 1}]}, "reference_ns": {"token": [1]}, "dropped": 0, "valid": True, "quantiles": 5}),
+    ],
+)
+def test_half_an_answer_is_none(action: str, answer: dict[str, object]) -> None:
+    with pytest.raises(BittailorError, match="expected an answer with '.*' from 'phone', got"):
+        replies.answer_of(json.dumps(answer), action, Device("phone"))
+    whole = {**_ENERGY, "measured": {"m": {"run": {**_PHASE, "reason": ""}}}}
+    assert replies.answer_of(json.dumps(whole), "energy", Device("phone")) == whole
+
+
+def test_a_kernel_that_makes_no_numbers_there_is_left_out_and_the_others_stay(tmp_path: Path) -> None:
+    """NaN is no JSON: the answer as a whole would be refused."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    for name, op in (("well", "Identity"), ("ill", "Log")):
+        (tmp_path / name).mkdir()
+        ends = [helper.make_tensor_value_info(end, TensorProto.FLOAT, ["M"]) for end in ("x", "y")]
+        graph = helper.make_graph([helper.make_node(op, ["x"], ["y"])], "one", ends[:1], ends[1:])
+        onnx.save(
+            helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), tmp_path / name / "model.onnx"
+        )
+        np.save(tmp_path / name / "x.npy", np.array([-1.0, 2.0], np.float32))
+    subjects = [
+        {"name": name, "folder": str(tmp_path / name), "inputs": ["x.npy"], "provider": "CPUExecutionProvider"}
+        for name in ("well", "ill")
+    ]
+    made = agent.outputs({"subjects": subjects})
+    assert replies.answer_of(json.dumps(made), "outputs", Device("phone"))["outputs"] == {"well": [[-1.0, 2.0]], "ill": None}

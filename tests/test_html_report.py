@@ -33,6 +33,8 @@ from toolchain.graph.assemble import round_to_nearest
 from toolchain.graph.build import build
 from toolchain.graph.model import Graph
 from toolchain.kernels import CATALOGUE, candidates
+from toolchain.package.manifest import manifest_text, open_package
+from toolchain.package.seal import write_seal
 from toolchain.profiler.ask import Host
 from toolchain.report import MISSING, number
 from toolchain.supernet import store
@@ -473,7 +475,7 @@ def test_a_package_that_was_not_cut_from_the_supernet_has_no_loss(fleet: Fleet, 
         ({**manifest["training"], "steps": 7}, "was not cut from this supernet"),
         ({**manifest["training"], "polish": {"steps": 40}}, "was polished"),
     ]:
-        (package / "manifest.yaml").write_text(yaml.safe_dump({**manifest, "training": training}))
+        (package / "manifest.yaml").write_bytes(manifest_text({**manifest, "training": training}))
         group = _gathered(package, "--supernet", fleet.folder / "supernet")
         assert group["packages"][0]["predicted_loss"]["value"] is None
         assert words in group["packages"][0]["predicted_loss"]["reason"]
@@ -513,7 +515,7 @@ def test_a_measurement_that_is_not_valid_is_not_drawn(fleet: Fleet, tmp_path: Pa
 def test_devices_are_not_compared_with_each_other(fleet: Fleet, tmp_path: Path) -> None:
     package = copied(fleet.folder / "high", tmp_path / "phone")
     manifest = yaml.safe_load((package / "manifest.yaml").read_text())
-    (package / "manifest.yaml").write_text(yaml.safe_dump({**manifest, "device": "phone"}))
+    (package / "manifest.yaml").write_bytes(manifest_text({**manifest, "device": "phone"}))
     groups = gather([fleet.folder / "low", package], [], None, str(fleet.folder / "profiles"))["groups"]
     assert [(group["device"], len(group["packages"])) for group in groups] == [("local", 1), ("phone", 1)]
     assert "no supernet was given" in groups[1]["front"]["reason"]
@@ -542,7 +544,7 @@ def test_a_sealed_check_is_shown_where_no_other_is_given(fleet: Fleet, cli: Cli,
             "reason": "",
         },
     ]
-    (package / "seal.json").write_text(json.dumps({"format": "bittailor seal 1", "package": "", "report": checked, "digest": ""}))
+    write_seal(open_package(package), checked)
     result = cli("report", package, "--out", tmp_path / "r.html", "--json")
     entry = result.json["groups"][0]["packages"][0]
     assert entry["measured"]["latency_ms"]["value"] == checked["measured"]["latency_ms"]["value"]
@@ -551,8 +553,13 @@ def test_a_sealed_check_is_shown_where_no_other_is_given(fleet: Fleet, cli: Cli,
     words = Page((tmp_path / "r.html").read_text()).root.words
     assert "latency_ms / baseline" in words
     other = json.loads((fleet.folder / "reports" / "high.check.json").read_text())
-    (package / "seal.json").write_text(json.dumps({"report": other}))
-    assert "got one of another package" in cli("report", package, "--out", tmp_path / "r.html").error
+    write_seal(open_package(package), other)
+    again = cli("report", package, "--out", tmp_path / "r.html", "--json")
+    assert "got one of another package" in again.err
+    assert again.json["groups"][0]["packages"][0]["measured"]["latency_ms"]["value"] is None
+    sealed = (package / "seal.json").read_text()
+    (package / "seal.json").write_text(sealed.replace('"limit"', '"limits"', 1))
+    assert "seal.json" in cli("report", package, "--out", tmp_path / "r.html").error  # what was changed is not drawn
 
 
 # ---- strangers
@@ -574,8 +581,10 @@ def test_hostile_names_are_shown_and_do_nothing(fleet: Fleet, cli: Cli, tmp_path
     manifest |= {"chosen_by": bad, "device": "<b>x"}
     manifest["budget"]["name"] = bad
     manifest["predicted"]["energy_mj"]["reason"] = bad
-    manifest["policy"] = {**manifest["policy"], f"layers.7.{bad}": "w4g32", bad: "fp32"}
-    (package / "manifest.yaml").write_text(yaml.safe_dump(manifest, sort_keys=False))
+    unit = next(iter(manifest["policy"]))  # the nodes are another's: those of a graph are held against the manifest
+    for name in (f"layers.7.{bad}", bad):
+        manifest["policy"][name], manifest["units"][name] = manifest["policy"][unit], manifest["units"][unit]
+    (package / "manifest.yaml").write_bytes(manifest_text(manifest))
     checked = json.loads((fleet.folder / "reports" / "low.check.json").read_text())
     checked |= {"package": str(package), "device": "<b>x", "predicted": manifest["predicted"]}
     for limit in checked["limits"]:
@@ -643,13 +652,14 @@ def test_a_hostile_manifest_is_refused_in_one_line(fleet: Fleet, cli: Cli, tmp_p
     unit = next(iter(good["policy"]))
     latency = good["predicted"]["latency_ms"]
     for change, words in [
-        ({"mean_bits": float("nan")}, "expected a finite number as mean_bits"),
-        ({"predicted": {**good["predicted"], "latency_ms": {**latency, "value": float("inf")}}}, "predicted latency_ms"),
-        ({"policy": {**good["policy"], unit: "w5g32"}}, "got 'w5g32'"),
+        ({"mean_bits": float("nan")}, "expected finite numbers"),
+        ({"mean_bits": "many"}, "expected a finite number as mean_bits"),
+        ({"predicted": {**good["predicted"], "latency_ms": {**latency, "value": "much"}}}, "predicted latency_ms"),
+        ({"policy": {**good["policy"], unit: "w5g32"}}, "'w5g32'"),
         ({"device": ["local"]}, "expected text as device"),
         ({"device": "../../../etc"}, ""),
     ]:
-        (package / "manifest.yaml").write_text(yaml.safe_dump({**good, **change}))
+        (package / "manifest.yaml").write_bytes(manifest_text({**good, **change}))
         words_of_it = (package, "--supernet", fleet.folder / "supernet")
         if words:
             assert words in cli("report", *words_of_it, "--out", tmp_path / "r.html").error
@@ -685,7 +695,7 @@ def test_whatever_a_file_says_it_is_shown_or_refused_in_one_line(fleet: Fleet, t
 
     shown, refused = 0, []
     for changed in _changed(good):
-        file.write_text(json.dumps(changed))  # which YAML reads too; NaN is a text there
+        file.write_bytes(manifest_text(changed) if what == "manifest" else json.dumps(changed).encode())
         try:
             data = gather([package], [] if what == "manifest" else [file], None, None)
         except BittailorError as error:

@@ -84,7 +84,7 @@ class Block:
 
 def _times(values: Any) -> tuple[float, ...]:
     times = tuple(map(float, values))
-    if not times or not all(0 < time < math.inf for time in times) or any(isinstance(value, str) for value in values):
+    if not times or not all(1e-6 < time < 1e15 for time in times) or any(isinstance(value, str) for value in values):
         raise ValueError(f"times {str(values)[:40]}")
     return times
 

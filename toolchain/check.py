@@ -72,6 +72,8 @@ def hold_latency(name: str, limit: float, blocks: Sequence[Block], look: int, sp
         )
     levels = [block.level_ms(name, *(speed or ())) for block in used]
     low, high = bounds(levels, spent(ALPHA, look))
+    if disturbed and speed:  # a neighbour may slow the reference more than the package: it must keep the limit as it ran, too
+        high = max(high, bounds([block.level_ms(name) for block in used], spent(ALPHA, look))[1])
     if high <= limit:
         return Verdict(name, limit, middle(levels), low, high, WITHIN, f"although {BUSY}" if disturbed else "")
     if disturbed:

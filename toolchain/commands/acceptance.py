@@ -130,9 +130,10 @@ def check_package(
     log.lap("energy_mj")
     measurements = {**_measured(decided.blocks), "peak_memory_bytes": peak, **_counted(package), "energy_mj": energy_mj}
     verdicts = _in_order(budget, measurements, decided.verdicts) + qualities
+    verdicts = _excused(verdicts, energy.phases if energy else {}, _speeds(package, machine))
     if earlier:
         verdicts.append(check.hold_peak_ratio(peak, earlier.peak_bytes))
-    slowness = {name: _slowness(decided.blocks, speed) for name, speed in speeds.items()}
+    slowness = _all_slowness(decided.blocks, speeds)
     return Checked(
         check.overall(verdicts),
         tuple(verdicts),
@@ -170,18 +171,20 @@ def judged_again(package: Package, report: Mapping[str, Any]) -> tuple[Verdict, 
         if seen.value is not None and (seen.n != len(seen.trials) or seen.value != median(seen.trials)):
             raise ValueError(f"{name} {seen.value} of {seen.n} trials, which the {len(seen.trials)} in it do not give")
     speeds = _speeds(package, report["machine"]) if evidence["budget_from"] == "manifest" else {}
-    slowness = {name: _slowness(blocks, speed) for name, speed in speeds.items()}
+    slowness = _all_slowness(blocks, speeds)
     if report["slowness"] != slowness:
         raise ValueError(f"slowness {report['slowness']}, its references give {slowness}")
-    return tuple(_in_order(budget, measured, _latencies(budget, blocks, int(report["decision"]["looks"]), speeds)))
+    held = _in_order(budget, measured, _latencies(budget, blocks, int(report["decision"]["looks"]), speeds))
+    phases = (report["energy"] or {}).get("phases", {})
+    return tuple(_excused(held, phases, _speeds(package, report["machine"])))
 
 
 def _latencies(budget: Budget, blocks: Sequence[Block], look: int, speeds: Mapping[str, tuple[str, float]]) -> list[Verdict]:
     """The look-th look at each limit on latency.
 
     A limit that was derived from the device's cost table speaks of the machine as it was then: it is held at that speed, and the verdict
-    says so. A limit that somebody set is held as measured, and when broken while the machine runs slower than for the table it could not
-    be told from the machine's mood.
+    says so. A limit that somebody set is held as measured, and when broken by no more than the machine runs slower than for the table it
+    could not be told from the machine's mood.
     """
     verdicts = []
     for name in ("latency_ms", "first_token_ms", "latency_p95_ms"):
@@ -197,10 +200,36 @@ def _latencies(budget: Budget, blocks: Sequence[Block], look: int, speeds: Mappi
             as_seen = check.hold_latency(name, limit, blocks, look).measured
             reason = f"{held.reason}; {slower}: {as_seen:.4g} ms as measured, held at the table's speed".removeprefix("; ")
             held = replace(held, reason=reason)
-        elif held.verdict == check.OVER and ratio >= SLOWER:
+        elif held.verdict == check.OVER and ratio >= SLOWER and held.low is not None and held.low / ratio <= limit:
             held = replace(held, verdict=check.COULD_NOT_TELL, reason=slower)
         verdicts.append(held)
     return verdicts
+
+
+def _excused(
+    verdicts: Sequence[Verdict], phases: Mapping[str, Mapping[str, Any]], speeds: Mapping[str, tuple[str, float]]
+) -> list[Verdict]:
+    """The verdicts, one on energy that is over by no more than idle power flows longer on a machine that is slow now: that is "could not
+    tell". phases: what the meter saw of each, with its reference (`EnergyOfPackage`)."""
+    made = list(verdicts)
+    place = next((place for place, held in enumerate(made) if held.name == "energy_mj" and held.verdict == check.OVER), None)
+    total = sum(seen["energy_mj"] for seen in phases.values())
+    if place is None or total <= 0:
+        return made
+    at_speed, worst = 0.0, 1.0
+    for name, seen in phases.items():
+        work, then = speeds.get("first_token_ms" if name == "prefill" else "latency_ms", ("", 1.0))
+        times = seen["reference_ns"]
+        ratio = times[work] / then if work in times else 1.0
+        at_speed += seen["above_idle_mj"] + (seen["energy_mj"] - seen["above_idle_mj"]) / ratio
+        worst = max(worst, ratio)
+    held = made[place]
+    if worst >= SLOWER and held.low is not None and held.low * at_speed / total <= held.limit:
+        reason = (
+            f"the machine's reference takes {worst:.2f} times as long as when the cost table was measured, while idle power flows"
+        )
+        made[place] = replace(held, verdict=check.COULD_NOT_TELL, reason=reason)
+    return made
 
 
 def _against(earlier: Baseline | None, blocks: Sequence[Block], look: int, package: Package) -> list[Verdict]:
@@ -218,6 +247,13 @@ def _speeds(package: Package, machine: Mapping[str, Any]) -> dict[str, tuple[str
     if not package.reference_ns or not isinstance(measured_on, Mapping):
         return {}
     return package.reference_ns if all(machine.get(name) == value for name, value in measured_on.items()) else {}
+
+
+def _all_slowness(blocks: Sequence[Block], speeds: Mapping[str, tuple[str, float]]) -> dict[str, float]:
+    """By latency, of those whose reference any process has: a GPU's has no finer ones."""
+    return {
+        name: _slowness(blocks, speed) for name, speed in speeds.items() if any(speed[0] in block.reference_ns for block in blocks)
+    }
 
 
 def _slowness(blocks: Sequence[Block], speed: tuple[str, float]) -> float:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from toolchain.blocks import Block
-from toolchain.check import COULD_NOT_TELL
+from toolchain.check import COULD_NOT_TELL, LEAST_BLOCKS
 from toolchain.progress import track
 from toolchain.spec import Verdict
 
@@ -47,17 +47,18 @@ def decide_in_looks(
     patience: Patience,
     clock: Callable[[], float] = time.monotonic,
 ) -> Decided:
-    """Measure processes until no verdict of a look (1, 2, ...) is open and least_s are over, or the next process would end after most_s."""
+    """Measure processes until no verdict of a look (1, 2, ...) is open and least_s are over, or the next process would end after most_s:
+    at least LEAST_BLOCKS, however long they take."""
     start = clock()
     blocks: list[Block] = []
     verdicts: tuple[Verdict, ...] = ()
-    look = 0
+    look, late = 0, False
     for look, wanted in enumerate(LOOKS, 1):
         for _ in track(range(wanted - len(blocks)), wanted - len(blocks), f"processes, look {look}"):
             blocks.append(measure())
-            if (clock() - start) * (len(blocks) + 1) / len(blocks) > patience.most_s:
+            late = (clock() - start) * (len(blocks) + 1) / len(blocks) > patience.most_s
+            if late and len(blocks) >= LEAST_BLOCKS:
                 break
-        late = len(blocks) < wanted
         if clock() - start < patience.least_s and wanted < LOOKS[-1] and not late:
             continue  # an unused look spends its share all the same
         verdicts = tuple(judge(blocks, look))

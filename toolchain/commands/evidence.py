@@ -44,7 +44,7 @@ class Log:
             "date": self._date.strftime("%Y-%m-%dT%H:%M:%SZ"),
             "workload": str(self._package.workload),
             "budget": self._budget.to_json(),
-            "budget_from": "command line" if self._typed else "manifest",
+            "budget_from": "command line" if self._typed or not self._package.budget else "manifest",
             "device": {
                 "name": device.name,
                 "transport": device.transport,

@@ -16,6 +16,8 @@ import toolchain
 from toolchain.errors import InputError, require
 from toolchain.files import write_atomic
 from toolchain.package.manifest import FILE_NAME, Package, open_package
+from toolchain.package.seal import read_seal
+from toolchain.progress import note
 from toolchain.report import comparison, manifests, records
 from toolchain.report.comparison import COSTS, no_breakdown
 from toolchain.report.contents import layers
@@ -84,8 +86,13 @@ def _sealed(package: Package, found: Sequence[Record]) -> list[Record]:
     path = package.directory / SEAL
     if not path.is_file() or any(record.kind == "check" for record in found):
         return []
+    read_seal(package)
     record = records.read(path)
-    records.refuse_another(record, package)
+    try:
+        records.refuse_another(record, package)
+    except InputError as error:  # nobody named it: the other packages are shown all the same
+        note(f"bittailor: {path} is not shown: {error.problem}")
+        return []
     return [record]
 
 

@@ -34,7 +34,7 @@ from toolchain.profiler.probe import working_kernels
 from toolchain.profiler.profile import check_workload, current_header, default_workload, header_of, profile
 from toolchain.progress import note
 from toolchain.reading import read_json, read_yaml
-from toolchain.spec import FINER, Budget, Cost, Device, Estimate, Policy, Workload
+from toolchain.spec import DERIVED_BUDGETS, FINER, Budget, Cost, Device, Estimate, Policy, Workload
 
 if TYPE_CHECKING:
     from toolchain.supernet.store import SupernetFolder
@@ -148,13 +148,16 @@ def _budget_file(table: Path, graph: Graph, workload: Workload) -> Path:
 def find_budget(text: str | None, limits: Mapping[str, float], graph: Graph, costs: Costs | None, device: Device) -> Budget | None:
     """--budget NAME|FILE with the limits given beside it on top. None if neither is given.
 
-    A name is one of the device's own, of a preset (sources/low), or low/medium/high derived from the cost table.
+    A name is one of the device's own, of a preset (sources/low), or low/medium/high derived from the cost table. Derived limits are held at
+    the table's speed, so a budget of the user's that has such a name gets another.
     """
     budget: Budget | None = None
     if text:
         budget = named_budget(text, device)
         if budget is None and Path(text).is_file():
             budget = read_budget(Path(text))
+        if budget and budget.name in DERIVED_BUDGETS:
+            budget = replace(budget, name=f"own {budget.name}")
         if budget is None and text in budgets.FRACTIONS:
             if costs is None:
                 raise MissingCostError(

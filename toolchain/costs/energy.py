@@ -20,6 +20,7 @@ from toolchain.costs.model import NO_METER
 from toolchain.costs.operations import runs, tokens_in_flight, working_set
 from toolchain.costs.rows import ModelEnergyRow, UnitEnergyRow
 from toolchain.costs.table import CostTable
+from toolchain.errors import DamagedFileError
 from toolchain.graph.model import Graph
 from toolchain.kernels import CATALOGUE, candidates, parts, runs_as
 from toolchain.spec import Phase, Unit, Workload
@@ -105,7 +106,10 @@ def _models(graph: Graph, table: CostTable, phase: Phase, meter: str) -> list[Mo
 def _sample(row: ModelEnergyRow, isolated: Mapping[str, Mapping[str, float]], graph: Graph) -> Sample:
     sums: dict[str, float] = {}
     for unit in graph.units:
-        kernel = row.units[unit.name]
+        kernel = row.units.get(unit.name, "")
+        if kernel not in isolated[unit.name]:
+            problem = f"expected a measured kernel of unit {unit.name!r} in the energy row of {row.policy!r}, got {kernel!r}"
+            raise DamagedFileError(problem, "restore the cost table, or delete it and type: bittailor profile MODEL")
         kind = kind_of(unit, kernel)
         sums[kind] = sums.get(kind, 0.0) + isolated[unit.name][kernel]
     noise = max(row.spread_mj / row.energy_mj / row.n**0.5, row.meter_error)

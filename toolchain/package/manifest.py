@@ -37,8 +37,8 @@ class Package:
     @property
     def policy(self) -> Policy:
         found: Mapping[str, str] = self.data["policy"]
-        if not found or (unknown := [name for name in found.values() if name not in CATALOGUE]):
-            raise ValueError(f"kernel {unknown[0]!r}, which this version does not know" if found else "no policy")
+        if unknown := [name for name in found.values() if name not in CATALOGUE]:
+            raise ValueError(f"kernel {unknown[0]!r}, which this version does not know")
         return Policy.of(found)
 
     @property

@@ -136,15 +136,16 @@ def identify(request: dict[str, Any]) -> dict[str, Any]:
         "cpu": f"{gpu.name()} with {cpu_name()}" if on_gpu else cpu_name(),
         "cache_bytes": gpu.cache_bytes() if on_gpu else last_level_cache_bytes(),
         "runtime": f"onnxruntime {onnxruntime.__version__}",
-        "protocol": PROTOCOL,
+        "protocol": f"{PROTOCOL}, launches" if on_gpu else PROTOCOL,
         "providers": onnxruntime.get_available_providers(),
         "meters": meters.states(Path(request.get("sysfs", "/sys"))),
     }
 
 
 def outputs(request: dict[str, Any]) -> dict[str, Any]:
-    """{"outputs": {name: [first output of each run] or null where the runtime refuses the graph}} of subjects [{name, folder, inputs}]:
-    an input is the name of a .npy file beside the graph. For asking whether this runtime computes right, not for timing."""
+    """{"outputs": {name: [first output of each run] or null}} of subjects [{name, folder, inputs}]; null where the runtime refuses the
+    graph or gives no finite numbers. An input is the name of a .npy file beside the graph. For asking whether this runtime computes
+    right, not for timing."""
     made: dict[str, list[Any] | None] = {}
     for subject in request["subjects"]:
         try:
@@ -156,7 +157,8 @@ def outputs(request: dict[str, Any]) -> dict[str, Any]:
         dtype = {"tensor(int64)": np.int64, "tensor(float16)": np.float16}.get(session.get_inputs()[0].type, np.float32)
         try:  # mapped: a header may say that 10 GB follow
             inputs = [np.load(inside(folder, name), mmap_mode="r", allow_pickle=False) for name in subject["inputs"]]
-            made[subject["name"]] = [session.run(None, {"x": x.astype(dtype)})[0].tolist() for x in inputs]
+            outputs = [session.run(None, {"x": x.astype(dtype)})[0] for x in inputs]
+            made[subject["name"]] = [y.tolist() for y in outputs] if all(np.isfinite(y).all() for y in outputs) else None
         except BittailorError:
             raise
         except Exception as error:  # onnxruntime's exceptions share no other base class

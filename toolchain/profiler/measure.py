@@ -80,10 +80,16 @@ def subject(name: str, folder: Path, workload: Workload, vocabulary: int) -> dic
 
 def latencies(trials: Sequence[Mapping[str, float]], valid: bool) -> dict[str, Measurement]:
     """latency_ms, and first_token_ms of a decoder, from the agent's trials."""
-    present = trials[0] if trials else {}
-    if any(trial.keys() != present.keys() for trial in trials) or not present.keys() <= _NAMES.keys():
-        raise BittailorError("expected trials of the same phases, decode and prefill or encode, got others", "measure again")
+    present = _phases(trials)
     return {_NAMES[phase]: summarise((trial[phase] / 1e6 for trial in trials), valid) for phase in present}
+
+
+def _phases(trials: Sequence[Mapping[str, float]]) -> Sequence[str]:
+    """Of whole models. Raises BittailorError for others: an agent that answers so is not ours."""
+    present = trials[0].keys() if trials else set()
+    if any(trial.keys() != present for trial in trials) or not present <= _NAMES.keys():
+        raise BittailorError("expected trials of the same phases, decode and prefill or encode, got others", "measure again")
+    return list(present)
 
 
 def measure_package(folder: Path, workload: Workload, host: Host, vocabulary: int, windows: int = 25) -> Observation:
@@ -104,7 +110,7 @@ def measure_block(
     quantile = answer.get("quantiles", {}).get("package", {}).get(_DECODE if workload.kind == "generate" else _ENCODE)
     return Block.from_json(
         {
-            "trials": {_NAMES[phase]: [trial[phase] / 1e6 for trial in trials] for phase in trials[0]},
+            "trials": {_NAMES[phase]: [trial[phase] / 1e6 for trial in trials] for phase in _phases(trials)},
             "reference_ns": answer["reference_ns"],
             "dropped": answer["dropped"],
             "valid": answer["valid"],

@@ -116,5 +116,7 @@ def _missing(group: View, packages: list[View]) -> list[tuple[str, str]]:
         (f"{what}: {'every package' if len(names) == len(packages) > 1 else ', '.join(names)}", reason)
         for (what, reason), names in found.items()
     ]
-    fronts = {group["front", "resources", name, "reason"]: QUANTITIES[name].name.lower() for name in COSTS}
-    return lines + [(f"exact front of {name}", reason) for reason, name in fronts.items() if reason]
+    fronts: dict[str, list[str]] = {}
+    for name in COSTS:
+        fronts.setdefault(group["front", "resources", name, "reason"], []).append(QUANTITIES[name].name.lower())
+    return lines + [(f"exact front of {', '.join(names)}", reason) for reason, names in fronts.items() if reason]

@@ -71,6 +71,13 @@ _OF_A_JOB: Mapping[str, Mapping[str, Check]] = {
     "missing": {"missing": lambda value: _named(_whole)(value) and value != {} and all(map(_digest, value))},
     "running": {"running": _flag},
 }
+_OF_A_PHASE: Mapping[str, Check] = {
+    **dict.fromkeys(("energy_mj", "above_idle_mj", "run_ms"), _many(_number)),
+    "reference_ns": _named(_many(_number)),
+    "error": _number,
+    "valid": _flag,
+    "reason": _text,
+}
 _ANSWERS: Mapping[str, Mapping[str, Check]] = {
     "identify": {
         "cpu": _text,
@@ -83,8 +90,19 @@ _ANSWERS: Mapping[str, Mapping[str, Check]] = {
     "time": {"trials": _named(_some(_named(_number))), "reference_ns": _named(_some(_number)), "dropped": _whole, "valid": _flag},
     "peak": {"peak_bytes": _number, "running_bytes": _number},
     "outputs": {"outputs": _named(lambda value: value is None or isinstance(value, list))},
-    "energy": {"reason": _text},
+    "energy": {"reason": _text},  # and of one without a reason `_ENERGY`
     "state": {"versions": _named(_text), **dict.fromkeys(_STATE, _entry)},
+}
+
+
+_ENERGY: Mapping[str, Check] = {
+    "meter": _text,
+    "step_s": _number,
+    "window_s": _number,
+    "idle_mw": _number,
+    "measured": _named(
+        _named(lambda value: isinstance(value, dict) and all(key in value and ok(value[key]) for key, ok in _OF_A_PHASE.items()))
+    ),
 }
 
 
@@ -104,6 +122,10 @@ def answer_of(text: str | bytes, action: str, device: Device) -> dict[str, Any]:
     answer = _parsed(text, device)
     if "error" in answer:
         raise BittailorError(str(answer["error"]))
+    if action == "energy" and answer.get("reason") == "":
+        _checked(answer, _ENERGY, device)
+    if action == "time" and "quantiles" in answer:
+        _checked(answer, {"quantiles": _named(_named(_number))}, device)
     return _checked(answer, _ANSWERS.get(action, {}), device)
 
 
