@@ -567,7 +567,7 @@ _ENERGY = {"reason": "", "meter": "rapl: x", "step_s": 0.1, "window_s": 5.0, "id
     ],
 )
 def test_half_an_answer_is_none(action: str, answer: dict[str, object]) -> None:
-    with pytest.raises(BittailorError, match="expected an answer with '.*' from 'phone', got"):
+    with pytest.raises(BittailorError, match=r"expected an answer with '.*' from 'phone', got"):
         replies.answer_of(json.dumps(answer), action, Device("phone"))
     whole = {**_ENERGY, "measured": {"m": {"run": {**_PHASE, "reason": ""}}}}
     assert replies.answer_of(json.dumps(whole), "energy", Device("phone")) == whole
