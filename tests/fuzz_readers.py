@@ -533,7 +533,7 @@ EVERY = (
     Reader("policy file, JSON", "other", ("policy.json",), _policy("policy.json"), 1.5, closed=False),
     Reader("cost table", "tables/local", ("table.jsonl",), _table, 0.7, closed=False, honest=True),
     Reader("stored budgets", "tables/local", ("budgets-*.json",), _stored_budget, 2, closed=False),
-    Reader("manifest", "package", ("manifest.yaml",), _manifest, 1),
+    Reader("manifest", "package", ("manifest.yaml",), _manifest, 1, honest=True),
     Reader("package's graph, onnxruntime", "package", ("model.onnx",), _session, 0.7, honest=True),
     Reader("package's graph, external data", "package", ("model.onnx",), _external, 2),
     Reader("graph folder", "graph", ("graph.json", "model.onnx"), _graph, 1),
