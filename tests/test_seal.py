@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from conftest import copied
 from constructed_sysfs import write
 from fast_host import FastHost
@@ -19,7 +20,7 @@ from fast_host import FastHost
 pytest.importorskip("random_models")
 
 from toolchain.package.integrity import JSON_TAIL
-from toolchain.package.manifest import open_package
+from toolchain.package.manifest import manifest_text, open_package
 from toolchain.profiler import ask, state
 from toolchain.profiler.ask import Host
 from toolchain.spec import CPU
@@ -186,6 +187,19 @@ FORGERIES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "what is nested deep": (_report(lambda report: report.update(predicted=_nested(800))), "seal.json"),
     "a budget of words": (_report(lambda report: report["evidence"].update(budget={"latency_ms": "low"})), "latency_ms"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(("typed", "code"), [("4", 0), ("100000", 3)])
+def test_limits_that_somebody_typed_are_not_the_packages(package: Path, cli: Cli, fast: FastHost, typed: str, code: int) -> None:
+    """A check of looser limits was within, and is sealed as that; the package's own budget is open."""
+    data = yaml.safe_load((package / "manifest.yaml").read_text())
+    (package / "manifest.yaml").write_bytes(manifest_text({**data, "budget": {"latency_ms": 5.0, "name": "mine"}}))
+    assert cli("check", package, "--latency-ms", typed, "--seal").code == 0
+    verified = cli("verify", package, "--json")
+    assert verified.code == code
+    assert verified.json["not_held"] == ([] if code == 0 else ["latency_ms"])
+    if code:
+        assert "that were not held: latency_ms" in cli("verify", package).out
 
 
 @pytest.fixture(scope="module")

@@ -329,11 +329,17 @@ def verify(arguments: Namespace) -> Answer:
     _show_in_ci(arguments, seen.report)
     rows = seen.report["limits"]
     facts = [
-        f"{name}: {value}" for name, value in ci.facts(seen.report).items() if name in ("device", "runtime", "workload", "date")
+        f"{name}: {value}"
+        for name, value in ci.facts(seen.report).items()
+        if name in ("device", "runtime", "workload", "date", "budget")
     ]
     text += f"\nsignature: {seen.signature}\n{table(rows, ['name', 'limit', 'measured', 'low', 'high', 'verdict', 'reason'])}\n"
     if seen.as_sealed:
         facts.append(f"as sealed, since its baseline or text is not here: {', '.join(seen.as_sealed)}")
+    if seen.not_held:
+        facts.append(
+            f"limits of the package's budget that were not held: {', '.join(seen.not_held)}; check it without limits of your own"
+        )
     return Answer(data, "\n".join([text + "\n".join(facts), seen.verdict]), check.exit_code(seen.verdict))
 
 

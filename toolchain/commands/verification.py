@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isclose
+from math import inf, isclose
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ class Verified:
     """ "of KEY: comment", or why nobody knows."""
     as_sealed: tuple[str, ...] = ()
     """Limits that are taken as the report states them: what they were held against (a baseline, a text) is not in the package."""
+    not_held: tuple[str, ...] = ()
+    """Limits of the package's own budget that the report does not hold, or holds at a looser value: whatever it says, that is open."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -52,6 +54,7 @@ class Verified:
             "sealed": self.report is not None,
             "signature": self.signature,
             "as_sealed": list(self.as_sealed),
+            "not_held": list(self.not_held),
             "report": self.report,
         }
 
@@ -69,7 +72,17 @@ def verify(directory: Path, public_key: str | None = None) -> Verified:
             raise InputError(f"expected a signed {SEAL} in {directory}, found none", f"{_REMEDY} --sign-with minisign:KEY")
         return Verified(package, check.COULD_NOT_TELL, None, loads, "none: there is no sealed report")
     verdict, taken, report = _recomputed(package, seal)
-    return Verified(package, verdict, report, loads, _signature(seal, public_key), taken)
+    open_ = _not_held(package, report)
+    if open_ and verdict == check.WITHIN:
+        verdict = check.COULD_NOT_TELL
+    return Verified(package, verdict, report, loads, _signature(seal, public_key), taken, open_)
+
+
+def _not_held(package: Package, report: Mapping[str, Any]) -> tuple[str, ...]:
+    """Limits of the manifest that no row of the report is as tight as: somebody typed others."""
+    held = {row["name"]: row["limit"] for row in report["limits"]}
+    limits = package.budget.limits if package.budget else {}
+    return tuple(name for name, limit in limits.items() if not held.get(name, inf) <= limit)
 
 
 def _loads(package: Package) -> str:
