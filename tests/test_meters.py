@@ -374,3 +374,15 @@ def test_every_meter_says_whether_it_can_be_read(tmp_path: Path) -> None:
     assert "unplug" in found["battery"]
     with pytest.raises(MeterError, match="among rapl"):
         open_meter("tricorder", tmp_path)
+
+
+def test_a_folder_that_may_not_be_entered_is_no_meter_and_no_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As /sys is for another user in some containers: the agent is to say who it is all the same."""
+
+    def denied(self: Path, pattern: str) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "glob", denied)
+    found = states(tmp_path)
+    assert f"{tmp_path / 'class' / 'powercap'} is not readable (Permission denied)" in found["rapl"]
+    assert all(found.values())

@@ -38,7 +38,10 @@ def open_meter(name: str, sysfs: Path) -> Meter:
     """The meter `name`, reading below `sysfs` (/sys). Raises MeterError: why it cannot be read."""
     if name not in METERS:
         raise MeterError(f"expected a meter among {', '.join(METERS)}, got {name!r}")
-    return METERS[name](sysfs)
+    try:
+        return METERS[name](sysfs)
+    except OSError as error:  # a folder that may not be entered
+        raise MeterError(f"{error.filename or sysfs} is not readable ({error.strerror})") from error
 
 
 def states(sysfs: Path) -> dict[str, str]:
