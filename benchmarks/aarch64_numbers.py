@@ -2,7 +2,7 @@
 
     python aarch64_numbers.py FOLDER OUT.npz KIND ...
 
-FOLDER holds KIND/<name>/: under `units` one-unit graphs, each with its inputs.npz; else packages, each with its ids.npy [T]. OUT: of a unit
+FOLDER holds KIND/<name>/: under `units` one-unit graphs, each with its inputs.npz; else packages, each with its ids [T] beside it in <name>.npy. OUT: of a unit
 "units/<name>/<input>" [M, N]; of a decoder "KIND/<name>/prefill" (all tokens at once) and ".../decode" (one after the other), logits
 [T, V]; of an encoder ".../encode" [T, V]; and "identity", a line of JSON. One thread, so that sums have one order.
 """
@@ -24,7 +24,7 @@ from toolchain.session import cache_slots, open_session, token_feeds
 def main(folder: Path, out: Path, kinds: list[str]) -> None:
     seen = {"identity": np.array(json.dumps({"machine": platform.machine(), **identify({})}))}
     for kind in kinds:
-        for place in sorted((folder / kind).iterdir()):
+        for place in sorted(path for path in (folder / kind).iterdir() if path.is_dir()):
             made = unit(place) if kind == "units" else package(place)
             seen.update({f"{kind}/{place.name}/{name}": array for name, array in made.items()})
     np.savez(out, **seen)
@@ -37,7 +37,7 @@ def unit(folder: Path) -> dict[str, np.ndarray]:
 
 
 def package(folder: Path) -> dict[str, np.ndarray]:
-    ids = np.load(folder / "ids.npy")
+    ids = np.load(folder.with_name(f"{folder.name}.npy"))
     session = open_session(folder, threads=1)
     feeds = token_feeds(session, ids[None], every_position=True)
     slots = cache_slots(session)

@@ -52,6 +52,12 @@ def _resealed(package: Path, change: Callable[[dict[str, Any]], object]) -> None
     (package / "seal.json").write_bytes(JSON_TAIL.append(json.dumps(seal, indent=1).removesuffix("\n}").encode()))
 
 
+def _without_budget(package: Path) -> None:
+    """Whose limits are those that are typed."""
+    data = yaml.safe_load((package / "manifest.yaml").read_text())
+    (package / "manifest.yaml").write_bytes(manifest_text({**data, "budget": None}))
+
+
 # ---- what a report holds
 
 
@@ -117,6 +123,7 @@ def test_the_agent_tells_the_state_of_its_machine(tmp_path: Path) -> None:
 
 
 def test_a_sealed_report_is_judged_again_without_a_device(package: Path, cli: Cli, fast: FastHost, no_device: Any) -> None:
+    _without_budget(package)
     digest = cli("verify", package, "--digest").out
     for limit, code, verdict in (("5", 0, "within"), ("0.5", 1, "over")):
         said = cli("check", package, "--latency-ms", limit, "--seal", "--json")
@@ -302,6 +309,7 @@ def keys(tmp_path: Path) -> Callable[[str], tuple[Path, Path]]:
 @needs_minisign
 def test_a_signed_report_is_verified_by_its_public_key_alone(package: Path, cli: Cli, fast: FastHost, keys: Any) -> None:
     (secret, public), (_, stranger) = keys("mine"), keys("other")
+    _without_budget(package)
     assert cli("check", package, "--latency-ms", "5", "--seal", "--sign-with", f"minisign:{secret}").code == 0
     assert "not checked" in cli("verify", package, "--json").json["signature"]
     for key in (public, public.read_text().splitlines()[-1]):
