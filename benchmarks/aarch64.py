@@ -159,7 +159,8 @@ def write_packages(model: str, kernels: Sequence[str], seed: int, folder: Path) 
                 nudge_first_norm(package, folder / "twins" / f"{name}~{units:+d}", units)
             if CATALOGUE[kernel].quantised:
                 float_activations(package, folder / "twins" / f"{name}~float")
-            for place in (package, *(path for path in (folder / "twins").glob(f"{name}~*") if path.is_dir())):
+            twins = [path for path in (folder / "twins").glob(f"{name}~*") if path.is_dir()]
+            for place in (package, *twins):
                 np.save(place.with_name(f"{place.name}.npy"), ids)  # beside it: a package holds what its manifest names
             names.append(name)
     return names
