@@ -2,7 +2,8 @@
 
     python aarch64_numbers.py FOLDER OUT.npz KIND ...
 
-FOLDER holds KIND/<name>/: under `units` one-unit graphs, each with its inputs.npz; else packages, each with its ids [T] beside it in <name>.npy. OUT: of a unit
+FOLDER holds KIND/<name>/: under `units` one-unit graphs, each with its inputs.npz; else packages, each
+with its ids [T] beside it, <name>.npy. OUT: of a unit
 "units/<name>/<input>" [M, N]; of a decoder "KIND/<name>/prefill" (all tokens at once) and ".../decode" (one after the other), logits
 [T, V]; of an encoder ".../encode" [T, V]; and "identity", a line of JSON. One thread, so that sums have one order.
 """
