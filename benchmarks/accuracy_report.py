@@ -100,7 +100,7 @@ class Drift:
 
     def by_reference(self, row: Mapping[str, Any], name: str) -> float:
         header = self.table.header
-        bound = work(self.decoding, working_set_of(self.graph.units, self.policies[name], header.cache_bytes), header.provider)
+        bound = work(self.decoding, working_set_of(self.graph.units, self.policies[name], header.cache_bytes))
         return float(row[bound]) / header.reference_ns[bound]
 
     def none(self, row: Mapping[str, Any], name: str) -> float:

@@ -38,9 +38,10 @@ from predict_accuracy import random_policy
 
 from toolchain import hardware
 from toolchain.commands.workflow import measure_costs, opened
+from toolchain.costs.bounds import bound_of_phase
 from toolchain.costs.from_table import cost_model
 from toolchain.costs.operations import working_set_of
-from toolchain.costs.rows import Header, UnitEnergyRow, work
+from toolchain.costs.rows import Header, UnitEnergyRow
 from toolchain.costs.table import CostTable, open_table
 from toolchain.errors import MeterError
 from toolchain.files import scratch, write_atomic
@@ -142,12 +143,13 @@ def _until(deadline: float, run: Callable[[], int], meter: meters.Meter) -> None
             read_at = now
 
 
-def at_tables_speed(row: dict[str, Any], graph: Graph, policy: Policy, header: Header) -> float | None:
+def at_tables_speed(row: dict[str, Any], graph: Graph, policy: Policy, workload: Workload, header: Header) -> float | None:
     """What was measured, in mJ, had the machine been as fast as when the table began; None of nothing."""
     kind = working_set_of(graph.units, policy, header.cache_bytes)
     energy = 0.0
-    for phase, seen in row["phases"].items():
-        bound = work(phase == "decode", kind, header.provider)
+    for phase in workload.phases if row["phases"] else ():
+        seen = row["phases"][phase.name]
+        bound = bound_of_phase(graph.units, policy, phase, kind, seen["run_ms"], seen["reference_ns"], header.provider)
         speed = header.reference_ns[bound] / seen["reference_ns"][bound]
         energy += seen["above_idle_mj"] + (seen["energy_mj"] - seen["above_idle_mj"]) * speed
     return energy or None
@@ -236,7 +238,7 @@ def main(words: list[str] | None = None) -> None:
             _measure(host, graph, costs.workload, policies, arguments, done, kept)
 
     def corrected(name: str, row: dict[str, Any]) -> float | None:
-        return at_tables_speed(row, graph, policies[name], header)
+        return at_tables_speed(row, graph, policies[name], costs.workload, header)
 
     spread = costs.relative_spread["energy_mj"]
     found = {

@@ -196,22 +196,44 @@ def test_a_busy_neighbour_is_seen() -> None:
         neighbour.wait()
     if others is None:
         pytest.skip("this system does not tell how busy it is")
-    assert others > 0.5 / (os.cpu_count() or 1)
+    assert others > 0.5 / contention.cpu_count()
 
 
-def test_our_own_work_is_not_somebody_elses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machine was busy for 0.8 s, of which 0.6 s were ours."""
+def _stat(*cpus: tuple[float, float]) -> str:
+    """/proc/stat of CPUs that so many seconds were busy for users, and for the system; its first line is their sum."""
     ticks = os.sysconf("SC_CLK_TCK")
+    every = [(sum(user for user, _ in cpus), sum(system for _, system in cpus)), *cpus]
+    names = ["cpu", *(f"cpu{number}" for number in range(len(cpus)))]
+    lines = [
+        f"{name} {int(user * ticks)} 0 {int(system * ticks)} 5000 0 0 0 0 0 0"
+        for name, (user, system) in zip(names, every, strict=True)
+    ]
+    return "\n".join([*lines, "intr 5 0", ""])
+
+
+@pytest.mark.parametrize(
+    ("ours", "after", "others"),
+    [
+        ({0, 1}, [(100.5, 0.3), (50.0, 0.0)], 0.2 / 2),
+        ({0, 1}, [(100.6, 0.0), (51.0, 0.0)], 1.0 / 2),
+        ({0}, [(100.6, 0.0), (51.0, 0.0)], 0.0),  # the other CPU is somebody else's
+        ({0, 5}, [(100.5, 0.3), (50.2, 0.0)], 0.4 / 2),  # the system does not show the sixth: all are counted
+    ],
+)
+def test_our_own_work_is_not_somebody_elses(
+    ours: set[int], after: list[tuple[float, float]], others: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one second in which we used 0.6 s."""
     stat = tmp_path / "stat"
-    own = iter([10.0, 10.6])
-    stat.write_text(f"cpu {100 * ticks} 0 0 5000 0 0 0 0 0 0\ncpu0 1\n")
+    own, clock = iter([10.0, 10.6]), iter([50.0, 51.0])
+    stat.write_text(_stat((100.0, 0.0), (50.0, 0.0)))
     monkeypatch.setattr(contention, "_STAT", stat)
     monkeypatch.setattr(contention, "_own_seconds", lambda: next(own))
-    clock = iter([50.0, 51.0])
+    monkeypatch.setattr(contention.os, "sched_getaffinity", lambda _: ours, raising=False)
     monkeypatch.setattr(contention.time, "monotonic", lambda: next(clock))
     watch = contention.Watch()
-    stat.write_text(f"cpu {int(100.5 * ticks)} 0 {int(0.3 * ticks)} 9000 0 0 0 0 0 0\ncpu0 1\n")
-    assert watch.usage().others == pytest.approx(0.2 / (os.cpu_count() or 1), abs=0.02)
+    stat.write_text(_stat(*after))
+    assert watch.usage().others == pytest.approx(others, abs=0.02)
 
 
 def test_peak_memory_sees_what_was_given_back_and_not_what_the_starter_used() -> None:

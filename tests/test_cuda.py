@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from fast_host import FastHost
 
+from toolchain.costs.bounds import LARGE_BYTES, LARGE_PRODUCTS, bound_of_phase, bound_of_unit
 from toolchain.costs.rows import UnitRow, at_speed, work
 from toolchain.errors import InputError, PolicyError
 from toolchain.graph.oneunit import write_one_unit
@@ -32,7 +34,7 @@ from toolchain.profiler import probe
 from toolchain.profiler.subjects import GRAPHS
 from toolchain.quantize.affine import Quantized, dequantize, quantize, quantize_activation, unquantised
 from toolchain.session import open_session
-from toolchain.spec import CPU, CUDA, STREAMED_TOKEN, TOKEN, TOKENS, Policy, Unit
+from toolchain.spec import CPU, CUDA, STREAMED_TOKEN, TOKEN, TOKENS, Policy, Unit, Workload
 
 KERNELS = offered(CUDA)
 QUANTISED = [name for name in KERNELS if CATALOGUE[name].quantised]
@@ -44,13 +46,49 @@ gpu = pytest.mark.skipif(not has_provider(CUDA).usable, reason=f"needs a GPU: {h
 # ---- the catalogue
 
 
-def test_what_a_gpus_cache_holds_is_bound_by_launching_kernels() -> None:
-    """Rows are brought to the table's speed by the reference that was seen to slow down with them."""
-    assert {work(one, "cached", CUDA) for one in (True, False)} == {work(True, "cached", CPU)} == {TOKEN}
-    assert [work(one, "streamed", CUDA) for one in (True, False)] == [work(one, "streamed", CPU) for one in (True, False)]
-    row = UnitRow("MatMul", 64, 64, "fp16", 8, "cached", 1.0, 0.1, 5, True)
-    speed = {TOKEN: 2.0, STREAMED_TOKEN: 3.0, TOKENS: 5.0}
-    assert [at_speed(row, speed, provider).latency_ms for provider in (CPU, CUDA)] == [5.0, 2.0]
+HEAD, LAYER = Unit("head", "MatMul", 4096, 32000, role="head"), Unit("layer", "MatMul", 4096, 4096)
+RATES = {TOKEN: 280e3, STREAMED_TOKEN: 50e3, TOKENS: 130e3}  # nanoseconds, as an H200 shows them
+
+
+@pytest.mark.parametrize(
+    ("unit", "kernel", "tokens", "kind", "run_ms", "bound"),
+    [
+        (HEAD, "fp16", 1, "streamed", 0.12, STREAMED_TOKEN),  # 262 MB at 2.7 TB/s are 0.098 ms
+        (HEAD, "fp16", 1, "streamed", 0.30, TOKEN),  # less than half of it is the GPU's
+        (HEAD, "fp16", 1, "cached", 0.12, TOKEN),
+        (HEAD, "w4g32-fp16", 1, "streamed", 0.12, TOKEN),  # a quarter of the bytes
+        (LAYER, "fp16", 1024, "streamed", 0.30, TOKENS),  # 17.2 G multiplications at 66 T/s are 0.26 ms
+        (LAYER, "fp16", 1024, "cached", 0.30, TOKENS),
+        (LAYER, "fp16", 16, "streamed", 0.03, TOKEN),
+        (Unit("words", "Gather", 4096, 32000), "fp16", 1024, "streamed", 0.01, TOKEN),
+    ],
+)
+def test_a_gpus_roofline_tells_what_bounds_a_unit(
+    unit: Unit, kernel: str, tokens: int, kind: str, run_ms: float, bound: str
+) -> None:
+    """Rows are brought to another speed by the reference that was seen to slow down with them."""
+    assert bound_of_unit(unit, kernel, tokens, kind, run_ms, RATES, CUDA) == bound
+    assert bound_of_unit(unit, kernel, tokens, kind, run_ms, RATES, CPU) == work(tokens == 1, kind)
+    row = UnitRow(*unit.shape, kernel, tokens, kind, run_ms, 0.1, 5, True, bound=bound)
+    assert at_speed(row, {**dict.fromkeys(RATES, 7.0), bound: 2.0}).latency_ms == 2 * run_ms
+
+
+def test_what_bounds_a_model_is_the_sum_of_its_units() -> None:
+    units, policy = (HEAD, *(replace(LAYER, name=f"l{number}") for number in range(8))), {"head": "fp16"}
+    policy |= {unit.name: "fp16" for unit in units}
+    prefill, decode = Workload.parse("generate:256+32").phases
+    assert bound_of_phase(units, policy, decode, "streamed", 0.3, RATES, CUDA) == STREAMED_TOKEN  # 531 MB: 0.2 ms
+    assert bound_of_phase(units, policy, decode, "streamed", 0.5, RATES, CUDA) == TOKEN
+    assert bound_of_phase(units, policy, prefill, "streamed", 0.9, RATES, CUDA) == TOKENS  # the head sees one position: 0.52 ms
+    assert bound_of_phase(units, policy, prefill, "streamed", 1.1, RATES, CUDA) == TOKEN
+    assert bound_of_phase(units, policy, prefill, "streamed", 0.9, RATES, CPU) == TOKENS
+
+
+def test_the_roofline_counts_what_the_reference_does() -> None:
+    model = onnx.load(GRAPHS / "large" / "model.onnx")
+    shapes = [onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer if tensor.name.endswith(".shape")]
+    elements = sum(int(np.prod(shape)) for shape in shapes)
+    assert (4 * elements, 256 * elements) == (LARGE_BYTES, LARGE_PRODUCTS)
 
 
 def test_the_launching_reference_is_a_chain_that_no_optimisation_shortens(tmp_path: Path) -> None:

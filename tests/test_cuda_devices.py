@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pkgutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,7 @@ from conftest import Result
 
 from toolchain.decoding import check_cache
 from toolchain.errors import InputError, PolicyError
+from toolchain.graph.model import Graph
 from toolchain.graph.oneunit import random_weights, write_one_unit
 from toolchain.hardware import has_provider, load
 from toolchain.kernels import (
@@ -24,9 +26,11 @@ from toolchain.kernels import (
     legal,
     offered,
 )
-from toolchain.profiler import agent, probe
+from toolchain.profiler import agent, measure, model_rows, probe
+from toolchain.profiler.phases import UNTIMED
+from toolchain.profiler.subjects import SUBJECTS
 from toolchain.session import CacheSlot, open_session
-from toolchain.spec import CPU, CUDA, Unit
+from toolchain.spec import CPU, CUDA, Unit, Workload
 
 KERNELS = offered(CUDA)
 QUANTISED = [name for name in KERNELS if CATALOGUE[name].quantised]
@@ -173,11 +177,44 @@ def test_a_gpu_is_warmed_up_for_seconds(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_busy_cpu_is_no_busy_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agent.os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(agent, "cpu_count", lambda: 16)
     assert agent.tolerated(CPU) == agent.BUSY
     assert agent.tolerated(CUDA) == pytest.approx(14 / 16)
-    monkeypatch.setattr(agent.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(agent, "cpu_count", lambda: 2)
     assert agent.tolerated(CUDA) == agent.BUSY
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "counted"),
+    [
+        ("generate", "llama", "toolchain.decoding.Decoder.prefill"),
+        ("decoder phases", "llama", "toolchain.decoding.Decoder.prefill"),
+        ("encode", "bert", "onnxruntime.InferenceSession.run"),
+        ("encoder phases", "bert", "onnxruntime.InferenceSession.run"),
+        ("encoder-decoder phases", "t5", "toolchain.decoding.EncoderDecoder.prefill"),
+    ],
+)
+def test_no_first_run_is_timed_on_a_gpu(
+    kind: str, name: str, counted: str, graphs: Callable[[str], Graph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before each timed run as many as the provider asks for; here the CPU asks, in the place of a GPU that need not be there."""
+    graph, workload = graphs(name), Workload.parse("encode:2x8" if name == "bert" else "generate:8+2")
+    prefills = [phase for phase in workload.phases if phase.name != "decode"]
+    what = (
+        model_rows.subject(graph, "m", graph.directory, prefills)
+        if kind.endswith("phases")
+        else measure.subject("m", graph.directory, workload, graph.vocabulary)
+    )
+    whose, _, method = counted.rpartition(".")
+    owner = pkgutil.resolve_name(whose)
+    real, runs = getattr(owner, method), []
+    monkeypatch.setattr(owner, method, lambda *words, **more: runs.append(1) or real(*words, **more))
+    for untimed in (0, 3):
+        monkeypatch.setitem(UNTIMED, CPU, untimed)
+        subject = SUBJECTS[kind](what, 1, False)
+        runs.clear()
+        subject.trial()
+        assert len(runs) == untimed + 1
 
 
 @pytest.fixture
@@ -200,7 +237,7 @@ def asked_for_energy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callabl
     monkeypatch.setattr("onnxruntime.set_global_thread_pool_sizes", lambda *sizes: None)
     monkeypatch.setattr(agent, "_settle", lambda *_: None)
     monkeypatch.setattr(agent, "References", lambda *words: Nothing())
-    monkeypatch.setattr(agent.os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(agent, "cpu_count", lambda: 16)
     monkeypatch.setitem(agent.SUBJECTS, "nothing", lambda *words: Nothing())
     monkeypatch.setattr(agent.energy, "measure", lambda meter, *words, **more: seen.update(meter=meter.name, **more) or {})
 

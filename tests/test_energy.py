@@ -225,7 +225,9 @@ def test_check_holds_the_energy_of_a_whole_inference(
             "above_idle_spread_mj": 0.0,
             "window_s": 1.0,
             "meter_error": 0.001,
-            "phases": {"encode": {"energy_mj": 20.0, "above_idle_mj": 15.0, "reference_ns": dict.fromkeys(WORKS, 1e5)}},
+            "phases": {
+                "encode": {"energy_mj": 20.0, "above_idle_mj": 15.0, "run_ms": 1.0, "reference_ns": dict.fromkeys(WORKS, 1e5)}
+            },
         }
     assert "15 mJ of it above idle, which draws 5000 mW" in cli("check", out, "--energy-mj", 21).out
     fast.power_fails = "the counter of rapl (package-0) did not move in 2 s"

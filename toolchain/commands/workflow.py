@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from toolchain.costs.bounds import bound_of_phase
 from toolchain.costs.from_table import cost_model
 from toolchain.costs.model import CostModel
 from toolchain.costs.operations import working_set_of
 from toolchain.costs.predictor import ShapePredictor
-from toolchain.costs.rows import Header, ModelRow, work
+from toolchain.costs.rows import ModelRow
 from toolchain.costs.table import CostTable, find_tables, open_table, refuse_if_stale
 from toolchain.errors import DamagedFileError, InputError, MissingCostError
 from toolchain.files import scratch, write_atomic
@@ -230,14 +231,20 @@ class Choice:
     gap_to_optimum: float | None
 
 
-def _references(graph: Graph, policy: Policy, workload: Workload, header: Header) -> dict[str, dict[str, float]]:
+def _references(graph: Graph, policy: Policy, costs: Costs) -> dict[str, dict[str, float]]:
     """Latency → {kind of work that bounds it under this policy, the finer one where the table has it: the reference's nanoseconds when the
     table began}."""
+    header, foreseen = costs.table.header, costs.model.totals(policy)
     has = header.reference_ns
+    if not has:
+        return {}
     kind = working_set_of(graph.units, policy, header.cache_bytes)
-    works = {phase.resource: work(phase.name == "decode", kind, header.provider) for phase in workload.phases}
+    works = {
+        phase.resource: bound_of_phase(graph.units, policy, phase, kind, foreseen[phase.resource], has, header.provider)
+        for phase in costs.model.workload.phases
+    }
     finest = {name: FINER[bound] if FINER.get(bound) in has else bound for name, bound in works.items()}
-    return {name: {bound: has[bound]} for name, bound in finest.items()} if has else {}
+    return {name: {bound: has[bound]} for name, bound in finest.items()}
 
 
 def cut(
@@ -275,7 +282,7 @@ def cut(
         "training": training or "none: round-to-nearest of the model's weights",
     }
     if costs:
-        evidence["reference_ns"] = _references(source.graph, choice.policy, workload, costs.table.header)
+        evidence["reference_ns"] = _references(source.graph, choice.policy, costs)
         evidence["measured_on"] = costs.table.header.identity
     runtime = costs.table.header.runtime if costs else "not measured"
     return export_package(

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from toolchain.spec import CPU, CUDA, STREAMED_TOKEN, TOKEN, TOKENS
+from toolchain.spec import STREAMED_TOKEN, TOKEN, TOKENS
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class UnitRow:
     working_set "cached": the weights between two uses of the same unit fit the last-level cache; "streamed": they do not.
     latency_ms: median over n interleaved trials, corrected for the machine's drift by the reference; spread_ms: half the
     distance between the 10th and the 90th percentile. interpolation_error: |line between the neighbours on the grid − measured| /
-    measured; None at the ends of the grid and where one token is in flight, which is never interpolated.
+    measured; None at the ends of the grid and where one token is in flight, which is never interpolated. bound: the kind of work by
+    whose reference the time is brought to another speed (`bounds.py`); rows of before have none, and `work` says it.
     """
 
     op: str
@@ -59,6 +60,7 @@ class UnitRow:
     n: int
     valid: bool
     interpolation_error: float | None = None
+    bound: str = ""
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -92,7 +94,8 @@ class ModelRow:
 
     What the sum of its units leaves over is the remainder: attention, norms, cache, per-run overhead. latency_ms (the mean over processes
     of each one's median trial; n and spread_ms are of all their trials) is for one run:
-    a step of decoding with `past` positions in the cache, a prefill or an encoding of batch × tokens. working_set: as a unit's row has it.
+    a step of decoding with `past` positions in the cache, a prefill or an encoding of batch × tokens. working_set, bound: as a unit's
+    row has them.
     """
 
     model: str
@@ -108,6 +111,7 @@ class ModelRow:
     spread_ms: float
     n: int
     valid: bool
+    bound: str = ""
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -187,6 +191,7 @@ class Energy:
     step_s: float
     window_s: float
     meter_error: float
+    bound: str = ""
 
     def __post_init__(self) -> None:
         for name in ("energy_mj", "idle_mw", "run_ms", "n", "step_s", "window_s"):
@@ -249,23 +254,20 @@ KINDS: dict[str, type[Row]] = {
 }
 
 
-def at_speed(row: Row, speed: Mapping[str, float], provider: str = CPU) -> Row:
+def at_speed(row: Row, speed: Mapping[str, float]) -> Row:
     """The row as a machine would have shown it that takes `speed` times as long for this kind of work. Of energy, idle power's part grows
     with the time, and what is above it stays; memory stays whole."""
     if not isinstance(row, UnitRow | ModelRow | UnitEnergyRow | ModelEnergyRow):
         return row
-    factor = speed[work(row.one_token, row.working_set, provider)]
+    factor = speed[row.bound or work(row.one_token, row.working_set)]
     if isinstance(row, UnitRow | ModelRow):
         return replace(row, latency_ms=row.latency_ms * factor, spread_ms=row.spread_ms * factor)
     run_ms = row.run_ms * factor
     return replace(row, run_ms=run_ms, energy_mj=row.above_idle_mj + row.idle_mw * run_ms / 1e3)
 
 
-def work(one_token: bool, working_set: str, provider: str = CPU) -> str:
-    """What bounds such a run (`spec.WORKS`). A GPU is done with what its cache holds before the next kernel is launched, of one token or of
-    several."""
-    if provider == CUDA and working_set != "streamed":
-        return TOKEN
+def work(one_token: bool, working_set: str) -> str:
+    """What bounds such a run of CPUs (`spec.WORKS`)."""
     if not one_token:
         return TOKENS
     return STREAMED_TOKEN if working_set == "streamed" else TOKEN

@@ -122,6 +122,8 @@ def _typed(made: _Typed) -> _Typed:
         if item.type == "Mapping[str, float]":
             _times(item.name, value)
         names = value if item.name == "kernels" else value.values() if item.type == "Mapping[str, str]" else ()
+        if item.name == "bound" and value not in ("", *WORKS):
+            raise ValueError(f"bound {value!r} instead of one of {', '.join(WORKS)}")
         for name in (value,) if item.name == "kernel" else names:
             if name not in CATALOGUE:
                 raise ValueError(f"{item.name} {name!r} instead of a kernel of this version")

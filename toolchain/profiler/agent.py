@@ -40,7 +40,7 @@ import toolchain
 from toolchain.errors import BittailorError, DamagedFileError, InputError, MeterError, reason_of
 from toolchain.files import inside, write_atomic
 from toolchain.profiler import energy, gpu, meters, requests, state
-from toolchain.profiler.contention import Watch
+from toolchain.profiler.contention import Watch, cpu_count
 from toolchain.profiler.subjects import GRAPHS, SUBJECTS, References, Subject, Unit, singles_of
 from toolchain.session import open_session
 from toolchain.spec import CPU, CUDA
@@ -136,7 +136,7 @@ def identify(request: dict[str, Any]) -> dict[str, Any]:
         "cpu": f"{gpu.name()} with {cpu_name()}" if on_gpu else cpu_name(),
         "cache_bytes": gpu.cache_bytes() if on_gpu else last_level_cache_bytes(),
         "runtime": f"onnxruntime {onnxruntime.__version__}",
-        "protocol": f"{PROTOCOL}, launches" if on_gpu else PROTOCOL,
+        "protocol": f"{PROTOCOL}, launches, warm" if on_gpu else PROTOCOL,
         "providers": onnxruntime.get_available_providers(),
         "meters": meters.states(Path(request.get("sysfs", "/sys"))),
     }
@@ -273,7 +273,7 @@ def _warm_up(subjects: Sequence[Subject], seconds: float) -> None:
 
 def tolerated(provider: str) -> float:
     """Share of the CPUs that others may use in a window: BUSY where CPUs compute, all but two where they only hand work to a GPU."""
-    return BUSY if provider != CUDA else max(BUSY, 1 - 2 / (os.cpu_count() or 1))
+    return BUSY if provider != CUDA else max(BUSY, 1 - 2 / cpu_count())
 
 
 @dataclass(frozen=True)

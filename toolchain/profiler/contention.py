@@ -1,6 +1,7 @@
-"""Who else used the CPU: the machine's busy time less our own, from /proc/stat. Knows nothing of models.
+"""Who else used our CPUs: their busy time less our own, from /proc/stat. Knows nothing of models.
 
-Times come in 10 ms ticks, so a window should last 200 ms or more. By hand: a device has no psutil.
+Ours are those that this process may run on: on a machine whose cores are dealt out (taskset, a container with a cpuset), what happens on
+the others' does not count. Times come in 10 ms ticks, so a window should last 200 ms or more. By hand: a device has no psutil.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ _STAT = Path("/proc/stat")
 
 @dataclass(frozen=True)
 class Usage:
-    """Wall seconds, and the share (0 to 1) of all CPUs that others used meanwhile; None where the system does not tell."""
+    """Wall seconds, and the share (0 to 1) of our CPUs that others used meanwhile; None where the system does not tell."""
 
     seconds: float
     others: float | None
@@ -36,16 +37,29 @@ class Watch:
         if busy is None or self._busy is None or seconds <= 0:
             return Usage(seconds, None)
         others = (busy - self._busy) - (_own_seconds() - self._own)
-        return Usage(seconds, max(0.0, others) / (seconds * (os.cpu_count() or 1)))
+        return Usage(seconds, max(0.0, others) / (seconds * cpu_count()))
+
+
+def cpu_count() -> int:
+    """How many CPUs are ours."""
+    return len(_ours() or ()) or os.cpu_count() or 1
+
+
+def _ours() -> set[int] | None:
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    return affinity(0) if affinity else None
 
 
 def _busy_seconds() -> float | None:
-    """Seconds all CPUs together were not idle since boot: user, nice, system, irq, softirq and steal."""
+    """Seconds our CPUs together were not idle since boot: user, nice, system, irq, softirq and steal. Of all CPUs, where the system shows
+    no line for one of ours."""
     try:
-        fields = _STAT.read_text().split("\n", 1)[0].split()[1:]
-        ticks = [int(field) for field in fields]
-        return (ticks[0] + ticks[1] + ticks[2] + ticks[5] + ticks[6] + ticks[7]) / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, IndexError):
+        lines = {name: fields for name, *fields in map(str.split, _STAT.read_text().splitlines()) if name.startswith("cpu")}
+        ours = [f"cpu{number}" for number in _ours() or ()]
+        counted = ours if ours and lines.keys() >= set(ours) else ["cpu"]
+        ticks = [int(lines[name][place]) for name in counted for place in (0, 1, 2, 5, 6, 7)]
+        return sum(ticks) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError, KeyError):
         return None
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from toolchain.costs.operations import tokens_in_flight, working_set_of
+from toolchain.costs.operations import tokens_in_flight
 from toolchain.costs.rows import Energy, ModelEnergyRow, Row, UnitEnergyRow
 from toolchain.costs.table import CostTable
 from toolchain.errors import MeterError
@@ -23,7 +23,7 @@ from toolchain.profiler import unit_rows
 from toolchain.profiler.ask import Host, References
 from toolchain.profiler.measure import summarise
 from toolchain.profiler.meters import LEAST_WINDOW_S
-from toolchain.profiler.model_rows import EVERYWHERE, Anchor, Packages, label, subject
+from toolchain.profiler.model_rows import EVERYWHERE, Anchor, Packages, bound_of_model, label, subject
 from toolchain.profiler.unit_rows import Case
 from toolchain.spec import Phase, Policy, Unit, Workload
 
@@ -116,6 +116,7 @@ def measure_units(host: Host, meter: str, wanted: UnitsWanted) -> list[tuple[lis
         seen = answer["measured"][case.label]["run"]
         values = _values(answer, seen, case.copies)
         op, K, N = wanted.unit.shape
+        values["bound"] = unit_rows.bound(wanted.unit, case, values["run_ms"], seen["reference_ns"], host)
         row = UnitEnergyRow(op=op, K=K, N=N, kernel=case.kernel, tokens=case.tokens, working_set=case.working_set, **values)
         made.append(([row], seen["reference_ns"]))
     return made
@@ -131,6 +132,8 @@ def measure_model(
     made: list[tuple[list[Row], References]] = []
     for phase in wanted.phases:
         seen = answer["measured"][anchor.label][label(phase)]
+        values = _values(answer, seen, 1)
+        kind, bound = bound_of_model(host, graph, anchor, phase, cache_bytes, values["run_ms"], seen["reference_ns"])
         row = ModelEnergyRow(
             model=graph.fingerprint,
             phase=phase.name,
@@ -140,8 +143,9 @@ def measure_model(
             layers=anchor.layers,
             policy=anchor.name,
             units=dict(anchor.policy),
-            working_set=working_set_of(graph.units, anchor.policy, cache_bytes),
-            **_values(answer, seen, 1),
+            working_set=kind,
+            bound=bound,
+            **values,
         )
         made.append(([row], seen["reference_ns"]))
     return made

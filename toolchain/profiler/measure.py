@@ -132,7 +132,7 @@ def weigh_package(folder: Path, workload: Workload, host: Host, vocabulary: int)
 class EnergyOfPackage:
     """What a meter saw of one inference, in mJ: all of it, and what idle power leaves; idle power, the meter, its relative error.
 
-    phases: of each phase of one inference, medians of both and of the reference's nanoseconds by kind of work.
+    phases: of each phase of one inference, medians of both, of one run's time and of the reference's nanoseconds by kind of work.
     """
 
     total: Measurement
@@ -173,6 +173,7 @@ def measure_energy(
     phases = {
         phase.name: {
             **{kind: times * median(found[kind]) for kind in ("energy_mj", "above_idle_mj")},
+            "run_ms": median(found["run_ms"]),
             "reference_ns": {work: median(trials) for work, trials in found["reference_ns"].items()},
         }
         for phase, (times, found) in zip(workload.phases, seen, strict=True)

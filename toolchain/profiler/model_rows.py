@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from toolchain.costs.bounds import bound_of_phase
 from toolchain.costs.operations import working_set_of
-from toolchain.costs.rows import ModelMemoryRow, ModelRow, Row, work
+from toolchain.costs.rows import ModelMemoryRow, ModelRow, Row
 from toolchain.costs.table import CostTable
 from toolchain.graph.assemble import assemble
 from toolchain.graph.layers import layer_of, units_within
@@ -189,9 +190,9 @@ class Sessions:
         rows: list[Row] = []
         first = answers[0]["reference_ns"]
         for item in self.wanted:
-            kind = working_set_of(units_within(self.graph.units, item.anchor.layers), item.anchor.policy, self.cache_bytes)
             for phase in item.times:
-                bound = work(phase.name == "decode", kind, self.host.device.provider)
+                run_ms = median(trial[label(phase)] for trial in answers[0]["trials"][item.anchor.label]) / 1e6
+                kind, bound = bound_of_model(self.host, self.graph, item.anchor, phase, self.cache_bytes, run_ms, first)
                 sessions = []
                 for answer in answers:
                     speed = median(first[bound]) / median(answer["reference_ns"][bound]) / 1e6
@@ -213,9 +214,20 @@ class Sessions:
                         spread_ms=seen.spread,
                         n=seen.n,
                         valid=seen.valid,
+                        bound=bound,
                     )
                 )
         return rows
+
+
+def bound_of_model(
+    host: Host, graph: Graph, anchor: Anchor, phase: Phase, cache_bytes: int, run_ms: float, references: References
+) -> tuple[str, str]:
+    """(its working set, what bounds one run of the phase that took so long while the references took theirs)."""
+    units = units_within(graph.units, anchor.layers)
+    kind = working_set_of(units, anchor.policy, cache_bytes)
+    meanwhile = {work: median(times) for work, times in references.items()}
+    return kind, bound_of_phase(units, anchor.policy, phase, kind, run_ms, meanwhile, host.device.provider)
 
 
 def weigh(host: Host, graph: Graph, workload: Workload, wanted: Wanted, packages: Packages) -> list[Row]:

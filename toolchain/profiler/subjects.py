@@ -16,7 +16,7 @@ import numpy as np
 
 from toolchain.decoding import open_generator
 from toolchain.profiler.energy import Run
-from toolchain.profiler.phases import DecoderPhases, EncoderDecoderPhases, EncoderPhases, step_times_ns, stepped
+from toolchain.profiler.phases import UNTIMED, DecoderPhases, EncoderDecoderPhases, EncoderPhases, step_times_ns, stepped
 from toolchain.session import memory_of, open_session, token_feeds
 from toolchain.spec import CPU, CUDA, FINER, STREAMED_TOKEN, TOKEN, TOKENS
 
@@ -37,8 +37,8 @@ class Powered(Protocol):
 
 class Unit:
     """A one-unit graph: a trial is a run over all its copies. One token in flight: a second run is timed, which finds the caches as a
-    model's next token does; several are bound by arithmetic, and the first will do. Input and outputs stay in the provider's memory, as
-    between the units of a model."""
+    model's next token does; several are bound by arithmetic, and the first will do, except on a GPU (`UNTIMED`). Input and outputs stay
+    in the provider's memory, as between the units of a model."""
 
     def __init__(self, subject: dict[str, Any], threads: int, shared_pool: bool) -> None:
         import onnxruntime
@@ -47,7 +47,7 @@ class Unit:
         self._session = open_session(Path(subject["folder"]), threads, provider, shared_pool)
         rng = np.random.default_rng(0)
         value = self._session.get_inputs()[0]
-        self._untimed = int(subject["tokens"] == 1)
+        self._untimed = max(int(subject["tokens"] == 1), UNTIMED.get(provider, 0))
         if value.type == "tensor(int64)":
             feed = rng.integers(0, subject["rows"], subject["tokens"])
         else:
@@ -79,15 +79,18 @@ class Generate:
     somebody else held up for ten times as long would tell of them."""
 
     def __init__(self, subject: dict[str, Any], threads: int, shared_pool: bool) -> None:
-        self._new = int(subject["new_tokens"])
+        self._new, provider = int(subject["new_tokens"]), subject.get("provider", CPU)
         self._decoder = open_generator(
-            Path(subject["folder"]), threads, subject["tokens"], self._new, shared_pool, provider=subject.get("provider", CPU)
+            Path(subject["folder"]), threads, subject["tokens"], self._new, shared_pool, provider=provider
         )
+        self._untimed = UNTIMED.get(provider, 0)
         self._ids = np.random.default_rng(0).integers(0, subject["rows"], subject["tokens"])
         self.steps_ns: list[float] = []
         """Of the last trial, each step."""
 
     def trial(self) -> dict[str, float]:
+        for _ in range(self._untimed):
+            self._decoder.prefill(self._ids).argmax()
         start = time.perf_counter_ns()
         token = int(self._decoder.prefill(self._ids).argmax())
         middle = time.perf_counter_ns()
@@ -120,11 +123,17 @@ class Encode:
     """An encoder: a trial is one inference of [batch, tokens]."""
 
     def __init__(self, subject: dict[str, Any], threads: int, shared_pool: bool) -> None:
-        self._session = open_session(Path(subject["folder"]), threads, subject.get("provider", CPU), shared_pool)
+        provider = subject.get("provider", CPU)
+        self._session, self._untimed = (
+            open_session(Path(subject["folder"]), threads, provider, shared_pool),
+            UNTIMED.get(provider, 0),
+        )
         ids = np.random.default_rng(0).integers(0, subject["rows"], (subject["batch"], subject["tokens"]))
         self._feeds = token_feeds(self._session, ids)
 
     def trial(self) -> dict[str, float]:
+        for _ in range(self._untimed):
+            self._session.run(None, self._feeds)
         start = time.perf_counter_ns()
         self._session.run(None, self._feeds)
         return {"encode_ns": time.perf_counter_ns() - start}

@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
+from toolchain.costs.bounds import bound_of_unit
 from toolchain.costs.operations import tokens_in_flight, working_set
 from toolchain.costs.rows import MemoryRow, Row, UnitRow, with_interpolation_errors
 from toolchain.costs.table import CostTable
@@ -132,7 +133,17 @@ def measure(host: Host, unit: Unit, times: Sequence[Case], memory: Sequence[Case
                 assert seen.value is not None
                 assert seen.spread is not None
                 rows.append(
-                    UnitRow(*unit.shape, case.kernel, case.tokens, case.working_set, seen.value, seen.spread, seen.n, seen.valid)
+                    UnitRow(
+                        *unit.shape,
+                        kernel=case.kernel,
+                        tokens=case.tokens,
+                        working_set=case.working_set,
+                        latency_ms=seen.value,
+                        spread_ms=seen.spread,
+                        n=seen.n,
+                        valid=seen.valid,
+                        bound=bound(unit, case, seen.value, references, host),
+                    )
                 )
         for case in memory:
             peak = host.peak(subjects[case.label])["peak_bytes"]
@@ -140,6 +151,12 @@ def measure(host: Host, unit: Unit, times: Sequence[Case], memory: Sequence[Case
                 MemoryRow(*unit.shape, case.kernel, peak / case.copies, packed_bytes(unit, CATALOGUE[case.kernel]), case.copies)
             )
     return rows, references
+
+
+def bound(unit: Unit, case: Case, run_ms: float, references: References, host: Host) -> str:
+    """What bounds one execution that took so long while the references took theirs."""
+    meanwhile = {work: median(times) for work, times in references.items()}
+    return bound_of_unit(unit, case.kernel, case.tokens, case.working_set, run_ms, meanwhile, host.device.provider)
 
 
 def subject(unit: Unit, case: Case, folder: Path) -> dict[str, Any]:
