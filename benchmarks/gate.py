@@ -143,7 +143,7 @@ def copy_of(package: Package, to: Path, **changes: Any) -> Path:
     shutil.rmtree(to, ignore_errors=True)
     shutil.copytree(package.directory, to)
     kept = {name: value for name, value in package.data.items() if name not in ("format", "files")}
-    write_manifest(to, {**kept, **changes})
+    write_manifest(to, {**kept, **changes}, tuple(package.units.values()))
     return to
 
 
@@ -237,7 +237,7 @@ def pair_of(bench: Bench, graph: Graph, work: Path, changes: dict[str, Any]) -> 
         for path in graph.companions():
             shutil.copyfile(path, folder / path.name)
         kept = {name: value for name, value in bench.package.data.items() if name not in ("format", "files")}
-        write_manifest(folder, {**kept, **changes, "policy": dict(swapped.items())})
+        write_manifest(folder, {**kept, **changes, "policy": dict(swapped.items())}, graph.units)
         return folder
 
     tries = {kernel: made(kernel) for kernel in candidates(unit, working_kernels())}

@@ -177,10 +177,10 @@ def test_a_slow_machine_is_no_proof_against_a_package(tmp_path, monkeypatch, nam
         "predicted": None,
     }
     manifest["reference_ns"] = {"latency_ms": {"token": 10.0}}
-    write_manifest(tmp_path, {**manifest, "measured_on": here})
+    write_manifest(tmp_path, {**manifest, "measured_on": here}, ())
     assert acceptance.check_package(tmp_path, load("local"), {}).verdict == expected
     if name == "low" and valid:  # another machine has no such excuse
-        write_manifest(tmp_path, {**manifest, "measured_on": {**here, "cpu": "another"}})
+        write_manifest(tmp_path, {**manifest, "measured_on": {**here, "cpu": "another"}}, ())
         assert acceptance.check_package(tmp_path, load("local"), {}).verdict == "over"
 
 

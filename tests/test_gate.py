@@ -239,7 +239,7 @@ def _written(folder: Path, kind: str, **changes: Any) -> Path:
         _word_tokenizer(folder)
     model = {"vocabulary": 4096 if kind == "decoder" else 8, "kind": kind, "context": 48, "source": "gone"}
     manifest = {"model": model, "workload": "generate:2+2" if kind == "decoder" else "encode:1x4", "policy": {}, "predicted": None}
-    write_manifest(folder, {**manifest, "budget": {"latency_ms": 5.0}, **changes})
+    write_manifest(folder, {**manifest, "budget": {"latency_ms": 5.0}, **changes}, ())
     return folder
 
 

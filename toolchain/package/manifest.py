@@ -119,7 +119,7 @@ class Package:
         return found
 
 
-def write_manifest(directory: Path, data: Mapping[str, Any], units: Sequence[Unit] = ()) -> None:
+def write_manifest(directory: Path, data: Mapping[str, Any], units: Sequence[Unit]) -> None:
     """Write the manifest of a folder whose other files are complete; adds the format, the units, every file's sha256 and the digest."""
     files = {path.name: sha256(path) for path in sorted(directory.iterdir()) if path.name != FILE_NAME}
     shapes = {unit.name: {"op": unit.op, "K": unit.K, "N": unit.N, "node": unit.node} for unit in units}
