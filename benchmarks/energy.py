@@ -1,12 +1,12 @@
 """Does the cost table predict energy? Random policies, predicted against measured; one package measured again and again; and Zeus beside.
 
     python benchmarks/energy.py MODEL --device DEVICE [--workload generate:64+32] [--policies 20] [--repeats 5] [--zeus 5]
-                                [--trials 2] [--window S] --work DIR [--json FILE] [--report]
+                                [--trials 2] [--window S] --work DIR [--readings DIR] [--json FILE] [--report]
 
 Profiles the model first, if the table in --work lacks rows, energy rows among them: the device must have a meter. Everything that was
-measured is kept in --work, package by package, so a killed run goes on. Energy is that of one whole inference of the workload, in mJ, idle
-power included: what `predict` predicts and `check` measures, by the same protocol (`toolchain/profiler/energy.py`), each in a process of
-its own.
+measured is kept in --readings (default: --work), package by package, so a killed run goes on. Energy is that of one whole inference of the
+workload, in mJ, idle power included: what `predict` predicts and `check` measures, by the same protocol (`toolchain/profiler/energy.py`),
+each in a process of its own.
 
     predicted     measured / predicted of every policy; the share within 10% (goal: 90 of 100) and the rank correlation. Twice: as it was
                   measured, and at the speed the machine had when the table began (by the reference in the same windows: of a package
@@ -16,8 +16,8 @@ its own.
     Zeus          the same window, read by our meter and by Zeus at the same two moments, of the first policy's package run back to back in
                   this process (goal: within 2%). Without the package `zeus` (pip install zeus) the column is null, with the reason.
 
---report: measure nothing, and report what --work holds so far; on any machine. --kernels: only the model's unit shapes by kernel, from the
-table in --work (or `profiles`).
+--report: measure nothing, and report what is kept so far; on any machine. What README shows: --work profiles --readings
+benchmarks/readings --report. --kernels: only the model's unit shapes by kernel, from the table in --work (or `profiles`).
 """
 
 from __future__ import annotations
@@ -207,6 +207,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--trials", type=int, default=2, help="windows of each phase of a policy")
     parser.add_argument("--window", type=float, default=0.0, metavar="S", help="seconds (default: the meter's least)")
     parser.add_argument("--work", type=Path, required=True, help="keep the cost table and the measurements here")
+    parser.add_argument("--readings", type=Path, help="keep the measurements here instead")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     parser.add_argument("--kernels", action="store_true", help="print the units' energy by kernel, and do nothing else")
     parser.add_argument("--json", type=Path)
@@ -232,7 +233,7 @@ def main(words: list[str] | None = None) -> None:
         bits = np.linspace(2.1, 7.9, arguments.policies)
         policies = {f"policy {number}": random_policy(graph, costs, value, rng) for number, value in enumerate(bits)}
         predicted = {name: costs.totals(policy)["energy_mj"] for name, policy in policies.items()}
-        kept = arguments.work / f"energy-1-{graph.fingerprint[:12]}-{costs.workload}-{arguments.policies}.json".replace(":", "-")
+        kept = (arguments.readings or arguments.work) / f"energy-1-{graph.fingerprint[:12]}-{costs.workload}-{arguments.policies}.json".replace(":", "-")
         done: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {"policies": {}, "repeats": [], "zeus": []}
         if not arguments.report:
             _measure(host, graph, costs.workload, policies, arguments, done, kept)

@@ -34,7 +34,8 @@ class FastHost:
     ) -> dict[str, Any]:
         self.timed += [subject["name"] for subject in subjects]
         trials = {item["name"]: [dict.fromkeys(_labels(item), 1e6)] * 7 for item in subjects}
-        answer = {"trials": trials, "reference_ns": dict.fromkeys(WORKS, [1e5] * 7), "dropped": 0, "valid": True, "niceness": 0}
+        answer = {"trials": trials, "reference_ns": dict.fromkeys(WORKS, [1e5] * 7), "dropped": 0, "valid": True}
+        answer["niceness"] = -20 if first else 0
         tails = {item["name"]: dict.fromkeys(_labels(item), 1.5e6) for item in subjects}
         return answer | ({"quantiles": tails} if quantile else {})
 

@@ -209,6 +209,18 @@ def test_energy_over_its_limit_on_a_slow_machine_may_be_idle_power(slowness, tot
     assert acceptance._excused(held, {"encode": _phase(total_mj, 20.0, slowness)}, {})[0] == held[0]
 
 
+@pytest.mark.parametrize(
+    ("limit", "error", "expected"),
+    [(102.0, None, "within"), (102.0, 0.005, "within"), (102.0, 0.05, "could not tell"), (106.1, 0.05, "within")]
+    + [(98.0, None, "over"), (98.0, 0.05, "could not tell"), (94.0, 0.05, "over")],
+)
+def test_a_meters_error_is_no_noise_that_more_trials_take_out(limit, error, expected):
+    seen = _measured(99, 99.5, 100, 100, 100.5, 101)
+    (held,) = decide(Budget.from_json({"energy_mj": limit}), {"energy_mj": seen}, {"energy_mj": error})
+    assert held.verdict == expected
+    assert ("meter" in held.reason) == (expected == "could not tell")
+
+
 def test_a_users_budget_that_has_a_derived_ones_name_is_the_users(tmp_path):
     """Derived limits are held at the table's speed, a user's as measured."""
     from toolchain.commands.workflow import find_budget

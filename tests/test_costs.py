@@ -195,6 +195,15 @@ def test_a_tied_pair_of_one_kernel_is_packed_once() -> None:
     assert once > 0
 
 
+@given(costs=st.lists(st.floats(1e-9, 1e9), min_size=2, max_size=20), rng=st.randoms(use_true_random=False))
+def test_a_prediction_is_the_same_in_whatever_order_it_is_added_up(costs: list[float], rng: random.Random) -> None:
+    """Byte-identical packages rest on it: Python 3.11 and 3.12 add up differently."""
+    rows = {f"u{place}": {"w4g32": cost} for place, cost in enumerate(costs)}
+    shuffled = dict(rng.sample(list(rows.items()), len(rows)))
+    policy = dict.fromkeys(rows, "w4g32")
+    assert by_hand({"latency_ms": rows}).totals(policy) == by_hand({"latency_ms": shuffled}).totals(policy)
+
+
 def test_the_spread_is_the_largest_error_with_which_the_others_predict_a_mixed_model() -> None:
     table = board_table()
     off = next(row for row in table.of(ModelRow) if row.policy == "mixed-3" and row.phase == "decode")

@@ -290,6 +290,23 @@ def test_the_report_of_a_check_is_a_baseline(package: Path, tmp_path: Path, cli:
     assert cli("check", package, "--baseline", tmp_path / "lighter.json").code == 1
 
 
+def test_a_package_without_a_budget_is_held_against_its_baseline_alone(
+    package: Path, tmp_path: Path, cli: Any, fast: FastHost
+) -> None:
+    (tmp_path / "report.json").write_text(cli("check", package, "--latency-ms", 5, "--json").out)
+    bare = _written(package, "decoder", budget=None)
+    assert "budget" in cli("check", bare).error
+    found = cli("check", bare, "--baseline", tmp_path / "report.json", "--json")
+    assert found.code == 0, found.err
+    assert {one["name"].partition(" / ")[2] for one in found.json["limits"]} == {"baseline"}
+
+
+def test_a_device_in_service_keeps_its_order(package: Path, cli: Any, fast: FastHost) -> None:
+    for words, niceness in ((), -20), (("--no-precedence",), 0):
+        said = cli("check", package, "--json", *words).json
+        assert {block["niceness"] for block in said["blocks"]} == {niceness}
+
+
 def test_a_baseline_of_something_else_is_refused(package: Path, tmp_path: Path, cli: Any, fast: FastHost) -> None:
     report = tmp_path / "report.json"
     said = cli("check", package, "--json").json

@@ -347,6 +347,14 @@ def test_a_companion_that_is_a_link_is_not_published(place: Path, tmp_path: Path
         Graph.open(place / "graph").companions()
 
 
+def test_what_happens_to_lie_beside_a_graph_is_not_published(place: Path) -> None:
+    before = Graph.open(place / "graph").companions()
+    for name in ("ready", ".DS_Store", "id_ed25519", "model.onnx.data.swp"):
+        (place / "graph" / name).write_text("secret")
+    (place / "graph" / "merges.txt").write_text("a b")
+    assert Graph.open(place / "graph").companions() == sorted([*before, place / "graph" / "merges.txt"])
+
+
 def test_a_graph_that_is_a_link_out_of_its_folder(place: Path, tmp_path: Path) -> None:
     (place / "graph" / "model.onnx").rename(tmp_path / "model.onnx")
     (place / "graph" / "model.onnx").symlink_to(tmp_path / "model.onnx")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 from toolchain.blocks import Block, bounds, closest, middle, ratio_bounds, spent
 from toolchain.errors import InputError
@@ -44,13 +45,16 @@ _COUNTS = frozenset({"compute_flop"})  # counted, not sampled
 _STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 
 
-def decide(budget: Budget, measurements: Mapping[str, Measurement]) -> list[Verdict]:
+def decide(
+    budget: Budget, measurements: Mapping[str, Measurement], errors: Mapping[str, float | None] = MappingProxyType({})
+) -> list[Verdict]:
     """One verdict per limit of the budget, in the order of RESOURCES; empty for a budget without limits.
 
     A resource that is absent, null, invalid or not finite gives "could not tell" with the reason. Memory is held by its largest
     trial (several fresh processes: the limit is on the peak), compute by its count, latency and energy by `median_interval`.
+    errors: resource → how far its meter may be off, relative, on every trial alike; the interval is wider by that at both ends.
     """
-    return [_hold(name, limit, measurements.get(name)) for name, limit in budget.limits.items()]
+    return [_hold(name, limit, measurements.get(name), errors.get(name) or 0.0) for name, limit in budget.limits.items()]
 
 
 def hold_latency(name: str, limit: float, blocks: Sequence[Block], look: int, speed: tuple[str, float] | None = None) -> Verdict:
@@ -156,7 +160,7 @@ def exit_code(verdict: str) -> int:
     return _EXIT_CODES[verdict]
 
 
-def _hold(name: str, limit: float, measurement: Measurement | None) -> Verdict:
+def _hold(name: str, limit: float, measurement: Measurement | None, error: float) -> Verdict:
     if measurement is None or measurement.value is None:
         reason = (measurement.reason if measurement else "") or "not measured"
         return Verdict(name, limit, None, None, None, COULD_NOT_TELL, reason)
@@ -174,9 +178,12 @@ def _hold(name: str, limit: float, measurement: Measurement | None) -> Verdict:
         return Verdict(name, limit, value, None, None, COULD_NOT_TELL, f"{len(trials)} trials were kept, 2 are the least")
     else:
         low, high = median_interval(trials)
+        low, high = low * (1 - error), high * (1 + error)
     if high <= limit:
         return Verdict(name, limit, value, low, high, WITHIN)
     if low > limit:
         return Verdict(name, limit, value, low, high, OVER)
+    if low / (1 - error) > limit or high / (1 + error) <= limit:
+        return Verdict(name, limit, value, low, high, COULD_NOT_TELL, f"its meter may be off by {error:.1%}; leave more room")
     reason = f"the limit lies inside the interval of {len(trials)} trials; take more on a quieter machine, or leave more room"
     return Verdict(name, limit, value, low, high, COULD_NOT_TELL, reason)

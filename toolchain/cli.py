@@ -189,6 +189,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--least-seconds", type=float, default=0.0, metavar="S", help="time at least so long: for a report that is to be a baseline"
     )
+    sub.add_argument(
+        "--no-precedence",
+        action="store_true",
+        help="do not go before the device's other processes, as a superuser's check else does: for a device in service",
+    )
 
     sub = command(
         "verify",

@@ -88,9 +88,11 @@ def check_package(
     patience: Patience = _USUAL,
     baseline: Path | None = None,
     quality: QualityLimits = _NO_QUALITY,
+    precedence: bool = True,
 ) -> Checked:
     """Hold a package against its budget, or the limits given instead: quality and memory first, then its latency process by process until
-    each limit is decided (`deciding.py`). baseline: an earlier report that its latency and memory are compared with."""
+    each limit is decided (`deciding.py`). baseline: an earlier report that its latency and memory are compared with. precedence: its
+    processes go before the device's others where the system lets them."""
     package = open_package(directory)
     if package.provider != device.provider:
         raise InputError(
@@ -98,7 +100,7 @@ def check_package(
             f"type: bittailor export MODEL --device {device.name} --out PACKAGE",
         )
     budget = Budget.from_json(limits) if limits else package.budget
-    if budget is None and quality.given:
+    if budget is None and (quality.given or baseline):
         budget = Budget()
     if budget is None:
         raise InputError("expected a package with a budget or limits, got neither", "type for example: --latency-ms 20")
@@ -121,7 +123,7 @@ def check_package(
     log.lap("peak_memory_bytes")
     speeds = _speeds(package, machine) if not limits else {}
     decided = decide_in_looks(
-        lambda: measure_block(*what, tail=budget.latency_p95_ms is not None),
+        lambda: measure_block(*what, tail=budget.latency_p95_ms is not None, first=precedence),
         lambda blocks, look: _latencies(budget, blocks, look, speeds) + _against(earlier, blocks, look, package),
         patience,
     )
@@ -129,7 +131,8 @@ def check_package(
     energy_mj, energy = _energy(package, host, budget)
     log.lap("energy_mj")
     measurements = {**_measured(decided.blocks), "peak_memory_bytes": peak, **_counted(package), "energy_mj": energy_mj}
-    verdicts = _in_order(budget, measurements, decided.verdicts) + qualities
+    error = energy.meter_error if energy else None
+    verdicts = _in_order(budget, measurements, decided.verdicts, error) + qualities
     verdicts = _excused(verdicts, energy.phases if energy else {}, _speeds(package, machine))
     if earlier:
         verdicts.append(check.hold_peak_ratio(peak, earlier.peak_bytes))
@@ -150,9 +153,12 @@ def check_package(
     )
 
 
-def _in_order(budget: Budget, measurements: Mapping[str, Measurement], timed: Sequence[Verdict]) -> list[Verdict]:
+def _in_order(
+    budget: Budget, measurements: Mapping[str, Measurement], timed: Sequence[Verdict], meter_error: float | None
+) -> list[Verdict]:
     """The limits of a budget in its order, those on latency as they were timed; then what else was timed."""
-    found = {verdict.name: verdict for verdict in (*check.decide(budget, measurements), *timed)}
+    held = check.decide(budget, measurements, {"energy_mj": meter_error})
+    found = {verdict.name: verdict for verdict in (*held, *timed)}
     return [found.pop(name) for name in budget.limits] + list(found.values())
 
 
@@ -174,8 +180,10 @@ def judged_again(package: Package, report: Mapping[str, Any]) -> tuple[Verdict, 
     slowness = _all_slowness(blocks, speeds)
     if report["slowness"] != slowness:
         raise ValueError(f"slowness {report['slowness']}, its references give {slowness}")
-    held = _in_order(budget, measured, _latencies(budget, blocks, int(report["decision"]["looks"]), speeds))
-    phases = (report["energy"] or {}).get("phases", {})
+    energy = report["energy"] or {}
+    timed = _latencies(budget, blocks, int(report["decision"]["looks"]), speeds)
+    held = _in_order(budget, measured, timed, energy.get("meter_error"))
+    phases = energy.get("phases", {})
     return tuple(_excused(held, phases, _speeds(package, report["machine"])))
 
 

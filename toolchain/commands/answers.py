@@ -281,6 +281,7 @@ def check(arguments: Namespace) -> Answer:
         Patience(least, most),
         Path(arguments.baseline) if arguments.baseline else None,
         quality,
+        precedence=not arguments.no_precedence,
     )
     data = {"package": arguments.package, "device": arguments.device, **checked.to_json()}
     data["evidence"]["command"] = arguments.command_line
@@ -317,6 +318,8 @@ def verify(arguments: Namespace) -> Answer:
     from toolchain.package.manifest import open_package
     from toolchain.report import table
 
+    if arguments.digest and arguments.public_key:
+        raise InputError("expected --digest or --public-key, got both", "a digest is of the files alone, a signature is of the sealed report")
     if arguments.digest:
         digest = open_package(Path(arguments.package)).digest
         return Answer({"package": arguments.package, "digest": digest}, digest)

@@ -76,12 +76,12 @@ class CostModel:
 
     def _total(self, resource: str, policy: Mapping[str, str]) -> float:
         cost = self.per_unit[resource]
-        total = self.fixed[resource] + sum(cost[unit.name][policy[unit.name]] for unit in self.units)
+        parts = [self.fixed[resource], *(cost[unit.name][policy[unit.name]] for unit in self.units)]
         for tie in self.ties:
             first, second = (policy[name] for name in tie.units)
             if first == second:
-                total -= tie.savings.get(first, {}).get(resource, 0.0)
-        return total
+                parts.append(-tie.savings.get(first, {}).get(resource, 0.0))
+        return math.fsum(parts)  # rounded once: how sum() rounds changed with Python 3.12, and the same policy gives the same manifest
 
     def renamed(self, names: Mapping[str, str]) -> CostModel:
         """The same costs of kernels under other names; those without one are left out."""

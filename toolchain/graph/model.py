@@ -19,6 +19,7 @@ from toolchain.session import MODEL_FILES
 from toolchain.spec import Unit
 
 DESCRIPTION = "graph.json"
+_COMPANIONS = frozenset({".json", ".txt", ".model", ".jinja"})  # what tokenizers and generation settings are kept in
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,10 @@ class Graph:
         write_atomic(self.directory / DESCRIPTION, json.dumps(data, indent=1) + "\n")
 
     def companions(self) -> list[Path]:
-        """Files that a package carries besides the model: tokenizer and generation settings, by name. Raises InputError for a link out of
-        the folder: what it leads to would be published."""
-        own = {DESCRIPTION, *self.files, "model.onnx.data"}
-        return sorted(
-            inside(self.directory, path.name) for path in self.directory.iterdir() if path.is_file() and path.name not in own
-        )
+        """Files that a package carries besides the model: tokenizer and generation settings, by name and kind; what else happens to lie
+        in the folder is not published. Raises InputError for a link out of the folder: what it leads to would be."""
+        found = (path for path in self.directory.iterdir() if path.is_file() and path.suffix in _COMPANIONS)
+        return sorted(inside(self.directory, path.name) for path in found if path.name != DESCRIPTION)
 
     @property
     def files(self) -> tuple[str, ...]:

@@ -102,10 +102,16 @@ def measure_package(folder: Path, workload: Workload, host: Host, vocabulary: in
 
 
 def measure_block(
-    folder: Path, workload: Workload, host: Host, vocabulary: int, tail: bool = False, windows: int = BLOCK_WINDOWS
+    folder: Path,
+    workload: Workload,
+    host: Host,
+    vocabulary: int,
+    tail: bool = False,
+    windows: int = BLOCK_WINDOWS,
+    first: bool = True,
 ) -> Block:
-    """One process that times a package, before others where the system lets it. tail: the 95th percentile of single runs too."""
-    answer = host.time([subject("package", folder, workload, vocabulary)], windows, 0.95 if tail else 0.0, True)
+    """One process that times a package. tail: the 95th percentile of single runs too. first: before others, where the system lets it."""
+    answer = host.time([subject("package", folder, workload, vocabulary)], windows, 0.95 if tail else 0.0, first)
     trials = answer["trials"]["package"]
     quantile = answer.get("quantiles", {}).get("package", {}).get(_DECODE if workload.kind == "generate" else _ENCODE)
     return Block.from_json(
