@@ -233,7 +233,9 @@ def main(words: list[str] | None = None) -> None:
         bits = np.linspace(2.1, 7.9, arguments.policies)
         policies = {f"policy {number}": random_policy(graph, costs, value, rng) for number, value in enumerate(bits)}
         predicted = {name: costs.totals(policy)["energy_mj"] for name, policy in policies.items()}
-        kept = (arguments.readings or arguments.work) / f"energy-1-{graph.fingerprint[:12]}-{costs.workload}-{arguments.policies}.json".replace(":", "-")
+        kept = (
+            arguments.readings or arguments.work
+        ) / f"energy-1-{graph.fingerprint[:12]}-{costs.workload}-{arguments.policies}.json".replace(":", "-")
         done: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {"policies": {}, "repeats": [], "zeus": []}
         if not arguments.report:
             _measure(host, graph, costs.workload, policies, arguments, done, kept)

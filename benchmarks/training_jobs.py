@@ -149,13 +149,19 @@ def heldout_windows(arguments: argparse.Namespace) -> np.ndarray:
 
 
 @torch.no_grad()
-def quality(supernet: Supernet, policies: Mapping[str, Policy], windows: np.ndarray) -> dict[str, tuple[float, float]]:
-    """(perplexity, KL to fp32 in nats per token) of each. Windows share a batch unless a kernel quantises activations per tensor."""
+def quality(
+    supernet: Supernet,
+    policies: Mapping[str, Policy],
+    windows: np.ndarray,
+    weights: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
+) -> dict[str, tuple[float, float]]:
+    """(perplexity, KL to fp32 in nats per token) of each. Windows share a batch unless a kernel quantises activations per tensor.
+    weights: what stands in place of those that the supernet would make for each, as `Supernet.weights` returns them."""
     if any(CATALOGUE[name].activation == "int8_tensor" for policy in policies.values() for name in policy.values()):
         batch = 1
     else:  # a CPU takes longer for large tensors, which it has to ask memory for each time
         batch = 32 if supernet.device.type == "cuda" else 4
-    made = {name: supernet.weights(policy) for name, policy in policies.items()}
+    made = weights or {name: supernet.weights(policy) for name, policy in policies.items()}
     sums = {name: torch.zeros(2, dtype=torch.float64) for name in policies}
     for ids in torch.from_numpy(windows).to(supernet.device).split(batch):
         teacher = torch.log_softmax(supernet.teacher(ids)[:, :-1].float(), -1)

@@ -211,8 +211,15 @@ def test_energy_over_its_limit_on_a_slow_machine_may_be_idle_power(slowness, tot
 
 @pytest.mark.parametrize(
     ("limit", "error", "expected"),
-    [(102.0, None, "within"), (102.0, 0.005, "within"), (102.0, 0.05, "could not tell"), (106.1, 0.05, "within")]
-    + [(98.0, None, "over"), (98.0, 0.05, "could not tell"), (94.0, 0.05, "over")],
+    [
+        (102.0, None, "within"),
+        (102.0, 0.005, "within"),
+        (102.0, 0.05, "could not tell"),
+        (106.1, 0.05, "within"),
+        (98.0, None, "over"),
+        (98.0, 0.05, "could not tell"),
+        (94.0, 0.05, "over"),
+    ],
 )
 def test_a_meters_error_is_no_noise_that_more_trials_take_out(limit, error, expected):
     seen = _measured(99, 99.5, 100, 100, 100.5, 101)

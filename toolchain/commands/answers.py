@@ -319,7 +319,9 @@ def verify(arguments: Namespace) -> Answer:
     from toolchain.report import table
 
     if arguments.digest and arguments.public_key:
-        raise InputError("expected --digest or --public-key, got both", "a digest is of the files alone, a signature is of the sealed report")
+        raise InputError(
+            "expected --digest or --public-key, got both", "a digest is of the files alone, a signature is of the sealed report"
+        )
     if arguments.digest:
         digest = open_package(Path(arguments.package)).digest
         return Answer({"package": arguments.package, "digest": digest}, digest)

@@ -81,7 +81,9 @@ class CostModel:
             first, second = (policy[name] for name in tie.units)
             if first == second:
                 parts.append(-tie.savings.get(first, {}).get(resource, 0.0))
-        return math.fsum(parts)  # rounded once: how sum() rounds changed with Python 3.12, and the same policy gives the same manifest
+        return math.fsum(
+            parts
+        )  # rounded once: how sum() rounds changed with Python 3.12, and the same policy gives the same manifest
 
     def renamed(self, names: Mapping[str, str]) -> CostModel:
         """The same costs of kernels under other names; those without one are left out."""

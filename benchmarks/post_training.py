@@ -1,0 +1,284 @@
+"""What a model loses that nobody trains further: every post-training method of the sources, at the same mean bits, in perplexity.
+
+    python benchmarks/post_training.py run --text TRAIN... --heldout TEXT --out DIR [--model pocket-llama-6m] [--seeds 3] [--windows 0]
+    python benchmarks/post_training.py report --out DIR --results results
+
+    PTQ, min-max      algorithm 1 of the PTQ/QAT study, by group (arXiv:2411.06084)
+    PTQ, MSE          the same with each group's range where the squared error is least: what its theorem of the optimal scale promises
+    … and γ           its scaling factor: every unit's outputs get their second moment again (equation 18)
+    log quantiser     its powers of two (equation 8), by group; no kernel of the runtime has them
+    GPTQ              column by column (arXiv:2210.17323)
+    closed form       GPTQ's weights at the bits of b* = ½ log₂(α σ²/λ) (its theorem 8). α: what the unit costs alone at 3 bits, per weight
+                      and variance; so b* knows of one measurement a unit, where the solver knows of one for each width
+    solver            GPTQ's weights at the bits of the exact solver, by what each unit costs alone at each width
+
+Weights and, as the kernels do at run time, activations to 8 bits; groups of 32; embedding and head too. Mean bits are of the codes of all
+units. A seed draws the calibration windows; rows that use none have no spread. Held-out windows of 256 tokens. DIR keeps every cell, so a
+run that was killed goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import torch
+import training_jobs as jobs
+
+from toolchain.costs.model import CostModel
+from toolchain.files import write_atomic
+from toolchain.graph.build import resolve
+from toolchain.graph.model import Graph
+from toolchain.kernels import CATALOGUE, mean_bits, uniform
+from toolchain.policy import sensitivity
+from toolchain.policy.solver import solve
+from toolchain.profiler.agent import cpu_name
+from toolchain.quantize.allocation import allocate, rounded
+from toolchain.quantize.fake import fake_quantise
+from toolchain.quantize.gptq import compensated
+from toolchain.quantize.post_training import gamma, log_quantise
+from toolchain.report import table
+from toolchain.spec import Budget, Kernel, Policy, Unit, Workload
+from toolchain.supernet.loading import load_model
+from toolchain.supernet.model import Supernet
+from toolchain.supernet.starts import input_moments, search
+from toolchain.train.quality import scorer
+
+KERNELS = {2: "w2g32", 3: "w3g32", 4: "w4g32", 8: "w8g32"}
+MEANS = (2, 2.5, 3, 3.5, 4, 8)
+ANCHOR = 3
+"""Bits at which the closed form's α is measured."""
+SCORED = 16
+"""Calibration windows on which sensitivities are measured."""
+
+Make = Callable[[torch.Tensor, Kernel, torch.Tensor], torch.Tensor]
+"""(weight [N, K], kernel, moments of its inputs [K, K]) → ŵ [N, K]."""
+
+
+def _min_max(weight: torch.Tensor, kernel: Kernel, moments: torch.Tensor) -> torch.Tensor:
+    return fake_quantise(weight, kernel)
+
+
+def _mse(weight: torch.Tensor, kernel: Kernel, moments: torch.Tensor) -> torch.Tensor:
+    return fake_quantise(weight, kernel, *search(weight, kernel))
+
+
+def _log(weight: torch.Tensor, kernel: Kernel, moments: torch.Tensor) -> torch.Tensor:
+    return log_quantise(weight, kernel)
+
+
+def _gptq(weight: torch.Tensor, kernel: Kernel, moments: torch.Tensor) -> torch.Tensor:
+    low, high = search(weight, kernel, moments.diagonal())
+    return fake_quantise(compensated(weight, moments, kernel, low, high), kernel, low, high)
+
+
+def scaled(make: Make) -> Make:
+    """The method with γ folded into the scales."""
+
+    def made(weight: torch.Tensor, kernel: Kernel, moments: torch.Tensor) -> torch.Tensor:
+        rounded_to = make(weight, kernel, moments)
+        return gamma(weight, rounded_to, moments) * rounded_to
+
+    return made
+
+
+UNIFORM: dict[str, Make] = {
+    "PTQ, min-max": _min_max,
+    "PTQ, min-max, and γ": scaled(_min_max),
+    "PTQ, MSE": _mse,
+    "PTQ, MSE, and γ": scaled(_mse),
+    "log quantiser": _log,
+    "log quantiser, and γ": scaled(_log),
+    "GPTQ": _gptq,
+    "GPTQ, and γ": scaled(_gptq),
+}
+CALIBRATED = ("γ", "GPTQ")
+MIXED = ("closed form", "solver")
+
+
+class Bench:
+    """The model, its units' moments on a seed's calibration windows, and the weights that methods make of them."""
+
+    def __init__(self, arguments: argparse.Namespace, seed: int) -> None:
+        graph = Graph.open(arguments.out / "graph")
+        model = load_model(resolve(arguments.model))
+        self.units = graph.units
+        self.net = Supernet(model, self.units, tuple(KERNELS.values()), seed=0, start=False)
+        drawn = np.random.default_rng(seed).permutation(np.load(arguments.out / "train.npy"))[: jobs.CALIBRATION].astype(np.int64)
+        self.calibration, self.heldout = drawn, jobs.heldout_windows(arguments)
+        self.moments = input_moments(model, self.units, torch.from_numpy(drawn))
+        self._made: dict[tuple[str, str, str], torch.Tensor] = {}
+
+    @torch.no_grad()
+    def weights(self, method: str, policy: Mapping[str, str]) -> dict[str, torch.Tensor]:
+        """Parameter of the model → what the method makes of it under the policy's kernels; of fp32 the weight itself."""
+        return {
+            f"{module}.weight": self._weight(method, unit, module, policy[unit.name])
+            for unit in self.units
+            for module in unit.modules
+        }
+
+    def _weight(self, method: str, unit: Unit, module: str, name: str) -> torch.Tensor:
+        weight = self.net.model.get_submodule(module).get_parameter("weight").detach()
+        if not CATALOGUE[name].quantised:
+            return weight
+        # γ of an embedding is of the rows it hands out; of GPTQ's a tied head's inputs say what counts.
+        own = unit.op == "MatMul" or method == "GPTQ"
+        key = (method if own else f"{method} rows", self.net.owner(module), name)
+        if key not in self._made:
+            moments = self.moments[module] if own and module in self.moments else torch.eye(weight.shape[1])
+            self._made[key] = UNIFORM[method](weight, CATALOGUE[name], moments)
+        return self._made[key]
+
+    def quality(self, method: str, policy: Policy) -> tuple[float, float]:
+        """(perplexity, KL to fp32 in nats per token)."""
+        return jobs.quality(self.net, {"": policy}, self.heldout, {"": self.weights(method, policy)})[""]
+
+    def losses(self) -> dict[str, dict[str, float]]:
+        """unit → kernel → KL on calibration windows with this unit alone in GPTQ's weights."""
+        score = scorer(self.net, self.calibration[:SCORED])
+        self.net.weights = lambda policy: self.weights("GPTQ", policy)  # type: ignore[method-assign]
+        full = Policy.of({unit.name: "fp32" for unit in self.units})
+        return sensitivity.measure(score, self.units, {unit.name: tuple(KERNELS.values()) for unit in self.units}, full)
+
+
+def closed_form(bench: Bench, losses: Mapping[str, Mapping[str, float]], bits: float) -> Policy:
+    """The theorem's bits, rounded to those there are."""
+    sizes = {unit.name: unit.parameters for unit in bench.units}
+    variance = {unit.name: _variance(bench, unit) for unit in bench.units}
+    alpha = {name: losses[name][KERNELS[ANCHOR]] * 4**ANCHOR / (variance[name] * sizes[name]) for name in sizes}
+    chosen = rounded(allocate(alpha, variance, sizes, bits), sizes, bits, tuple(KERNELS))
+    return Policy.of({name: KERNELS[width] for name, width in chosen.items()})
+
+
+def _variance(bench: Bench, unit: Unit) -> float:
+    rows = torch.cat([bench.net.model.get_submodule(module).get_parameter("weight") for module in unit.modules])
+    return float(rows.detach().double().var())
+
+
+def solved(bench: Bench, losses: Mapping[str, Mapping[str, float]], bits: float) -> Policy:
+    """The exact solver's policy of least loss whose codes take no more bits on average."""
+    names = tuple(KERNELS.values())
+    bytes_of = {unit.name: {name: unit.parameters * CATALOGUE[name].weight_bits / 8 for name in names} for unit in bench.units}
+    costs = CostModel(
+        units=bench.units,
+        kernels={unit.name: names for unit in bench.units},
+        per_unit={"peak_memory_bytes": bytes_of},
+        fixed={"peak_memory_bytes": 0.0},
+        ties=(),
+        relative_spread={"peak_memory_bytes": 0.0},
+        workload=Workload.parse("generate:64+32"),
+        device="mean bits",
+    )
+    limit = bits / 8 * sum(unit.parameters for unit in bench.units)
+    return solve(costs, losses, Budget(peak_memory_bytes=limit)).policy
+
+
+def run(arguments: argparse.Namespace) -> None:
+    jobs.prepare(arguments)
+    kept = arguments.out / "cells.json"
+    cells: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
+    for seed in range(arguments.seeds):
+        wanted = [
+            (method, bits) for method in UNIFORM for bits in KERNELS if seed == 0 or any(word in method for word in CALIBRATED)
+        ]
+        wanted += [(method, bits) for method in MIXED for bits in MEANS]
+        wanted += [("fp32", 32)] if seed == 0 else []
+        wanted = [(method, bits) for method, bits in wanted if f"{method} {bits} {seed}" not in cells]
+        if not wanted:
+            continue
+        bench = Bench(arguments, seed)
+        about = setup(arguments, bench)
+        if any(cells.get("setup", about)[name] != about[name] for name in ("model", "heldout", "tokens")):
+            raise SystemExit(f"expected cells of {about} in {kept}, got those of {cells['setup']}: take another --out")
+        losses: dict[str, dict[str, float]] = {}
+        for number, (method, bits) in enumerate(wanted, 1):
+            begin = time.monotonic()
+            if method in MIXED:
+                losses = losses or bench.losses()
+                policy = (closed_form if method == "closed form" else solved)(bench, losses, bits)
+            else:
+                policy = uniform(KERNELS.get(int(bits), "fp32"), bench.units)
+            perplexity, distance = bench.quality("GPTQ" if method in (*MIXED, "fp32") else method, policy)
+            cell = {"method": method, "bits": bits, "seed": seed, "perplexity": perplexity, "kl": distance}
+            cell |= {"mean_bits": mean_bits(policy, bench.units), "seconds": time.monotonic() - begin}
+            cells[f"{method} {bits} {seed}"] = cell
+            write_atomic(kept, json.dumps({**cells, "setup": about}, indent=1) + "\n")
+            print(f"seed {seed}, {number}/{len(wanted)}: {method} at {bits} bits: {perplexity:.2f}", file=sys.stderr, flush=True)
+
+
+def setup(arguments: argparse.Namespace, bench: Bench) -> dict[str, Any]:
+    """What a table's first lines say."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "model": arguments.model,
+        "heldout": Path(arguments.heldout).name,
+        "tokens": int(bench.heldout[:, 1:].size),
+        "seeds": arguments.seeds,
+        "device": f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}",
+        "commit": commit,
+    }
+
+
+def report(arguments: argparse.Namespace) -> None:
+    cells = json.loads((arguments.out / "cells.json").read_text())
+    about = cells.pop("setup")
+    full = cells["fp32 32 0"]["perplexity"]
+    rows = []
+    for method in (*UNIFORM, *MIXED):
+        row: dict[str, Any] = {"method": method}
+        for bits in MEANS:
+            seen = [cell for cell in cells.values() if (cell["method"], cell["bits"]) == (method, bits)]
+            row[f"{bits:g} bits"] = spread([cell["perplexity"] for cell in seen])
+        spent = [cell["seconds"] for cell in cells.values() if cell["method"] == method]
+        row["s"] = f"{mean(spent):.0f}" if spent else "–"
+        rows.append(row)
+    text = f"{about['model']}, perplexity on {about['heldout']} ({about['tokens']} tokens), fp32 {full:.2f}\n"
+    text += f"{about['device']}, commit {about['commit']}\n\n"
+    text += table(rows, list(rows[0]), markdown=True) + "\n"
+    arguments.results.mkdir(exist_ok=True)
+    write_atomic(arguments.results / "post_training.md", text)
+    write_atomic(
+        arguments.results / "post_training.json", json.dumps({"setup": about, "cells": [*cells.values()]}, indent=1) + "\n"
+    )
+    print(text)
+
+
+def spread(values: list[float]) -> str:
+    """Mean ± half the range; – of nothing."""
+    if not values:
+        return "–"
+    digits = 2 if mean(values) < 1000 else 0
+    return f"{mean(values):.{digits}f}" + (f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    for act in (run, report):
+        sub = commands.add_parser(act.__name__)
+        sub.set_defaults(act=act)
+        sub.add_argument("--out", type=Path, required=True)
+        if act is report:
+            sub.add_argument("--results", type=Path, default=Path("results"))
+            continue
+        sub.add_argument("--text", nargs="+", type=Path, required=True)
+        sub.add_argument("--heldout", type=Path, required=True)
+        sub.add_argument("--model", default="pocket-llama-6m")
+        sub.add_argument("--seeds", type=int, default=3)
+        sub.add_argument("--windows", type=int, default=0, help="held-out windows to measure on (0: all)")
+    arguments = parser.parse_args()
+    arguments.act(arguments)
+
+
+if __name__ == "__main__":
+    main()
