@@ -106,18 +106,19 @@ def main() -> None:
     for name in arguments.tasks:
         for seed in range(arguments.seeds):
             place = arguments.out / f"{name}-{seed}"
-            if not (place / "scores.json").is_file():
+            kept = place / "scores.json"
+            about: dict[str, Any] = {"model": arguments.model.resolve().name, "seed": seed, "epochs": arguments.epochs}
+            about |= {"lr": arguments.lr, "batch": arguments.batch}
+            if not kept.is_file():
                 begin = time.monotonic()
                 place.mkdir(parents=True, exist_ok=True)
                 scores = finetuned(arguments, TASKS[name], seed, place)
-                about = {
-                    "seconds": time.monotonic() - begin,
-                    "epochs": arguments.epochs,
-                    "lr": arguments.lr,
-                    "batch": arguments.batch,
-                }
-                write_atomic(place / "scores.json", json.dumps({**about, "scores": scores}, indent=1) + "\n")
-            print(name, seed, json.loads((place / "scores.json").read_text())["scores"])
+                how = {"seconds": time.monotonic() - begin, "on": arguments.on, "torch": torch.__version__}
+                write_atomic(kept, json.dumps({**about, **how, "scores": scores}, indent=1) + "\n")
+            found = json.loads(kept.read_text())
+            if other := [word for word in about if found[word] != about[word]]:
+                raise SystemExit(f"expected {other[0]} {about[other[0]]} in {kept}, got {found[other[0]]}: take another --out")
+            print(name, seed, found["scores"])
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 
     PTQ, min-max      algorithm 1 of the PTQ/QAT study, by group (arXiv:2411.06084)
     PTQ, MSE          the same with each group's range where the squared error is least: what its theorem of the optimal scale promises
-    … and γ           its scaling factor: every unit's outputs get their second moment again (equation 18)
+    … and γ           its scaling factor: the outputs of every layer get their second moment again (equation 18); of an embedding, its rows
     log quantiser     its powers of two (equation 8), by group; no kernel of the runtime has them
     GPTQ              column by column (arXiv:2210.17323)
     closed form       GPTQ's weights at the bits of b* = ½ log₂(α σ²/λ) (its theorem 8). α: what the unit costs alone at 3 bits, per weight
@@ -13,8 +13,8 @@
     solver            GPTQ's weights at the bits of the exact solver, by what each unit costs alone at each width
 
 Weights and, as the kernels do at run time, activations to 8 bits; groups of 32; embedding and head too. Mean bits are of the codes of all
-units. A seed draws the calibration windows; rows that use none have no spread. Held-out windows of 256 tokens. DIR keeps every cell, so a
-run that was killed goes on.
+units; where widths do not add up to a column's, the mean that was reached stands behind. A seed draws the calibration windows; rows that
+use none have no spread. Held-out windows of 256 tokens. DIR keeps every cell with what it was made by, so a run that was killed goes on.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ import json
 import platform
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import mean
@@ -35,7 +34,7 @@ import torch
 import training_jobs as jobs
 
 from toolchain.costs.model import CostModel
-from toolchain.files import write_atomic
+from toolchain.files import sha256, write_atomic
 from toolchain.graph.build import resolve
 from toolchain.graph.model import Graph
 from toolchain.kernels import CATALOGUE, mean_bits, uniform
@@ -61,7 +60,8 @@ SCORED = 16
 """Calibration windows on which sensitivities are measured."""
 
 Make = Callable[[torch.Tensor, Kernel, torch.Tensor], torch.Tensor]
-"""(weight [N, K], kernel, moments of its inputs [K, K]) → ŵ [N, K]."""
+"""(weight [N, K], kernel, moments of its inputs [K, K]) → ŵ [N, K]. An embedding has no inputs: where a head shares its tensor, the head's
+count for it, as in training (`starts.input_moments`)."""
 
 
 def _min_max(weight: torch.Tensor, kernel: Kernel, moments: torch.Tensor) -> torch.Tensor:
@@ -81,28 +81,13 @@ def _gptq(weight: torch.Tensor, kernel: Kernel, moments: torch.Tensor) -> torch.
     return fake_quantise(compensated(weight, moments, kernel, low, high), kernel, low, high)
 
 
-def scaled(make: Make) -> Make:
-    """The method with γ folded into the scales."""
-
-    def made(weight: torch.Tensor, kernel: Kernel, moments: torch.Tensor) -> torch.Tensor:
-        rounded_to = make(weight, kernel, moments)
-        return gamma(weight, rounded_to, moments) * rounded_to
-
-    return made
-
-
-UNIFORM: dict[str, Make] = {
-    "PTQ, min-max": _min_max,
-    "PTQ, min-max, and γ": scaled(_min_max),
-    "PTQ, MSE": _mse,
-    "PTQ, MSE, and γ": scaled(_mse),
-    "log quantiser": _log,
-    "log quantiser, and γ": scaled(_log),
-    "GPTQ": _gptq,
-    "GPTQ, and γ": scaled(_gptq),
-}
+PLAIN: dict[str, Make] = {"PTQ, min-max": _min_max, "PTQ, MSE": _mse, "log quantiser": _log, "GPTQ": _gptq}
+SCALED = ", and γ"
+UNIFORM = [f"{method}{more}" for method in PLAIN for more in ("", SCALED)]
 CALIBRATED = ("γ", "GPTQ")
 MIXED = ("closed form", "solver")
+SETUP = ("model", "heldout_sha256", "text_sha256", "tokens")
+"""What all cells of a folder have in common."""
 
 
 class Bench:
@@ -131,13 +116,14 @@ class Bench:
         weight = self.net.model.get_submodule(module).get_parameter("weight").detach()
         if not CATALOGUE[name].quantised:
             return weight
-        # γ of an embedding is of the rows it hands out; of GPTQ's a tied head's inputs say what counts.
-        own = unit.op == "MatMul" or method == "GPTQ"
-        key = (method if own else f"{method} rows", self.net.owner(module), name)
+        plain = method.removesuffix(SCALED)
+        key = (plain, self.net.owner(module), name)
+        rows = torch.eye(weight.shape[1])
+        moments = self.moments.get(module, rows)
         if key not in self._made:
-            moments = self.moments[module] if own and module in self.moments else torch.eye(weight.shape[1])
-            self._made[key] = UNIFORM[method](weight, CATALOGUE[name], moments)
-        return self._made[key]
+            self._made[key] = PLAIN[plain](weight, CATALOGUE[name], moments)
+        made = self._made[key]
+        return made if method == plain else gamma(weight, made, moments if unit.op == "MatMul" else rows) * made
 
     def quality(self, method: str, policy: Policy) -> tuple[float, float]:
         """(perplexity, KL to fp32 in nats per token)."""
@@ -156,7 +142,7 @@ def closed_form(bench: Bench, losses: Mapping[str, Mapping[str, float]], bits: f
     sizes = {unit.name: unit.parameters for unit in bench.units}
     variance = {unit.name: _variance(bench, unit) for unit in bench.units}
     alpha = {name: losses[name][KERNELS[ANCHOR]] * 4**ANCHOR / (variance[name] * sizes[name]) for name in sizes}
-    chosen = rounded(allocate(alpha, variance, sizes, bits), sizes, bits, tuple(KERNELS))
+    chosen = rounded(allocate(alpha, variance, sizes, bits, max(KERNELS)), sizes, bits, tuple(KERNELS))
     return Policy.of({name: KERNELS[width] for name, width in chosen.items()})
 
 
@@ -198,11 +184,10 @@ def run(arguments: argparse.Namespace) -> None:
             continue
         bench = Bench(arguments, seed)
         about = setup(arguments, bench)
-        if any(cells.get("setup", about)[name] != about[name] for name in ("model", "heldout", "tokens")):
+        if any(cells.get("setup", about)[name] != about[name] for name in SETUP):
             raise SystemExit(f"expected cells of {about} in {kept}, got those of {cells['setup']}: take another --out")
         losses: dict[str, dict[str, float]] = {}
         for number, (method, bits) in enumerate(wanted, 1):
-            begin = time.monotonic()
             if method in MIXED:
                 losses = losses or bench.losses()
                 policy = (closed_form if method == "closed form" else solved)(bench, losses, bits)
@@ -210,7 +195,7 @@ def run(arguments: argparse.Namespace) -> None:
                 policy = uniform(KERNELS.get(int(bits), "fp32"), bench.units)
             perplexity, distance = bench.quality("GPTQ" if method in (*MIXED, "fp32") else method, policy)
             cell = {"method": method, "bits": bits, "seed": seed, "perplexity": perplexity, "kl": distance}
-            cell |= {"mean_bits": mean_bits(policy, bench.units), "seconds": time.monotonic() - begin}
+            cell |= {"mean_bits": mean_bits(policy, bench.units), "device": about["device"], "commit": about["commit"]}
             cells[f"{method} {bits} {seed}"] = cell
             write_atomic(kept, json.dumps({**cells, "setup": about}, indent=1) + "\n")
             print(f"seed {seed}, {number}/{len(wanted)}: {method} at {bits} bits: {perplexity:.2f}", file=sys.stderr, flush=True)
@@ -222,6 +207,8 @@ def setup(arguments: argparse.Namespace, bench: Bench) -> dict[str, Any]:
     return {
         "model": arguments.model,
         "heldout": Path(arguments.heldout).name,
+        "heldout_sha256": sha256(arguments.heldout),
+        "text_sha256": [sha256(path) for path in arguments.text],
         "tokens": int(bench.heldout[:, 1:].size),
         "seeds": arguments.seeds,
         "device": f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}",
@@ -239,11 +226,12 @@ def report(arguments: argparse.Namespace) -> None:
         for bits in MEANS:
             seen = [cell for cell in cells.values() if (cell["method"], cell["bits"]) == (method, bits)]
             row[f"{bits:g} bits"] = spread([cell["perplexity"] for cell in seen])
-        spent = [cell["seconds"] for cell in cells.values() if cell["method"] == method]
-        row["s"] = f"{mean(spent):.0f}" if spent else "–"
+            reached = [cell["mean_bits"] for cell in seen]
+            if any(abs(each - bits) > 0.005 for each in reached):
+                row[f"{bits:g} bits"] += f" ({mean(reached):.2f})"
         rows.append(row)
     text = f"{about['model']}, perplexity on {about['heldout']} ({about['tokens']} tokens), fp32 {full:.2f}\n"
-    text += f"{about['device']}, commit {about['commit']}\n\n"
+    text += "; ".join(sorted({f"{cell['device']}, commit {cell['commit']}" for cell in cells.values()})) + "\n\n"
     text += table(rows, list(rows[0]), markdown=True) + "\n"
     arguments.results.mkdir(exist_ok=True)
     write_atomic(arguments.results / "post_training.md", text)

@@ -192,19 +192,25 @@ def test_a_busy_cpu_is_no_busy_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         ("encode", "bert", "onnxruntime.InferenceSession.run"),
         ("encoder phases", "bert", "onnxruntime.InferenceSession.run"),
         ("encoder-decoder phases", "t5", "toolchain.decoding.EncoderDecoder.prefill"),
+        ("unit", "", "onnxruntime.InferenceSession.run_with_iobinding"),
     ],
 )
 def test_no_first_run_is_timed_on_a_gpu(
-    kind: str, name: str, counted: str, graphs: Callable[[str], Graph], monkeypatch: pytest.MonkeyPatch
+    kind: str, name: str, counted: str, graphs: Callable[[str], Graph], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before each timed run as many as the provider asks for; here the CPU asks, in the place of a GPU that need not be there."""
-    graph, workload = graphs(name), Workload.parse("encode:2x8" if name == "bert" else "generate:8+2")
-    prefills = [phase for phase in workload.phases if phase.name != "decode"]
-    what = (
-        model_rows.subject(graph, "m", graph.directory, prefills)
-        if kind.endswith("phases")
-        else measure.subject("m", graph.directory, workload, graph.vocabulary)
-    )
+    if kind == "unit":
+        kernel = CATALOGUE["w4g32"]
+        write_one_unit(UNITS["MatMul"], kernel, random_weights(UNITS["MatMul"], kernel), 2, tmp_path)
+        what: dict[str, Any] = {"folder": str(tmp_path), "tokens": 8, "rows": 48}
+    else:
+        graph, workload = graphs(name), Workload.parse("encode:2x8" if name == "bert" else "generate:8+2")
+        prefills = [phase for phase in workload.phases if phase.name != "decode"]
+        what = (
+            model_rows.subject(graph, "m", graph.directory, prefills)
+            if kind.endswith("phases")
+            else measure.subject("m", graph.directory, workload, graph.vocabulary)
+        )
     whose, _, method = counted.rpartition(".")
     owner = pkgutil.resolve_name(whose)
     real, runs = getattr(owner, method), []

@@ -342,14 +342,14 @@ def test_names_that_are_none_inside(tmp_path: Path, name: str) -> None:
 def test_a_companion_that_is_a_link_is_not_published(place: Path, tmp_path: Path) -> None:
     """What lies beside a graph goes into every package cut from it."""
     (tmp_path / "private_key").write_text("secret")
-    (place / "graph" / "notes.txt").symlink_to(tmp_path / "private_key")
+    (place / "graph" / "merges.txt").symlink_to(tmp_path / "private_key")
     with refused("inside"):
         Graph.open(place / "graph").companions()
 
 
 def test_what_happens_to_lie_beside_a_graph_is_not_published(place: Path) -> None:
     before = Graph.open(place / "graph").companions()
-    for name in ("ready", ".DS_Store", "id_ed25519", "model.onnx.data.swp"):
+    for name in ("ready", ".DS_Store", "id_ed25519", "model.onnx.data.swp", "credentials.json", "notes.md"):
         (place / "graph" / name).write_text("secret")
     (place / "graph" / "merges.txt").write_text("a b")
     assert Graph.open(place / "graph").companions() == sorted([*before, place / "graph" / "merges.txt"])

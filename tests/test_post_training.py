@@ -70,38 +70,59 @@ def test_gamma_of_what_became_nothing_is_one() -> None:
 
 @given(
     worth=st.lists(st.tuples(st.floats(1e-6, 1e6), st.floats(1e-6, 1e3), st.integers(1, 10**6)), min_size=1, max_size=12),
-    bits=st.floats(0.5, 12),
+    bits=st.floats(0.5, 8),
 )
 def test_the_allocation_is_the_theorems_and_spends_the_budget(worth: list[tuple[float, float, int]], bits: float) -> None:
     alpha, variance, sizes = ({f"l{place}": row[part] for place, row in enumerate(worth)} for part in range(3))
-    found = allocate(alpha, variance, sizes, bits)
+    found = allocate(alpha, variance, sizes, bits, 8.0)
     total = sum(sizes.values())
     assert sum(sizes[name] * each for name, each in found.items()) == pytest.approx(bits * total, rel=1e-9)
-    prices = [alpha[name] * variance[name] / 4**each for name, each in found.items() if each > 0]
-    assert max(prices) == pytest.approx(min(prices), rel=1e-6)  # b = ½ log₂(α σ² / λ) with one λ
-    assert all(alpha[name] * variance[name] <= min(prices) * (1 + 1e-6) for name, each in found.items() if each == 0)
+    prices = {name: alpha[name] * variance[name] / 4**each for name, each in found.items()}
+    inner = [prices[name] for name, each in found.items() if 0 < each < 8]
+    assert max(inner, default=1.0) == pytest.approx(min(inner, default=1.0), rel=1e-6)  # b = ½ log₂(α σ² / λ) with one λ
+    price = inner[0] if inner else None
+    for name, each in found.items() if price else ():
+        assert each > 0 or prices[name] <= price * (1 + 1e-6), "worth more than what got bits"
+        assert each < 8 or prices[name] >= price * (1 - 1e-6), "worth less than what got no more"
 
 
 def test_four_times_the_worth_is_one_bit_more() -> None:
-    found = allocate({"a": 4.0, "b": 1.0}, {"a": 1.0, "b": 1.0}, {"a": 10, "b": 10}, 4.0)
+    found = allocate({"a": 4.0, "b": 1.0}, {"a": 1.0, "b": 1.0}, {"a": 10, "b": 10}, 4.0, 8.0)
     assert found == {"a": pytest.approx(4.5), "b": pytest.approx(3.5)}
 
 
+def test_what_the_widest_cannot_take_goes_to_the_others() -> None:
+    assert allocate({"a": 4.0**9, "b": 1.0}, {"a": 1.0, "b": 1.0}, {"a": 10, "b": 10}, 6.0, 8.0) == {
+        "a": 8.0,
+        "b": pytest.approx(4.0),
+    }
+
+
+OFFERED = (2, 3, 4, 8)
+
+
 @given(wanted=st.lists(st.tuples(st.floats(0, 12), st.integers(1, 1000)), min_size=1, max_size=10), bits=st.floats(2, 9))
-def test_rounded_bits_are_offered_and_keep_the_budget(wanted: list[tuple[float, int]], bits: float) -> None:
+def test_rounded_bits_are_offered_and_no_layer_could_have_more(wanted: list[tuple[float, int]], bits: float) -> None:
     each = {f"l{place}": row[0] for place, row in enumerate(wanted)}
     sizes = {f"l{place}": row[1] for place, row in enumerate(wanted)}
-    found = rounded(each, sizes, bits, (2, 3, 4, 8))
-    assert set(found.values()) <= {2, 3, 4, 8}
-    assert sum(sizes[name] * width for name, width in found.items()) <= bits * sum(sizes.values()) * (1 + 1e-9)
-    nearest = {name: min((2, 3, 4, 8), key=lambda width, one=one: (abs(width - one), width)) for name, one in each.items()}
-    if sum(sizes[name] * width for name, width in nearest.items()) <= bits * sum(sizes.values()):
-        assert found == nearest
+    found = rounded(each, sizes, bits, OFFERED)
+    assert set(found.values()) <= set(OFFERED)
+    left = bits * sum(sizes.values()) - sum(sizes[name] * width for name, width in found.items())
+    assert left >= -1e-6
+    for name, width in found.items():
+        wider = min((other for other in OFFERED if other > width), default=None)
+        assert wider is None or sizes[name] * (wider - width) > left - 1e-6
+
+
+def test_who_wants_least_of_a_step_goes_down_and_who_wants_most_goes_up() -> None:
+    sizes = {"a": 1, "b": 1, "c": 1}
+    assert rounded({"a": 3.4, "b": 2.9, "c": 3.6}, sizes, 3, OFFERED) == {"a": 3, "b": 3, "c": 3}  # nearest: 3, 3, 4
+    assert rounded({"a": 2.4, "b": 2.1, "c": 2.3}, sizes, 7 / 3, OFFERED) == {"a": 3, "b": 2, "c": 2}  # nearest: 2, 2, 2
 
 
 def test_what_cannot_be_allocated_is_refused() -> None:
     with pytest.raises(ValueError, match="costs something"):
-        allocate({"a": 0.0}, {"a": 1.0}, {"a": 1}, 4)
+        allocate({"a": 0.0}, {"a": 1.0}, {"a": 1}, 4, 8.0)
     with pytest.raises(ValueError, match="2 bits or more"):
         rounded({"a": 1.0}, {"a": 1}, 1.5, (2, 4))
-    assert math.isclose(allocate({"a": 0.0, "b": 1.0}, {"a": 1.0, "b": 1.0}, {"a": 1, "b": 1}, 3)["b"], 6.0)
+    assert math.isclose(allocate({"a": 0.0, "b": 1.0}, {"a": 1.0, "b": 1.0}, {"a": 1, "b": 1}, 3, 8.0)["b"], 6.0)

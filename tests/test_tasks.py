@@ -19,8 +19,8 @@ from toolchain.evaluate.tasks import TASKS, Example
 FILES = {
     "sst2": (
         "dev.tsv",
-        'a film of "parts"\t1\nnot this \x85 one\t0\n',
-        [Example('a film of "parts"', 1), Example("not this \x85 one", 0)],
+        'a film of "parts"\t1\nnot \r this \x85 one\t0\n',
+        [Example('a film of "parts"', 1), Example("not \r this \x85 one", 0)],
     ),
     "cola": ("in_domain_dev.tsv", "gj04\t0\t*\tThey rode breeze the.\r\n", [Example("They rode breeze the.", 0)]),
     "mrpc": (
@@ -92,6 +92,8 @@ def test_metrics_of_numbers() -> None:
     assert bent["pearson"] < 0.99
     assert task.headline(bent) == pytest.approx((bent["pearson"] + 1) / 2)
     assert task.score(labels, np.ones((4, 1))) == {"pearson": 0.0, "spearman": 0.0}
+    with pytest.raises(InputError, match="example 2"):
+        task.score(labels, np.array([[0.0], [1.0], [np.nan], [2.0]]))
     with pytest.raises(InputError, match=r"\[4, 1\] for stsb, got \[4, 2\]"):
         task.score(labels, np.ones((4, 2)))
 
@@ -132,8 +134,8 @@ def test_each_sentence_gets_the_models_own_answer(classifier: Path, models: Call
 
 
 def test_what_has_no_head_for_sentences_is_refused(graphs: Callable[..., Any], classifier: Path, tmp_path: Path) -> None:
-    for name in ("llama", "bert"):
-        folder = copied(graphs(name).directory, tmp_path / name)
+    for name, head in (("llama", ""), ("bert", ""), ("bert", "BertForQuestionAnswering")):
+        folder = copied(graphs(name, head).directory, tmp_path / f"{name}{head}")
         (folder / "tokenizer.json").write_bytes((classifier / "tokenizer.json").read_bytes())
         with pytest.raises(InputError, match="head"):
             outputs(folder, SENTENCES[:1])

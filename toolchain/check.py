@@ -177,13 +177,13 @@ def _hold(name: str, limit: float, measurement: Measurement | None, error: float
     elif len(trials) < 2:
         return Verdict(name, limit, value, None, None, COULD_NOT_TELL, f"{len(trials)} trials were kept, 2 are the least")
     else:
-        low, high = median_interval(trials)
-        low, high = low * (1 - error), high * (1 + error)
+        near = median_interval(trials)
+        low, high = near[0] * max(0.0, 1 - error), near[1] * (1 + error)
+        if low <= limit < high and not near[0] <= limit < near[1]:
+            return Verdict(name, limit, value, low, high, COULD_NOT_TELL, f"its meter may be off by {error:.1%}; leave more room")
     if high <= limit:
         return Verdict(name, limit, value, low, high, WITHIN)
     if low > limit:
         return Verdict(name, limit, value, low, high, OVER)
-    if low / (1 - error) > limit or high / (1 + error) <= limit:
-        return Verdict(name, limit, value, low, high, COULD_NOT_TELL, f"its meter may be off by {error:.1%}; leave more room")
     reason = f"the limit lies inside the interval of {len(trials)} trials; take more on a quieter machine, or leave more room"
     return Verdict(name, limit, value, low, high, COULD_NOT_TELL, reason)

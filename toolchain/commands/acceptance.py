@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -181,6 +182,8 @@ def judged_again(package: Package, report: Mapping[str, Any]) -> tuple[Verdict, 
     if report["slowness"] != slowness:
         raise ValueError(f"slowness {report['slowness']}, its references give {slowness}")
     energy = report["energy"] or {}
+    if not 0 <= (energy.get("meter_error") or 0.0) < inf:
+        raise ValueError(f"meter_error {energy['meter_error']!r}")
     timed = _latencies(budget, blocks, int(report["decision"]["looks"]), speeds)
     held = _in_order(budget, measured, timed, energy.get("meter_error"))
     phases = energy.get("phases", {})
@@ -241,12 +244,16 @@ def _excused(
 
 
 def _against(earlier: Baseline | None, blocks: Sequence[Block], look: int, package: Package) -> list[Verdict]:
-    """The look-th look at each latency against the baseline's."""
+    """The look-th look at each latency against the baseline's. One side that went before the device's other processes and one that did not
+    are alike where nothing else ran; the verdict says so."""
     if not earlier:
         return []
+    first = [{block.niceness < 0 for block in side} for side in (blocks, earlier.blocks)]
+    unlike = "" if first[0] == first[1] else "; only one of the two went before the device's other processes"
     bound = {name: (work, FINER.get(work, work)) for name, (work, _) in package.reference_ns.items()}
     names = [name for name in ("latency_ms", "first_token_ms") if name in blocks[0].trials]
-    return [check.hold_ratio(name, blocks, earlier.blocks, look, bound.get(name, ())) for name in names]
+    held = [check.hold_ratio(name, blocks, earlier.blocks, look, bound.get(name, ())) for name in names]
+    return [replace(verdict, reason=f"{verdict.reason}{unlike}") for verdict in held]
 
 
 def _speeds(package: Package, machine: Mapping[str, Any]) -> dict[str, tuple[str, float]]:

@@ -319,9 +319,8 @@ def verify(arguments: Namespace) -> Answer:
     from toolchain.report import table
 
     if arguments.digest and arguments.public_key:
-        raise InputError(
-            "expected --digest or --public-key, got both", "a digest is of the files alone, a signature is of the sealed report"
-        )
+        remedy = f"a digest is of the files alone; type for the signature: bittailor verify {arguments.package} --public-key KEY"
+        raise InputError("expected at most one of --digest and --public-key, got both", remedy)
     if arguments.digest:
         digest = open_package(Path(arguments.package)).digest
         return Answer({"package": arguments.package, "digest": digest}, digest)

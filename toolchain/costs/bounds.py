@@ -2,7 +2,8 @@
 
 On CPUs tokens and working set say so before anything runs (`rows.work`). A GPU is done with most kernels before the next one is launched,
 and then it is the CPU that bounds. A roofline of the reference's own rates tells (Williams et al. 2009, doi:10.1145/1498765.1498785): where
-the weights' way from memory, or the multiplications, would take half of the run's time or more, they bound it; else the launches.
+the weights' way from memory, or the multiplications, would take half of the run's time or more at the rates of the reference, they bound
+it; else the launches.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from toolchain.spec import CUDA, STREAMED_TOKEN, TOKEN, TOKENS, Phase, Unit
 LARGE_BYTES = 2 * 4096 * 4096 * 4
 """Weights of the GPU's reference `profiler/graphs/large`, which it reads from memory for one token."""
 LARGE_PRODUCTS = 2 * 4096 * 4096 * 256
-"""Multiplications of the same with 256 tokens."""
+"""Multiplications of the same with 256 tokens. The runtime has TF32 do them, at half the rate of fp16: a kernel's arithmetic takes between
+half and all of what this says."""
 MOST_LAUNCHING = 0.5
+"""Share of a run's time from which on memory or arithmetic are said to bound it."""
 
 
 def bound_of_unit(

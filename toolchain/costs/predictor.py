@@ -120,7 +120,7 @@ class ShapePredictor:
             if table.header.identity == first.header.identity:
                 then, now = table.header.reference_ns, first.header.reference_ns
                 speed = {work: now[work] / then[work] if now and then else 1.0 for work in WORKS}
-                rows |= {key: at_speed(row, speed) for key, row in table.rows.items()}
+                rows |= {key: at_speed(row, speed, first.header.provider) for key, row in table.rows.items()}
         return cls(CostTable(first.header, rows))
 
     def latency(self, unit: Unit, kernel: str, tokens: int) -> Guess:

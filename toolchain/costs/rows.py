@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from toolchain.spec import STREAMED_TOKEN, TOKEN, TOKENS
+from toolchain.spec import CPU, CUDA, STREAMED_TOKEN, TOKEN, TOKENS
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class UnitRow:
     latency_ms: median over n interleaved trials, corrected for the machine's drift by the reference; spread_ms: half the
     distance between the 10th and the 90th percentile. interpolation_error: |line between the neighbours on the grid − measured| /
     measured; None at the ends of the grid and where one token is in flight, which is never interpolated. bound: the kind of work by
-    whose reference the time is brought to another speed (`bounds.py`); rows of before have none, and `work` says it.
+    whose reference the time is brought to another speed (`bounds.py`); rows of before have none (`at_speed`).
     """
 
     op: str
@@ -254,12 +254,14 @@ KINDS: dict[str, type[Row]] = {
 }
 
 
-def at_speed(row: Row, speed: Mapping[str, float]) -> Row:
+def at_speed(row: Row, speed: Mapping[str, float], provider: str = CPU) -> Row:
     """The row as a machine would have shown it that takes `speed` times as long for this kind of work. Of energy, idle power's part grows
-    with the time, and what is above it stays; memory stays whole."""
+    with the time, and what is above it stays; memory stays whole. A row of before that says no `bound` is a GPU's, which launching kernels
+    bounds nearly always, or a CPU's, of which `work` tells."""
     if not isinstance(row, UnitRow | ModelRow | UnitEnergyRow | ModelEnergyRow):
         return row
-    factor = speed[row.bound or work(row.one_token, row.working_set)]
+    before = TOKEN if provider == CUDA else work(row.one_token, row.working_set)
+    factor = speed[row.bound or before]
     if isinstance(row, UnitRow | ModelRow):
         return replace(row, latency_ms=row.latency_ms * factor, spread_ms=row.spread_ms * factor)
     run_ms = row.run_ms * factor

@@ -32,13 +32,12 @@ def outputs(
     session = open_session(directory, threads, provider)
     if cache_slots(session):
         raise InputError(f"expected an encoder with a head in {directory}, got a decoder (it has a cache)")
-    made = []
+    answer = session.get_outputs()[0].shape
+    if len(answer) != 2 or not isinstance(answer[1], int):
+        raise InputError(f"expected one answer a sentence from {directory}, got {answer}: it has no head for sentences")
     every = token_ids(directory, sentences, most)
-    for ids in track(every, len(every), "sentences"):
-        said = session.run(None, token_feeds(session, np.asarray([ids], np.int64)))[0]
-        if said.ndim != 2 or said.shape[0] != 1:
-            raise InputError(
-                f"expected one answer a sentence from {directory}, got {list(said.shape)}: it has no head for sentences"
-            )
-        made.append(said[0].astype(np.float64))
-    return np.stack(made) if made else np.zeros((0, 0))
+    made = [
+        session.run(None, token_feeds(session, np.asarray([ids], np.int64)))[0][0].astype(np.float64)
+        for ids in track(every, len(every), "sentences")
+    ]
+    return np.stack(made) if made else np.zeros((0, answer[1]))

@@ -6,6 +6,10 @@ Owns the public files' formats and which metric a task has (scikit-learn and Sci
     cola    in_domain_train.tsv in_domain_dev.tsv     source TAB label TAB mark TAB sentence  Matthews correlation
     mrpc    msr_paraphrase_{train,test}.txt           label TAB id TAB id TAB two sentences   F1, accuracy    (with a header)
     stsb    sts-train.csv sts-dev.csv                 tabs; columns 5 to 7: score, two sentences   Pearson, Spearman
+
+These are the data sets as their makers hand them out. GLUE's own evaluation differs: of CoLA its dev set is this one and the out-of-domain
+sentences, of MRPC it is another part of the corpus (here the test file). Numbers of these files stand beside each other, not beside its
+board.
 """
 
 from __future__ import annotations
@@ -16,9 +20,11 @@ from pathlib import Path
 
 import numpy as np
 
-from toolchain.errors import InputError
+from toolchain.errors import InputError, require
 
 MOST_BYTES = 256 * 2**20
+GLUES_HEADER = "sentence\tlabel"
+"""First line of SST-2 as GLUE hands it out; others leave it away."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,8 @@ class Task:
         """Metric → value of outputs [n, labels] (logits, or numbers) for as many labels. Raises InputError for another shape."""
         if outputs.shape != (len(labels), self.labels):
             raise InputError(f"expected outputs [{len(labels)}, {self.labels}] for {self.name}, got {list(outputs.shape)}")
+        if len(wrong := np.flatnonzero(~np.isfinite(outputs).all(-1))):
+            raise InputError(f"expected finite outputs for {self.name}, got {outputs[wrong[0]].tolist()} for example {wrong[0]}")
         said = outputs[:, 0] if self.labels == 1 else outputs.argmax(-1)
         return {name: METRICS[name](np.asarray(labels), said) for name in self.metrics}
 
@@ -75,7 +83,7 @@ def _read(task: Task, path: Path) -> list[Example]:
     try:
         if path.stat().st_size > MOST_BYTES:
             raise InputError(f"expected {task.name}'s examples in {path}, got more than {MOST_BYTES >> 20} MiB")
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # no other line break counts: sentences hold some
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")  # no other line break counts: sentences hold some
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"expected {task.name}'s examples in {path}, got: {error}", f"it needs {' and '.join(task.files)}"
@@ -83,7 +91,7 @@ def _read(task: Task, path: Path) -> list[Example]:
     label, text, pair = task.columns
     found = []
     for number, line in enumerate(lines, 1):
-        if not line.strip() or (task.header and number == 1):
+        if not line.strip() or (number == 1 and (task.header or line.rstrip("\r") == GLUES_HEADER)):
             continue
         cells = line.rstrip("\r").split("\t")
         try:
@@ -101,30 +109,22 @@ def _read(task: Task, path: Path) -> list[Example]:
 
 
 def _accuracy(labels: np.ndarray, said: np.ndarray) -> float:
-    from sklearn.metrics import accuracy_score
-
-    return float(accuracy_score(labels, said))
+    return float(require("sklearn.metrics").accuracy_score(labels, said))
 
 
 def _f1(labels: np.ndarray, said: np.ndarray) -> float:
-    from sklearn.metrics import f1_score
-
-    return float(f1_score(labels, said, zero_division=0.0))
+    return float(require("sklearn.metrics").f1_score(labels, said, zero_division=0.0))
 
 
 def _matthews(labels: np.ndarray, said: np.ndarray) -> float:
-    from sklearn.metrics import matthews_corrcoef
-
-    return float(matthews_corrcoef(labels, said))
+    return float(require("sklearn.metrics").matthews_corrcoef(labels, said))
 
 
 def _correlation(name: str) -> Callable[[np.ndarray, np.ndarray], float]:
     def correlation(labels: np.ndarray, said: np.ndarray) -> float:
-        from scipy import stats
-
         if np.ptp(said) == 0 or np.ptp(labels) == 0:
             return 0.0  # what never changes goes along with nothing
-        return float(getattr(stats, f"{name}r")(labels, said).statistic)
+        return float(getattr(require("scipy.stats"), f"{name}r")(labels, said).statistic)
 
     return correlation
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 
@@ -19,7 +20,10 @@ from toolchain.session import MODEL_FILES
 from toolchain.spec import Unit
 
 DESCRIPTION = "graph.json"
-_COMPANIONS = frozenset({".json", ".txt", ".model", ".jinja"})  # what tokenizers and generation settings are kept in
+_COMPANIONS = (
+    *("tokenizer*", "*tokens*.json", "vocab*", "merges.txt", "*.model", "chat_template*"),
+    *("config.json", "generation_config.json", "genai_config.json", "*processor_config.json", "LICENSE*", "NOTICE*"),
+)
 
 
 @dataclass(frozen=True)
@@ -63,10 +67,10 @@ class Graph:
         write_atomic(self.directory / DESCRIPTION, json.dumps(data, indent=1) + "\n")
 
     def companions(self) -> list[Path]:
-        """Files that a package carries besides the model: tokenizer and generation settings, by name and kind; what else happens to lie
-        in the folder is not published. Raises InputError for a link out of the folder: what it leads to would be."""
-        found = (path for path in self.directory.iterdir() if path.is_file() and path.suffix in _COMPANIONS)
-        return sorted(inside(self.directory, path.name) for path in found if path.name != DESCRIPTION)
+        """Files that a package carries besides the model: tokenizer, generation settings and licence, by the names they have; what else
+        happens to lie in the folder is not published. Raises InputError for a link out of the folder: what it leads to would be."""
+        names = (path.name for path in self.directory.iterdir() if path.is_file())
+        return sorted(inside(self.directory, name) for name in names if any(fnmatchcase(name, known) for known in _COMPANIONS))
 
     @property
     def files(self) -> tuple[str, ...]:

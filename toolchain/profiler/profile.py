@@ -186,4 +186,4 @@ def _adding(table: CostTable, rows: list[Row], references: References) -> CostTa
         every = {work: median(times) for work, times in references.items()}
         table = replace(table, header=replace(table.header, reference_ns=every))
     speed = {work: table.header.reference_ns[work] / now[work] for work in WORKS}
-    return table.adding(at_speed(row, speed) for row in rows)
+    return table.adding(at_speed(row, speed, table.header.provider) for row in rows)

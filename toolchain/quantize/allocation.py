@@ -2,22 +2,23 @@
 
     b_l* = ½ log₂(α_l σ_l² / λ)     α_l: what an error in layer l costs, σ_l²: the variance of its weights, λ: the budget's multiplier
 
-λ is found by bisection; bits are then those of the kernels there are, nearest first, and no mean above the budget's.
+λ is found by bisection. The theorem knows of no kernels: b* is then rounded to the widths there are, within the same mean.
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 
 _HALVINGS = 200
 
 
 def allocate(
-    sensitivity: Mapping[str, float], variance: Mapping[str, float], sizes: Mapping[str, int], bits: float
+    sensitivity: Mapping[str, float], variance: Mapping[str, float], sizes: Mapping[str, int], bits: float, most: float
 ) -> dict[str, float]:
-    """Layer → b_l*, real numbers of at least 0 whose mean over all weights (`sizes`: how many a layer has) is `bits`.
+    """Layer → b_l*, real numbers from 0 to `most` whose mean over all weights (`sizes`: how many a layer has) is `bits`; less where even
+    `most` bits for every layer that costs something do not reach it.
 
     A layer that costs nothing (α or σ² is 0) gets 0. Raises ValueError where no layer costs anything, or for bits that are not positive.
     """
@@ -27,11 +28,12 @@ def allocate(
     total = sum(sizes.values())
 
     def at(log_price: float) -> dict[str, float]:
-        return {name: max(0.0, (math.log2(value) - log_price) / 2) if value > 0 else 0.0 for name, value in worth.items()}
+        return {
+            name: min(most, max(0.0, (math.log2(value) - log_price) / 2)) if value > 0 else 0.0 for name, value in worth.items()
+        }
 
     logs = [math.log2(value) for value in worth.values() if value > 0]
-    share = total / sum(size for name, size in sizes.items() if worth[name] > 0)
-    low, high = min(logs) - 2 * bits * share - 1, max(logs)  # at low every layer has more than its part, at high none has any
+    low, high = min(logs) - 2 * most, max(logs)  # every layer has `most`, none has any
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         if sum(sizes[name] * each for name, each in at(middle).items()) > bits * total:
@@ -42,18 +44,29 @@ def allocate(
 
 
 def rounded(wanted: Mapping[str, float], sizes: Mapping[str, int], bits: float, offered: Sequence[int]) -> dict[str, int]:
-    """Layer → one of the offered bit-widths, nearest to what is wanted, the mean over all weights at most `bits`.
+    """Layer → one of the offered bit-widths: the nearest to what is wanted, then down until the mean over all weights is at most `bits`,
+    then up while a layer fits.
 
-    While the mean is above it, the layer that is rounded up furthest goes one width down (ties: by name). Raises ValueError where even the
-    least width of all layers is above it.
+    Down goes first which wants least of the way from the next lower width to its own, up which wants most of the way to the next higher
+    one, measured to the middle between the two (ties: by name). Raises ValueError where even the least width of all layers is above `bits`.
     """
     widths = sorted(set(offered))
     budget = bits * sum(sizes.values()) * (1 + 1e-12)
     if widths[0] * sum(sizes.values()) > budget:
         raise ValueError(f"expected {widths[0]} bits or more, the least offered, got {bits}")
     chosen = {name: min(widths, key=lambda width, each=each: (abs(width - each), width)) for name, each in wanted.items()}
-    while sum(sizes[name] * width for name, width in chosen.items()) > budget:
+
+    def spent() -> float:
+        return sum(sizes[name] * width for name, width in chosen.items())
+
+    while spent() > budget:
         lower = {name: widths[bisect_left(widths, width) - 1] for name, width in chosen.items() if width > widths[0]}
         name = max(sorted(lower), key=lambda one: (chosen[one] + lower[one]) / 2 - wanted[one])
         chosen[name] = lower[name]
-    return chosen
+    while True:
+        higher = {name: widths[bisect_right(widths, width)] for name, width in chosen.items() if width < widths[-1]}
+        fits = [name for name in sorted(higher) if spent() + sizes[name] * (higher[name] - chosen[name]) <= budget]
+        if not fits:
+            return chosen
+        name = max(fits, key=lambda one: wanted[one] - (chosen[one] + higher[one]) / 2)
+        chosen[name] = higher[name]

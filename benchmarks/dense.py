@@ -1,0 +1,217 @@
+"""The third study's synthetic dense models (arXiv:2411.06084, tables I to V) of 10M, 100M and 1B parameters, measured on this machine.
+
+    python benchmarks/dense.py run --out DIR [--models 10M 100M 1B] [--kernels fp32 w8a8 w8g32 w4g32 w3g32 w2g32]
+    python benchmarks/dense.py report --out DIR --results results
+
+A model is a chain of layers y = relu(W x), all of one width, weights drawn so that activations keep their size (He et al. 2015). For each
+kernel on all layers:
+
+    file, memory      bytes of the files; highest resident set of a fresh process over a bare runtime's
+    latency           of one token and of 64, all kernels of a model in rotation; throughput is 64 tokens over their time
+    C_q / C_f         the study's cost, b_w b_a / (32 · 32), beside latency over fp32's: what is measured and what the formula says
+    error             ‖y − ŷ‖ / ‖y‖ at the chain's end for 64 random inputs, int8 activations as the kernel has them; with γ: every layer's
+                      outputs scaled to their second moment (equation 18), on 256 other inputs
+    bound             Π (1 + ε_l) − 1, ε_l = ‖W − Ŵ‖₂ / ‖W‖₂ (equation 13): of the weights alone
+
+DIR keeps what was measured of each model, and a killed run goes on. No energy without a meter: null, with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper
+from scipy.sparse.linalg import svds
+
+from toolchain import hardware
+from toolchain.files import scratch, write_atomic
+from toolchain.graph.external import DATA_NAME, MODEL_NAME, DataWriter
+from toolchain.graph.nodes import quantised_node
+from toolchain.kernels import CATALOGUE
+from toolchain.profiler.ask import Host
+from toolchain.profiler.measure import levelled, summarise
+from toolchain.progress import track
+from toolchain.quantize.affine import dequantize, quantize, quantize_activation
+from toolchain.quantize.post_training import gamma
+from toolchain.report import table
+from toolchain.spec import Kernel, Unit
+
+MODELS = {"10M": (10, 1024), "100M": (24, 2048), "1B": (60, 4096)}
+"""Name → (layers, width)."""
+KERNELS = ("fp32", "w8a8", "w8g32", "w4g32", "w3g32", "w2g32")
+TOKENS, CALIBRATION = 64, 256
+WINDOWS = 9
+
+
+def layer(width: int, place: int) -> np.ndarray:
+    """Weight [width, width] float32 of a layer, the same on every call."""
+    rng = np.random.default_rng([width, place])
+    return rng.standard_normal((width, width), dtype=np.float32) * np.float32(math.sqrt(2 / width))
+
+
+def write(width: int, layers: int, kernel: Kernel, out: Path) -> None:
+    """The chain as an ONNX folder: input "x" [M, width], output "y0"."""
+    unit, nodes, tensors, data = Unit("layer", "MatMul", width, width), [], [], "x"
+    with DataWriter(out / DATA_NAME, sync=False) as writer:
+        for place in range(layers):
+            weight, name = layer(width, place), f"layer{place}"
+            if kernel.quantised:
+                node, made = quantised_node(unit, kernel, quantize(weight, kernel), data, f"{name}/sum", name)
+                tensors += [writer.tensor(tensor, array) for tensor, array in made]
+            else:
+                tensors.append(writer.tensor(f"{name}.weight", weight.T))
+                node = helper.make_node("MatMul", [data, f"{name}.weight"], [f"{name}/sum"], name=name)
+            data = "y0" if place == layers - 1 else f"{name}/relu"
+            nodes += [node, helper.make_node("Relu", [f"{name}/sum"], [data], name=f"{name}/act")]
+    value, output = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["M", width]) for name in ("x", "y0"))
+    graph = helper.make_graph(nodes, "dense", [value], [output], tensors)
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10, producer_name="bittailor"), out / MODEL_NAME)
+
+
+def errors(width: int, layers: int, names: list[str]) -> dict[str, dict[str, float]]:
+    """kernel → {"error", "error_gamma", "bound"}; all kernels go through the layers together, so that each weight is drawn once."""
+    rng = np.random.default_rng(7)
+    exact, calibration = (rng.standard_normal((count, width), dtype=np.float32) for count in (TOKENS, CALIBRATION))
+    plain, scaled = ({name: exact.copy() for name in names} for _ in range(2))
+    grown = dict.fromkeys(names, 1.0)
+    for place in track(range(layers), layers, f"errors of {layers} layers"):
+        weight = layer(width, place)
+        moments = torch.from_numpy(calibration.T @ calibration / len(calibration))
+        norm = _spectral(weight)
+        for name in names:
+            kernel = CATALOGUE[name]
+            made = dequantize(quantize(weight, kernel))
+            grown[name] *= 1 + _spectral(weight - made) / norm
+            factor = np.float32(gamma(torch.from_numpy(weight), torch.from_numpy(made), moments))
+            plain[name] = np.maximum(quantize_activation(plain[name], kernel) @ made.T, 0)
+            scaled[name] = np.maximum(factor * (quantize_activation(scaled[name], kernel) @ made.T), 0)
+        exact, calibration = (np.maximum(x @ weight.T, 0) for x in (exact, calibration))
+    return {
+        name: {"error": _distance(plain[name], exact), "error_gamma": _distance(scaled[name], exact), "bound": grown[name] - 1}
+        for name in names
+    }
+
+
+def _spectral(matrix: np.ndarray) -> float:
+    return float(svds(matrix, 1, return_singular_vectors=False, random_state=0)[0])
+
+
+def _distance(said: np.ndarray, exact: np.ndarray) -> float:
+    return float(np.linalg.norm(said.astype(np.float64) - exact) / np.linalg.norm(exact.astype(np.float64)))
+
+
+def measured(host: Host, model: str, names: list[str]) -> dict[str, dict[str, Any]]:
+    """kernel → bytes and times, all kernels in rotation; a model too large for that in turn, two at a time with fp32."""
+    layers, width = MODELS[model]
+    seen: dict[str, dict[str, Any]] = {}
+    with scratch() as folder:
+        subjects = []
+        for name in track(names, len(names), f"writing {model}"):
+            place = folder / name
+            place.mkdir()
+            write(width, layers, CATALOGUE[name], place)
+            seen[name] = {"file_bytes": sum(path.stat().st_size for path in place.iterdir())}
+            common = {"kind": "unit", "folder": str(place), "rows": 1}
+            subjects += [{**common, "name": f"{name}@{tokens}", "tokens": tokens} for tokens in (1, TOKENS)]
+        groups = [names] if model != "1B" else [["fp32", name] for name in names if name != "fp32"]
+        for group in groups:
+            rotation = [subject for subject in subjects if subject["name"].partition("@")[0] in group]
+            answer = host.time(random.Random(0).sample(rotation, len(rotation)), WINDOWS)
+            for label, trials in levelled(answer["trials"]).items():
+                name, _, tokens = label.partition("@")
+                found = summarise((trial["run_ns"] / 1e6 for trial in trials), answer["valid"])
+                seen[name][f"ms_{tokens}"] = {"value": found.value, "spread": found.spread, "n": found.n, "valid": found.valid}
+        for name in names:
+            seen[name]["peak_bytes"] = host.peak(next(one for one in subjects if one["name"] == f"{name}@{TOKENS}"))["peak_bytes"]
+    return seen
+
+
+def run(arguments: argparse.Namespace) -> None:
+    device = hardware.load("local")
+    host = Host.of(device)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    meter, reason = host.meter()
+    for model in arguments.models:
+        kept = arguments.out / f"{model}.json"
+        if kept.is_file():
+            continue
+        layers, width = MODELS[model]
+        names = list(dict.fromkeys(["fp32", *arguments.kernels]))
+        rows = measured(host, model, names)
+        for name, found in errors(width, layers, [name for name in names if CATALOGUE[name].quantised]).items():
+            rows[name] |= found
+        here = host.identify()
+        about = {"cpu": here["cpu"], "runtime": here["runtime"], "threads": host.threads, "commit": commit}
+        about |= {"energy_mj": None, "energy_reason": reason or f"{meter} is there: not asked here, see benchmarks/energy.py"}
+        write_atomic(kept, json.dumps({"model": model, "layers": layers, "width": width, **about, "rows": rows}, indent=1) + "\n")
+        print(f"{model}: done", file=sys.stderr)
+
+
+def report(arguments: argparse.Namespace) -> None:
+    found = [json.loads(path.read_text()) for name in MODELS if (path := arguments.out / f"{name}.json").is_file()]
+    if not found:
+        raise SystemExit(
+            f"expected measurements in {arguments.out}, found none; type: python benchmarks/dense.py run --out {arguments.out}"
+        )
+    lines = []
+    for model in found:
+        full = model["rows"]["fp32"]
+        for name, row in model["rows"].items():
+            kernel = CATALOGUE[name]
+            one, many = row["ms_1"], row[f"ms_{TOKENS}"]
+            formula = kernel.weight_bits * (8 if kernel.activation.startswith("int8") else 32) / 32**2
+            line = {"model": model["model"], "kernel": name, "file MB": f"{row['file_bytes'] / 1e6:.1f}"}
+            line |= {"of fp32": f"{row['file_bytes'] / full['file_bytes']:.1%}", "memory MB": f"{row['peak_bytes'] / 1e6:.0f}"}
+            line |= {
+                "ms, 1 token": f"{one['value']:.3f} ± {one['spread']:.3f}",
+                "ms, 64": f"{many['value']:.2f} ± {many['spread']:.2f}",
+            }
+            line |= {"tokens/s": f"{TOKENS / many['value'] * 1e3:.0f}", "C_q/C_f": f"{formula:.3f}"}
+            line |= {
+                f"{tokens} measured": f"{row[f'ms_{tokens}']['value'] / full[f'ms_{tokens}']['value']:.3f}"
+                for tokens in (1, TOKENS)
+            }
+            line |= {
+                head: f"{row[key]:.4f}" if key in row else "–"
+                for head, key in (("error", "error"), ("with γ", "error_gamma"), ("bound", "bound"))
+            }
+            lines.append(line)
+    about = found[0]
+    text = f"{about['cpu']}, {about['threads']} threads, {about['runtime']}, commit {about['commit']}; energy: {about['energy_reason']}\n\n"
+    text += table(lines, list(lines[0]), markdown=True) + "\n"
+    arguments.results.mkdir(exist_ok=True)
+    write_atomic(arguments.results / "dense.md", text)
+    write_atomic(arguments.results / "dense.json", json.dumps(found, indent=1) + "\n")
+    print(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    for act in (run, report):
+        sub = commands.add_parser(act.__name__)
+        sub.set_defaults(act=act)
+        sub.add_argument("--out", type=Path, required=True)
+        if act is report:
+            sub.add_argument("--results", type=Path, default=Path("results"))
+            continue
+        sub.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+        sub.add_argument("--kernels", nargs="+", default=KERNELS)
+    arguments = parser.parse_args()
+    arguments.act(arguments)
+
+
+if __name__ == "__main__":
+    main()
