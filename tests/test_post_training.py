@@ -121,7 +121,7 @@ def test_who_wants_least_of_a_step_goes_down_and_who_wants_most_goes_up() -> Non
 
 
 def test_what_cannot_be_allocated_is_refused() -> None:
-    with pytest.raises(ValueError, match="costs something"):
+    with pytest.raises(ValueError, match="cost something"):
         allocate({"a": 0.0}, {"a": 1.0}, {"a": 1}, 4, 8.0)
     with pytest.raises(ValueError, match="2 bits or more"):
         rounded({"a": 1.0}, {"a": 1}, 1.5, (2, 4))

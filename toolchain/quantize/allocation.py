@@ -54,7 +54,7 @@ def rounded(wanted: Mapping[str, float], sizes: Mapping[str, int], bits: float, 
     budget = bits * sum(sizes.values()) * (1 + 1e-12)
     if widths[0] * sum(sizes.values()) > budget:
         raise ValueError(f"expected {widths[0]} bits or more, the least offered, got {bits}")
-    chosen = {name: min(widths, key=lambda width, each=each: (abs(width - each), width)) for name, each in wanted.items()}
+    chosen = {name: min((abs(width - each), width) for width in widths)[1] for name, each in wanted.items()}
 
     def spent() -> float:
         return sum(sizes[name] * width for name, width in chosen.items())
