@@ -174,11 +174,11 @@ def run(arguments: argparse.Namespace) -> None:
     kept = arguments.out / "cells.json"
     cells: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
     for seed in range(arguments.seeds):
-        wanted = [
+        wanted: list[tuple[str, float]] = [("fp32", 32)] if seed == 0 else []
+        wanted += [
             (method, bits) for method in UNIFORM for bits in KERNELS if seed == 0 or any(word in method for word in CALIBRATED)
         ]
         wanted += [(method, bits) for method in MIXED for bits in MEANS]
-        wanted += [("fp32", 32)] if seed == 0 else []
         wanted = [(method, bits) for method, bits in wanted if f"{method} {bits} {seed}" not in cells]
         if not wanted:
             continue
@@ -217,7 +217,12 @@ def setup(arguments: argparse.Namespace, bench: Bench) -> dict[str, Any]:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    cells = json.loads((arguments.out / "cells.json").read_text())
+    kept = arguments.out / "cells.json"
+    if not kept.is_file():
+        raise SystemExit(
+            f"expected cells in {kept}, found none; type: python benchmarks/post_training.py run --out {arguments.out} ..."
+        )
+    cells = json.loads(kept.read_text())
     about = cells.pop("setup")
     full = cells["fp32 32 0"]["perplexity"]
     rows = []
