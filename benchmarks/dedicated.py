@@ -24,15 +24,14 @@ from statistics import mean
 
 import numpy as np
 import training_jobs as jobs
+from bits import solved
 from safetensors.numpy import load_file, save
 
-from toolchain.costs.model import CostModel
 from toolchain.files import write_atomic
 from toolchain.graph.model import Graph
 from toolchain.kernels import CATALOGUE, mean_bits
 from toolchain.policy import sensitivity
-from toolchain.policy.solver import solve
-from toolchain.spec import Budget, Policy, Unit, Workload
+from toolchain.spec import Policy
 from toolchain.supernet.model import Supernet
 from toolchain.train.loop import Run, adapt, train
 from toolchain.train.quality import scorer
@@ -85,29 +84,9 @@ def prepared_policies(arguments: argparse.Namespace, graph: Graph) -> dict[str, 
         for bits in MEANS:  # a single draw's mean strays
             drawn = [sampler.mixed(bits, rng) for _ in range(100)]
             policies[f"random {bits}"] = min(drawn, key=lambda policy, bits=bits: abs(mean_bits(policy, graph.units) - bits))
-        policies |= {f"solver {bits}": chosen(graph.units, supernet.kernels, losses, bits) for bits in MEANS}
+        policies |= {f"solver {bits}": solved(graph.units, supernet.kernels, losses, bits) for bits in MEANS}
         write_atomic(kept, json.dumps({name: dict(policy) for name, policy in policies.items()}, indent=1) + "\n")
     return {name: Policy.of(policy) for name, policy in json.loads(kept.read_text()).items()}
-
-
-def chosen(
-    units: tuple[Unit, ...], kernels: Mapping[str, tuple[str, ...]], losses: Mapping[str, Mapping[str, float]], bits: float
-) -> Policy:
-    """The policy of least summed loss whose mean bits are at most `bits`: the exact solver, with bits as the only cost."""
-    spent = {
-        unit.name: {name: float(CATALOGUE[name].weight_bits * unit.parameters) for name in kernels[unit.name]} for unit in units
-    }
-    model = CostModel(
-        units=units,
-        kernels=kernels,
-        per_unit={"peak_memory_bytes": spent},
-        fixed={"peak_memory_bytes": 0.0},
-        ties=(),
-        relative_spread={},
-        workload=Workload.parse("generate:64+32"),
-        device="bits alone",
-    )
-    return solve(model, losses, Budget(peak_memory_bytes=bits * sum(unit.parameters for unit in units))).policy
 
 
 def work(arguments: argparse.Namespace, job: str) -> None:

@@ -199,6 +199,28 @@ def test_shared_adapters_are_as_large_as_a_kernels_own_and_serve_every_kernel(tm
         Supernet(model, units, KERNELS, adapters="theirs")
 
 
+def test_pooled_adapters_move_the_zero_points_of_frozen_codes_and_nothing_else(tmp_path: Path) -> None:
+    model, units = tiny_llama()
+    moments = input_moments(model, units, torch.arange(32)[None])
+    supernet, plain = (Supernet(model, units, KERNELS, rank=4, moments=moments, adapters=kind) for kind in ("pooled", "own"))
+    policy = supernet.policy("w2g32")
+    for name, weight in plain.weights(policy).items():  # it starts as GPTQ's codes
+        assert torch.equal(supernet.weights(policy)[name], weight)
+    start = {name: weight.detach() for name, weight in supernet.weights(policy).items()}
+    moved(supernet)
+    for name in [name for name in supernet.parameters if name.endswith(("/low", "/high"))]:
+        supernet.parameters[name].data.copy_(plain.parameters[name])
+    for name, weight in supernet.weights(policy).items():
+        shift = (weight - start[name]).detach()
+        assert shift.abs().max() > 1e-3
+        for group in shift.split(32, dim=1):  # also the last one, of 16 of down's 48
+            assert torch.allclose(group, group[:, :1].expand_as(group), atol=1e-6)
+    sum(weight.square().sum() for weight in supernet.weights(policy).values()).backward()  # type: ignore[union-attr]
+    assert all(supernet.parameters[name].grad is not None for name in supernet.parameters_of(policy) if name.endswith("/B"))
+    with pytest.raises(InputError, match="own or both"):
+        saving.save(supernet, tmp_path, "tiny", {}, {}, np.zeros((1, 4), np.int64))
+
+
 def test_an_adapter_shared_beside_a_kernels_own_moves_kernels_of_few_bits_and_leaves_the_others() -> None:
     model, units = tiny_llama()
     supernet = Supernet(model, units, KERNELS, rank=4, adapters="both")

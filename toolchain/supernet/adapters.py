@@ -6,6 +6,8 @@ both     and one more per layer, shared by its kernels of up to 4 bits: every po
          policies gain, 4 bits move away from their teacher (`benchmarks/dedicated.py`), on a narrow text from any other text too. So it
          is not the default
 shared   one per layer for all its kernels, as large as their own together: to compare with
+pooled   QA-LoRA's (arXiv:2309.14717): one per kernel and layer on top of frozen codes; its input is summed over each group, so that it
+         moves nothing but the group's zero points. They become fractional: a package would run on the runtime's slow path. To compare with
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from toolchain.errors import InputError
 from toolchain.kernels import CATALOGUE
+from toolchain.quantize.affine import groups
 from toolchain.supernet.starts import bounded
 from toolchain.supernet.store import SHARED
 
@@ -28,8 +31,10 @@ RANKS = {2: 4, 3: 2}
 COMMON = 6
 """The rank of what kernels share beside their own, in ranks of the others."""
 
-OWN, BOTH = "own", "both"
-KINDS = (OWN, BOTH, SHARED)
+OWN, BOTH, POOLED = "own", "both", "pooled"
+KINDS = (OWN, BOTH, SHARED, POOLED)
+SAVED = (OWN, BOTH)
+"""The kinds whose supernets can be saved."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,15 @@ class Adapters:
     def shares(self, name: str) -> bool:
         """Whether a kernel adds what its layer's kernels share to its own."""
         return self.kind == BOTH and bounded(CATALOGUE[name])
+
+    @property
+    def requantised(self) -> bool:
+        """Whether what adapters add is rounded with the weights, so that plain integer codes stay."""
+        return self.kind != POOLED
+
+    def inputs(self, name: str, K: int) -> int:
+        """How many inputs a kernel's adapter has in a layer of K; pooled: one a group."""
+        return K if self.requantised else groups(K, CATALOGUE[name])[0]
 
     def ranks(self, offered: Mapping[str, Collection[str]]) -> dict[str, int]:
         """Every adapter there is, "kernel/module" or "shared/module" → its rank, for module → quantised kernels."""

@@ -62,7 +62,7 @@ class Supernet:
     ) -> None:
         """moments: module → mean of x xᵀ over its inputs [K, K] (`input_moments`), for GPTQ; without, bounds are searched and weights left
         as they are. start: False where `load` will overwrite it anyway; it is most of the time this takes. adapters: their kind, see
-        `adapters.py`; "shared" cannot be saved."""
+        `adapters.py`; "shared" and "pooled" cannot be saved."""
         self.model = model.requires_grad_(False)
         self.passes = Pass.of(model)
         self.units = tuple(units)
@@ -77,8 +77,9 @@ class Supernet:
         self.adapters = Adapters(adapters, rank)
         generator = torch.Generator().manual_seed(seed)
         for stem, size in self.adapters.ranks(offered).items():
-            N, K = self._weight(stem.partition("/")[2]).shape
-            self._watch(stem, started(size, N, K, generator))
+            name, _, module = stem.partition("/")
+            N, K = self._weight(module).shape
+            self._watch(stem, started(size, N, self.adapters.inputs(name, K), generator))
         for module, names in offered.items():
             for kernel in (CATALOGUE[name] for name in names):
                 if bounded(kernel):
@@ -158,13 +159,20 @@ class Supernet:
         merged, frozen = [], self._frozen_weights(stems, kernel)
         for module, stem in zip(modules, stems, strict=True):
             weight = frozen[stem] if stem in frozen else self._weight(module)
-            for adapter in self.adapters.of(kernel.name, self._owner[module]):
+            for adapter in self.adapters.of(kernel.name, self._owner[module]) if self.adapters.requantised else ():
                 weight = torch.addmm(weight, get[f"{adapter}/B"], get[f"{adapter}/A"], alpha=self.alpha / self.rank)
             merged.append(weight)
         if not bounded(kernel):
             return torch.cat(merged), kernel, None, None
         low, high = (torch.cat([get[f"{stem}/{end}"] for stem in stems]).exp() for end in ("low", "high"))
         return torch.cat(merged), kernel, -low, high
+
+    def _shifts(self, owners: Sequence[str], kernel: Kernel) -> Tensor:
+        """What pooled adapters add to the dequantised weights [N, K]: one number a group, so it moves zero points alone."""
+        get, stems = self.parameters, [f"{kernel.name}/{owner}" for owner in owners]
+        K = self._weight(owners[0]).shape[1]
+        moved = torch.cat([get[f"{stem}/B"] @ get[f"{stem}/A"] for stem in stems]) * (self.alpha / self.rank)
+        return moved.repeat_interleave(groups(K, kernel)[1], 1)[:, :K]
 
     def _frozen_weights(self, stems: Sequence[str], kernel: Kernel) -> dict[str, Tensor]:
         """ "kernel/module" → the weight held for it, of those that have one; unpacked in one go."""
@@ -194,6 +202,8 @@ class Supernet:
             if CATALOGUE[name].quantised:
                 rows = [self._weight(owner).shape[0] for owner in owners]
                 stacked = fake_quantise(*self._quantiser_inputs(list(owners), CATALOGUE[name]))
+                if not self.adapters.requantised:
+                    stacked = stacked + self._shifts(list(owners), CATALOGUE[name])
                 made |= {(owner, name): part for owner, part in zip(owners, stacked.split(rows), strict=True)}
             else:
                 made |= {(owner, name): fake_quantise(self._weight(owner), CATALOGUE[name]) for owner in owners}

@@ -14,7 +14,7 @@ from toolchain.errors import InputError
 from toolchain.graph.model import Graph
 from toolchain.kernels import CATALOGUE
 from toolchain.supernet import store
-from toolchain.supernet.adapters import OWN
+from toolchain.supernet.adapters import OWN, SAVED
 from toolchain.supernet.loading import load_model
 from toolchain.supernet.model import Supernet
 from toolchain.supernet.store import SHARED
@@ -36,8 +36,8 @@ def save(
     The caller writes graph/, model/ and meta_network.safetensors *before* this: supernet.yaml carries the sha256 of the latter.
     calibration: token windows [n, T] int64.
     """
-    if supernet.adapters.kind == SHARED:
-        raise InputError("expected a supernet with an adapter per kernel to save, got one with shared adapters")
+    if supernet.adapters.kind not in SAVED:
+        raise InputError(f"expected adapters of kind {' or '.join(SAVED)} to save a supernet, got {supernet.adapters.kind}")
     used = dict.fromkeys(name for names in supernet.kernels.values() for name in names)
     modules = [module for unit in supernet.units for module in unit.modules]
     embeddings = frozenset(module for module in modules if isinstance(supernet.model.get_submodule(module), nn.Embedding))
