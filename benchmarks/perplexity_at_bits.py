@@ -159,7 +159,9 @@ def work(arguments: argparse.Namespace, job: str) -> None:
         supernet, columns, seconds = student(arguments, run)
     else:
         supernet, columns, seconds = dedicated(arguments, name, run)
-    seen = jobs.quality(supernet, columns, jobs.heldout_windows(arguments))
+    seen: dict[str, Sequence[float | None]] = dict(jobs.quality(supernet, columns, jobs.heldout_windows(arguments)))
+    if name == HALF:  # what its distance is to is itself
+        seen = {column: (perplexity, None) for column, (perplexity, _) in seen.items()}
     bits = {column: mean_bits(policy, supernet.units) for column, policy in columns.items()}
     made = post_training.made_by(supernet.device)
     jobs.keep(arguments, job, {"quality": seen, "bits": bits, "seconds": seconds, "made": made})
@@ -175,7 +177,7 @@ def dedicated(arguments: argparse.Namespace, name: str, run: Run) -> Trained:
     run = replace(run, steps=arguments.steps, settings=jobs.settings_of(arguments, meta_every=0))
     names, adapters, gptq = NAMES, "own", True
     if method == "Q8BERT":
-        names, gptq = (Q8BERT,), False
+        names, gptq = (Q8BERT, KERNELS[8]), False  # an embedding is looked up: by groups
     elif method == "QA-LoRA":
         adapters, run = "pooled", replace(run, settings=replace(run.settings, bound_lr=0.0))
     elif method == "Q-BERT":
@@ -332,7 +334,7 @@ def report(arguments: argparse.Namespace) -> None:
             row = {"method": method}
             for bits in MEANS:
                 seen = [cell for column, cell in mine if column == f"{bits:g}"]
-                row[f"{bits:g} bits"] = post_training.spread([cell[figure] for cell in seen], digits)
+                row[f"{bits:g} bits"] = post_training.spread([cell[figure] for cell in seen if cell[figure] is not None], digits)
                 if any(abs(cell["bits"] - bits) > OFF for cell in seen):
                     row[f"{bits:g} bits"] += f" ({mean(cell['bits'] for cell in seen):.2f})"
             for key in ("training", "choosing"):
