@@ -89,6 +89,7 @@ LEARNING_RATE, WARM_UP = 1e-3, 20
 def main() -> None:
     parser = jobs.parser(__doc__)
     parser.set_defaults(batch=16)
+    parser.add_argument("--only", nargs="+", metavar="METHOD", help="run these alone; the report has what is kept")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     parser.add_argument("--post-training", type=Path, help="cells of post_training.py, for the same table")
     parser.add_argument("--results", type=Path, default=Path("results"))
@@ -96,6 +97,8 @@ def main() -> None:
     if arguments.serve:
         jobs.serve(arguments, work)
         return
+    if unknown := [method for method in arguments.only or () if method not in (*SUPERNETS, HALF, *DEDICATED)]:
+        parser.error(f"expected methods among {', '.join((*SUPERNETS, HALF, *DEDICATED))}; got {unknown[0]!r}")
     if not arguments.report:
         jobs.prepare(arguments)
         untrained_losses(arguments)
@@ -105,8 +108,10 @@ def main() -> None:
 
 def job_names(arguments: argparse.Namespace) -> list[str]:
     """The longest first, so that the others fill what they leave."""
-    dedicated = [f"{method} {bits:g}" for method, columns in DEDICATED.items() for bits in columns]
-    return [f"{name} {seed}" for name in (*SUPERNETS, HALF, *dedicated) for seed in range(arguments.seeds)]
+    dedicated = [(method, f"{method} {bits:g}") for method, columns in DEDICATED.items() for bits in columns]
+    named = [*((method, method) for method in (*SUPERNETS, HALF)), *dedicated]
+    chosen = [name for method, name in named if method in (arguments.only or [method])]
+    return [f"{name} {seed}" for name in chosen for seed in range(arguments.seeds)]
 
 
 def kernels_of(units: Sequence[Unit]) -> dict[str, tuple[str, ...]]:

@@ -212,7 +212,7 @@ def test_pooled_adapters_move_the_zero_points_of_frozen_codes_and_nothing_else(t
         supernet.parameters[name].data.copy_(plain.parameters[name])
     for name, weight in supernet.weights(policy).items():
         shift = (weight - start[name]).detach()
-        assert shift.abs().max() > 1e-3
+        assert shift.abs().max() > 1e-4
         for group in shift.split(32, dim=1):  # also the last one, of 16 of down's 48
             assert torch.allclose(group, group[:, :1].expand_as(group), atol=1e-6)
     sum(weight.square().sum() for weight in supernet.weights(policy).values()).backward()  # type: ignore[union-attr]

@@ -15,8 +15,8 @@ from torch import Tensor
 
 ITERATIONS = 20
 LEAST, CLOSE = 8, 1e-2
-"""An iteration ends where its eigenvalue changes by less than this share, but not before so many steps: from a start that happens to lie across
-the eigenvector looked for, the first ones change next to nothing."""
+"""An iteration ends where its eigenvalue changes by less than this share, but not before so many steps: from a start that happens to lie
+across the eigenvector looked for, the first ones change next to nothing."""
 
 
 @contextmanager

@@ -6,7 +6,7 @@ both     and one more per layer, shared by its kernels of up to 4 bits: every po
          policies gain, 4 bits move away from their teacher (`benchmarks/dedicated.py`), on a narrow text from any other text too. So it
          is not the default
 shared   one per layer for all its kernels, as large as their own together: to compare with
-pooled   QA-LoRA's (arXiv:2309.14717): one per kernel and layer on top of frozen codes; its input is summed over each group, so that it
+pooled   QA-LoRA's (arXiv:2309.14717): one per kernel and layer on top of frozen codes; its input is averaged over each group, so that it
          moves nothing but the group's zero points. They become fractional: a package would run on the runtime's slow path. To compare with
 """
 

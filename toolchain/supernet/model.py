@@ -171,8 +171,9 @@ class Supernet:
         """What pooled adapters add to the dequantised weights [N, K]: one number a group, so it moves zero points alone."""
         get, stems = self.parameters, [f"{kernel.name}/{owner}" for owner in owners]
         K = self._weight(owners[0]).shape[1]
-        moved = torch.cat([get[f"{stem}/B"] @ get[f"{stem}/A"] for stem in stems]) * (self.alpha / self.rank)
-        return moved.repeat_interleave(groups(K, kernel)[1], 1)[:, :K]
+        width = groups(K, kernel)[1]
+        moved = torch.cat([get[f"{stem}/B"] @ get[f"{stem}/A"] for stem in stems]) * (self.alpha / self.rank / width)
+        return moved.repeat_interleave(width, 1)[:, :K]
 
     def _frozen_weights(self, stems: Sequence[str], kernel: Kernel) -> dict[str, Tensor]:
         """ "kernel/module" → the weight held for it, of those that have one; unpacked in one go."""
