@@ -38,7 +38,7 @@ from statistics import median
 from typing import Any
 
 from toolchain import hardware
-from toolchain.blocks import Block, middle, ratio_bounds
+from toolchain.blocks import Block, compared, middle
 from toolchain.check import hold_latency
 from toolchain.commands.deciding import Patience, decide_in_looks
 from toolchain.files import write_atomic
@@ -50,7 +50,7 @@ from toolchain.profiler.ask import Host
 from toolchain.profiler.measure import levelled, measure_block, subject
 from toolchain.profiler.probe import working_kernels
 from toolchain.report import table
-from toolchain.spec import FINER, TOKEN, TOKENS, Policy, Verdict
+from toolchain.spec import FINER, TOKEN, TOKENS, WORKS, Policy, Verdict
 
 DISTANCES = (-10, -7, -5, -3, -1, 1, 3, 5, 7, 10)
 ANCHORS, BLOCK = 16, 6
@@ -201,10 +201,8 @@ def baseline(arguments: argparse.Namespace) -> None:
     done = {(row["package"], row["turn"]) for row in rows_of(runs)}
     for turn in range(arguments.repeats):
         if len(rows_of(arguments.work / "pair.jsonl")) <= turn:  # how far apart they are moves with what the neighbours do
-            seen = {place.name: bench.block(open_package(place)) for place in (plain, slowed)}
             add(
-                arguments.work / "pair.jsonl",
-                {name: block.level_ms("latency_ms", bench.bound, bench.speed_ns()) for name, block in seen.items()},
+                arguments.work / "pair.jsonl", {place.name: bench.block(open_package(place)).to_json() for place in (plain, slowed)}
             )
         for package in (plain, slowed):
             if (package.name, turn) in done:
@@ -250,11 +248,11 @@ def pair_of(bench: Bench, graph: Graph, work: Path, changes: dict[str, Any]) -> 
     seen = {name: median(times) for name, times in trials.items()}
     pairs = sorted(itertools.permutations(seen, 2), key=lambda pair: abs(seen[pair[1]] / seen[pair[0]] - 1 - SLOWER))
     for plain, slowed in pairs[:6]:
-        levels: dict[str, list[float]] = {plain: [], slowed: []}
+        blocks: dict[str, list[Block]] = {plain: [], slowed: []}
         for _ in range(CONFIRMED):
-            for name, found in levels.items():
-                found.append(bench.block(open_package(tries[name])).level_ms("latency_ms", bench.bound, bench.speed_ns()))
-        ratio, low, high = ratio_bounds(levels[slowed], levels[plain], 0.05, 0.05)
+            for name, found in blocks.items():
+                found.append(bench.block(open_package(tries[name])))
+        ratio, low, high = slower(blocks[slowed], blocks[plain])
         line = (
             f"{plain} to {slowed}: {seen[slowed] / seen[plain]:.3f} in rotation, {ratio:.3f} [{low:.3f}, {high:.3f}] in processes"
         )
@@ -268,6 +266,11 @@ def pair_of(bench: Bench, graph: Graph, work: Path, changes: dict[str, Any]) -> 
             shutil.rmtree(work / "tries")
             return places
     raise SystemExit(f"no swap of {unit.name}'s kernel makes this package about 8% slower")
+
+
+def slower(now: Sequence[Block], then: Sequence[Block]) -> tuple[float, float, float]:
+    """(ratio, low, high) of two packages' latencies, as `check --baseline` compares them."""
+    return compared(now, then, "latency_ms", (*WORKS, *FINER.values()), 0.05, 0.05)[:3]
 
 
 def record(arguments: argparse.Namespace) -> None:
@@ -336,7 +339,7 @@ def report(arguments: argparse.Namespace) -> None:
             f"slowed: {swapped['unit']} from {swapped['from']} to {swapped['to']}, {swapped['ratio']:.3f} times as long before the runs"
         )
         if len(pair := rows_of(work / "pair.jsonl")) > 1:
-            ratio, low, high = ratio_bounds([row["slowed"] for row in pair], [row["plain"] for row in pair], 0.05, 0.05)
+            ratio, low, high = slower(*([Block.from_json(row[name]) for row in pair] for name in ("slowed", "plain")))
             print(f"between the runs: {ratio:.3f} [{low:.3f}, {high:.3f}] in {len(pair)} processes of each\n")
         found["against the baseline"] = [
             {"package": name, **counts([row for row in rows if row["package"] == name])} for name in ("plain", "slowed")

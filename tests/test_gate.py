@@ -179,6 +179,51 @@ def test_a_baseline_is_compared_at_the_references_speed_that_follows_it() -> Non
     assert (few.verdict, "2 in the baseline" in few.reason) == ("could not tell", True)
 
 
+class TwoSpeeds:
+    """As two cores of README's machine: for some processes on end they share a physical one. The reference then takes 1.9 times as long,
+    the package 1.9^0.75 times: it follows by a share of its own."""
+
+    def __init__(self, seed: int, level_ms: float, sharing: float, lasting: float = 0.8) -> None:
+        self._rng, self._level, self._sharing, self._lasting = np.random.default_rng(seed), level_ms, sharing, lasting
+        self._shared, self.now = self._rng.random() < sharing, 0.0
+
+    def measure(self) -> Block:
+        rng = self._rng
+        self.now += 2.0
+        if rng.random() > self._lasting:
+            self._shared = rng.random() < self._sharing
+        reference = 46.0 * (1.9 if self._shared else 1.0) * np.exp(0.01 * rng.standard_normal() + 0.02 * rng.standard_normal(5))
+        times = self._level * (reference / 46.0) ** 0.75 * np.exp(0.02 * rng.standard_normal() + 0.02 * rng.standard_normal(5))
+        return Block({"latency_ms": tuple(times)}, {"model token": tuple(reference)})
+
+    def against(self, then: list[Block]) -> str:
+        found = decide_in_looks(
+            self.measure, lambda blocks, look: [hold_ratio("latency_ms", blocks, then, look)], Patience(), lambda: self.now
+        )
+        return found.verdicts[0].verdict
+
+
+@pytest.mark.parametrize("sharing", [0.0, 0.4, 1.0])
+def test_a_package_that_does_not_follow_its_reference_in_full_is_compared_at_one_speed_all_the_same(sharing: float) -> None:
+    """Held to follow in full, one whose cores are shared now looks 15% faster than a baseline most of whose were not."""
+    verdicts: dict[float, list[str]] = {1.0: [], 1.08: []}
+    for ratio, seen in verdicts.items():
+        for seed in range(60):
+            before = TwoSpeeds(2 * seed, 1.0, 0.4)
+            seen.append(TwoSpeeds(2 * seed + 1, ratio, sharing).against([before.measure() for _ in range(30)]))
+    assert verdicts[1.08].count("over") >= 57
+    assert verdicts[1.0].count("over") <= 3
+    assert verdicts[1.0].count("within") >= 54
+
+
+def test_sides_that_never_saw_the_same_speed_cannot_be_told_apart() -> None:
+    seen = []
+    for seed in range(60):
+        before = TwoSpeeds(2 * seed, 1.0, 0.0)
+        seen.append(TwoSpeeds(2 * seed + 1, 1.08, 1.0).against([before.measure() for _ in range(30)]))
+    assert seen == ["could not tell"] * 60
+
+
 def test_bounds_hold_as_often_as_they_say() -> None:
     rng = np.random.default_rng(0)
     levels = np.exp(0.1 * rng.standard_normal((4000, 6)))

@@ -26,6 +26,10 @@ BETWEEN = 0.02
 """Least relative standard deviation between processes: "one process is 1 to 2% off however many windows it takes" (README)."""
 
 
+SHARE, _ROUNDS = 0.25, 4
+"""By what share of its own a latency follows its reference is not known beforehand, but about 1: its standard deviation."""
+
+
 @dataclass(frozen=True)
 class Block:
     """One process: by latency the median of each window in ms, by kind of work the reference's nanoseconds in the same windows.
@@ -41,15 +45,17 @@ class Block:
     p95_ms: float | None = None
     niceness: int = 0
 
-    def level_ms(self, name: str, work: str = "", then_ns: float = 0.0) -> float:
-        """Median over the windows of a latency, each brought to the speed at which the reference for `work` takes then_ns. "": as it was.
-        "latency_p95_ms" is the single runs' 95th percentile, brought there as a whole."""
+    def level_ms(self, name: str, work: str = "", then_ns: float = 0.0, share: float = 1.0) -> float:
+        """Median over the windows of a latency, each brought to the speed at which the reference for `work` takes then_ns, if the latency
+        goes with reference^share. "": as it was. "latency_p95_ms" is the single runs' 95th percentile, brought there as a whole."""
         if name == "latency_p95_ms":
             assert self.p95_ms is not None
-            return self.p95_ms / (median(self.reference_ns[work]) / then_ns if work else 1.0)
+            return self.p95_ms * (then_ns / median(self.reference_ns[work])) ** share if work else self.p95_ms
         if not work:
             return float(median(self.trials[name]))
-        return float(median(x * then_ns / now for x, now in zip(self.trials[name], self.reference_ns[work], strict=True)))
+        return float(
+            median(x * (then_ns / now) ** share for x, now in zip(self.trials[name], self.reference_ns[work], strict=True))
+        )
 
     def to_json(self) -> dict[str, Any]:
         trials = {name: list(times) for name, times in self.trials.items()}
@@ -137,26 +143,63 @@ def bounds(levels: Sequence[float], tail: float) -> tuple[float, float]:
     return middle(levels) * math.exp(-half), middle(levels) * math.exp(half)
 
 
-def ratio_bounds(now: Sequence[float], then: Sequence[float], below: float, above: float) -> tuple[float, float, float]:
-    """(ratio, low, high) of the middles, now over then: low errs with at most `below`, high with `above`. Welch's t on logs (1947)."""
+def ratio_bounds(
+    now: Sequence[float], then: Sequence[float], below: float, above: float, doubt: float = 0.0
+) -> tuple[float, float, float]:
+    """(ratio, low, high) of the middles, now over then: low errs with at most `below`, high with `above`. Welch's t on logs (1947).
+
+    doubt: standard deviation of what both sides' levels may be off together, in logs."""
     if min(len(now), len(then)) < 2:
         raise InputError(f"expected at least 2 levels on each side, got {len(now)} and {len(then)}")
     parts = [(max(stdev(map(math.log, side)), BETWEEN) ** 2 / len(side), len(side) - 1) for side in (now, then)]
     variance = sum(part for part, _ in parts)
     freedom = int(variance**2 / sum(part**2 / n for part, n in parts))
-    low, high = (student(tail, max(freedom, 1)) * math.sqrt(variance) for tail in (below, above))
+    low, high = (student(tail, max(freedom, 1)) * math.sqrt(variance + doubt**2) for tail in (below, above))
     ratio = middle(now) / middle(then)
     return ratio, ratio * math.exp(-low), ratio * math.exp(high)
 
 
-def closest(now: Sequence[Block], then: Sequence[Block], name: str, works: Sequence[str]) -> str:
-    """Of the kinds of work that all blocks have a reference for, the one that this latency moves with most closely within the two
-    groups; "" where there is none. Whether the groups differ plays no part in it."""
+def compared(
+    now: Sequence[Block], then: Sequence[Block], name: str, works: Sequence[str], below: float, above: float
+) -> tuple[float, float, float, str]:
+    """(ratio, low, high, work): how much slower a latency is now than then, as `ratio_bounds`, at one speed of the machine; work: the kind
+    of work whose reference told the speed, of those known to all blocks the one with which most is explained; "" where there is none.
+
+    Speed is not one number: where two virtual cores came to share a physical one, the reference took 1.9 times as long, a package
+    1.6 times. So a latency follows its reference by a share of its own, time ∝ reference^share, which is fitted to the processes of both
+    sides (one slope, two levels: analysis of covariance, Fisher 1932; whether the sides differ plays no part in it) from a prior of
+    1 ± SHARE. What is unknown of it widens the bounds as far as the machine's speed then and now lie apart: sides that never saw the
+    same speed say little of each other.
+    """
     known = [work for work in works if all(work in block.reference_ns for block in (*now, *then))]
+    if not known:
+        return (*ratio_bounds(*([block.level_ms(name) for block in side] for side in (now, then)), below, above), "")
+    fits = {work: _Fit.of(now, then, name, work) for work in known}
+    work = min(known, key=lambda one: fits[one].left)
+    fit = fits[work]
+    levels = [[block.level_ms(name, work, 1.0, fit.share) for block in side] for side in (now, then)]
+    return (*ratio_bounds(*levels, below, above, fit.doubt), work)
 
-    def left(work: str) -> float:
-        return sum(
-            stdev(math.log(block.level_ms(name, work, 1.0)) for block in side) ** 2 * (len(side) - 1) for side in (now, then)
-        )
 
-    return min(known, key=left, default="")
+@dataclass(frozen=True)
+class _Fit:
+    """share: the slope of log latency over log reference. left: variance that it leaves. doubt: standard deviation of what the sides'
+    distance owes to the share."""
+
+    share: float
+    left: float
+    doubt: float
+
+    @classmethod
+    def of(cls, now: Sequence[Block], then: Sequence[Block], name: str, work: str) -> _Fit:
+        sides = [
+            [(math.log(median(block.reference_ns[work])), math.log(block.level_ms(name))) for block in side] for side in (now, then)
+        ]
+        means = [(fmean(x for x, _ in side), fmean(y for _, y in side)) for side in sides]
+        apart = [(x - mean_x, y - mean_y) for side, (mean_x, mean_y) in zip(sides, means, strict=True) for x, y in side]
+        squares, products = math.fsum(x * x for x, _ in apart), math.fsum(x * y for x, y in apart)
+        share, left = 1.0, BETWEEN**2
+        for _ in range(_ROUNDS):  # the less noise, the more the processes say against the prior
+            share = (products / left + 1 / SHARE**2) / (squares / left + 1 / SHARE**2)
+            left = max(math.fsum((y - share * x) ** 2 for x, y in apart) / max(len(apart) - 3, 1), BETWEEN**2)
+        return cls(share, left, abs(means[0][0] - means[1][0]) / math.sqrt(squares / left + 1 / SHARE**2))

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
-from toolchain.blocks import Block, bounds, closest, middle, ratio_bounds, spent
+from toolchain.blocks import Block, bounds, compared, middle, spent
 from toolchain.errors import InputError
 from toolchain.spec import FINER, WORKS, Budget, Measurement, Verdict
 
@@ -91,7 +91,7 @@ def hold_latency(name: str, limit: float, blocks: Sequence[Block], look: int, sp
 def hold_ratio(name: str, now: Sequence[Block], then: Sequence[Block], look: int, works: Sequence[str] = ()) -> Verdict:
     """The look-th look at how much slower a latency is than in a baseline's processes, each at the speed of its own references.
 
-    works: the kinds of work whose references may serve; none: all. Of those the closest is taken (`blocks.closest`). Over: surely more than
+    works: the kinds of work whose references may serve; none: all; `blocks.compared` takes one. Over: surely more than
     REGRESSED. Within: surely less than NOTICED.
     """
     verdict = Verdict(f"{name} / baseline", REGRESSED, None, None, None, COULD_NOT_TELL)
@@ -99,10 +99,9 @@ def hold_ratio(name: str, now: Sequence[Block], then: Sequence[Block], look: int
     if min(map(len, sides)) < LEAST_BLOCKS:
         few = f"{len(sides[0])} undisturbed processes now, {len(sides[1])} in the baseline; {LEAST_BLOCKS} are the least"
         return replace(verdict, reason=few)
-    work = closest(sides[0], sides[1], name, works or (*WORKS, *FINER.values()))
-    new, old = ([block.level_ms(name, work, 1.0) if work else block.level_ms(name) for block in side] for side in sides)
-    ratio, low, high = ratio_bounds(new, old, spent(FLAGGED, look), spent(MISSED, look))
-    by = f"each over its reference for one {work}" if work else "as measured, since there is no common reference"
+    kinds = works or (*WORKS, *FINER.values())
+    ratio, low, high, work = compared(*sides, name, kinds, spent(FLAGGED, look), spent(MISSED, look))
+    by = f"as its reference for one {work} goes" if work else "as measured, since there is no common reference"
     seen = replace(verdict, measured=ratio, low=low, high=high)
     if low > REGRESSED:
         return replace(seen, verdict=OVER, reason=f"a regression: {(ratio - 1):+.1%} against the baseline, {by}")

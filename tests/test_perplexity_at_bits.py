@@ -1,0 +1,61 @@
+"""benchmarks/perplexity_at_bits.py, the whole of it, on a random model of two layers: every method stands where it belongs."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, environment
+
+random_models = pytest.importorskip("random_models")
+
+pytestmark = pytest.mark.slow
+
+ALL = ("2", "2.5", "3", "3.5", "4", "8")
+COLUMNS = {
+    "QA-LoRA": ("2", "3", "4", "8"),
+    "Q8BERT": ("8",),
+    "Q-BERT": ALL,
+    "half depth": ("2", "3", "4", "8"),
+    "MetaQuantLLM": ALL,
+    "MetaQuantLLM, fixed policy": ALL,
+    "MetaQuantLLM, solver": ALL,
+    "uniform OFA": ALL,
+}
+
+
+def test_every_method_has_its_columns_and_keeps_to_their_bits(tmp_path: Path) -> None:
+    model = random_models.save_random_model("llama", tmp_path / "model", vocab_size=4096, num_hidden_layers=2)
+    pocket = ROOT / "toolchain" / "models" / "pocket-llama-6m"
+    for path in pocket.glob("*token*"):
+        shutil.copyfile(path, model / path.name)
+    text = ROOT / "LICENSE"
+    words = ["--model", model, "--text", text, "--heldout", text, "--out", tmp_path / "out", "--results", tmp_path / "results"]
+    words += ["--steps", 2, "--batch", 1, "--windows", 1, "--seeds", 1, "--on", "cpu"]
+
+    def run(*more: str) -> list[dict[str, Any]]:
+        command = [sys.executable, ROOT / "benchmarks" / "perplexity_at_bits.py", *words, *more]
+        done = subprocess.run(list(map(str, command)), env=environment(), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return json.loads((tmp_path / "results" / "perplexity_at_bits.json").read_text())["cells"]
+
+    cells = run("--only", "QA-LoRA", "Q8BERT", "Q-BERT", "half depth", "MetaQuantLLM", "uniform OFA")
+    seen: dict[str, tuple[str, ...]] = {}
+    for cell in cells:
+        seen[cell["method"]] = (*seen.get(cell["method"], ()), cell["column"])
+        assert math.isfinite(cell["perplexity"])
+        assert cell["perplexity"] > 1
+        assert cell["bits"] <= float(cell["column"]) + 1e-9
+        assert cell["training"] > 0
+    # Random draws may meet no mean below what a small model's units allow.
+    assert {name: columns for name, columns in seen.items() if name != "uniform OFA"} == {
+        name: columns for name, columns in COLUMNS.items() if name != "uniform OFA"
+    }
+    assert {"2", "8"} <= set(seen["uniform OFA"])
+    assert run("--report") == cells
