@@ -173,12 +173,13 @@ def compared(
     """
     known = [work for work in works if all(work in block.reference_ns for block in (*now, *then))]
     if not known:
-        return (*ratio_bounds(*([block.level_ms(name) for block in side] for side in (now, then)), below, above), "")
+        plain = [[block.level_ms(name) for block in side] for side in (now, then)]
+        return (*ratio_bounds(plain[0], plain[1], below, above), "")
     fits = {work: _Fit.of(now, then, name, work) for work in known}
     work = min(known, key=lambda one: fits[one].left)
     fit = fits[work]
     levels = [[block.level_ms(name, work, 1.0, fit.share) for block in side] for side in (now, then)]
-    return (*ratio_bounds(*levels, below, above, fit.doubt), work)
+    return (*ratio_bounds(levels[0], levels[1], below, above, fit.doubt), work)
 
 
 @dataclass(frozen=True)

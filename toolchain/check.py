@@ -100,7 +100,7 @@ def hold_ratio(name: str, now: Sequence[Block], then: Sequence[Block], look: int
         few = f"{len(sides[0])} undisturbed processes now, {len(sides[1])} in the baseline; {LEAST_BLOCKS} are the least"
         return replace(verdict, reason=few)
     kinds = works or (*WORKS, *FINER.values())
-    ratio, low, high, work = compared(*sides, name, kinds, spent(FLAGGED, look), spent(MISSED, look))
+    ratio, low, high, work = compared(sides[0], sides[1], name, kinds, spent(FLAGGED, look), spent(MISSED, look))
     by = f"as its reference for one {work} goes" if work else "as measured, since there is no common reference"
     seen = replace(verdict, measured=ratio, low=low, high=high)
     if low > REGRESSED:
