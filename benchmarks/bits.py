@@ -15,6 +15,16 @@ OFF = 0.005
 """Mean bits that differ by more than this from a column's are named."""
 
 
+def kernels_of(units: Sequence[Unit]) -> dict[str, tuple[str, ...]]:
+    """All of KERNELS for every unit."""
+    return {unit.name: tuple(KERNELS.values()) for unit in units}
+
+
+def full(units: Sequence[Unit]) -> Policy:
+    """fp32 everywhere."""
+    return Policy.of({unit.name: "fp32" for unit in units})
+
+
 def costs_of_bits(units: Sequence[Unit], kernels: Mapping[str, tuple[str, ...]]) -> CostModel:
     """Bytes of the codes alone, under the name of the only resource that every table has."""
     codes = {unit.name: {name: CATALOGUE[name].weight_bits * unit.parameters / 8 for name in kernels[unit.name]} for unit in units}

@@ -269,7 +269,7 @@ def pair_of(bench: Bench, graph: Graph, work: Path, changes: dict[str, Any]) -> 
 
 
 def slower(now: Sequence[Block], then: Sequence[Block]) -> tuple[float, float, float]:
-    """(ratio, low, high) of two packages' latencies, as `check --baseline` compares them."""
+    """(ratio, low, high) of two packages' latencies, as `check --baseline` compares them, by whatever reference explains most."""
     return compared(now, then, "latency_ms", (*WORKS, *FINER.values()), 0.05, 0.05)[:3]
 
 

@@ -3,11 +3,12 @@
     python benchmarks/perplexity_at_bits.py --text TRAIN... --heldout TEXT --out DIR [--steps 600] [--batch 16] [--seeds 3] [--on cuda]
     python benchmarks/perplexity_at_bits.py ... --report [--post-training DIR/cells.json] [--results results]
 
-S policy-steps for a run that serves one column, 3·S for one that serves all; all but QA-LoRA's and the student's start from GPTQ.
+S policy-steps for a run that serves one column, 3·S for one that serves all; all but Q8BERT, Q-BERT and the student start from GPTQ.
 
     QAT, uniform      a run for each width (`adapt` of this package)
     QAT, solver       a run for each mean, on the exact solver's policy by what each unit costs untrained
-    Q8BERT            8-bit QAT, embeddings included, weights by row and activations by tensor (arXiv:1910.06188)
+    Q8BERT            8-bit QAT, embeddings included, weights by row and activations by tensor (arXiv:1910.06188): our w8a8, whose weights
+                      keep to ±63 of 127 (`quantize/affine.py`), embeddings by groups
     Q-BERT            QAT on the exact solver's policy by Ω·‖W − Ŵ‖², from weights rounded to nearest (arXiv:1909.05840). The paper leaves
                       open how a ranking becomes bits
     QA-LoRA           a run for each width: frozen GPTQ codes, pooled adapters (arXiv:2309.14717)
@@ -42,7 +43,7 @@ from typing import Any
 import post_training
 import torch
 import training_jobs as jobs
-from bits import KERNELS, MEANS, OFF, costs_of_bits, limit_of, solved
+from bits import KERNELS, MEANS, OFF, costs_of_bits, full, kernels_of, limit_of, solved
 from quality_at_budget import remembered
 from torch import nn
 
@@ -114,10 +115,6 @@ def job_names(arguments: argparse.Namespace) -> list[str]:
     return [f"{name} {seed}" for name in chosen for seed in range(arguments.seeds)]
 
 
-def kernels_of(units: Sequence[Unit]) -> dict[str, tuple[str, ...]]:
-    return {unit.name: NAMES for unit in units}
-
-
 def untrained_losses(arguments: argparse.Namespace) -> dict[str, Values]:
     """ "trials", "Hessian" → unit → kernel → loss before anything is trained; measured once, kept in --out."""
     kept = jobs.beside(arguments, "untrained losses", ".json")
@@ -135,10 +132,6 @@ def untrained_losses(arguments: argparse.Namespace) -> dict[str, Values]:
 def measured_losses(supernet: Supernet, arguments: argparse.Namespace) -> Values:
     score = scorer(supernet, jobs.training_windows(arguments)[:SCORED])
     return sensitivity.measure(score, supernet.units, kernels_of(supernet.units), full(supernet.units))
-
-
-def full(units: Sequence[Unit]) -> Policy:
-    return Policy.of({unit.name: "fp32" for unit in units})
 
 
 def curved_losses(supernet: Supernet, arguments: argparse.Namespace) -> Values:
@@ -329,7 +322,7 @@ def report(arguments: argparse.Namespace) -> None:
         for cell in json.loads(arguments.post_training.read_text()).values():
             if "method" in cell:
                 seconds = {"training": cell["seconds"], "choosing": cell["choosing_seconds"]}
-                cells.append((cell["method"], f"{cell['bits']:g}", {**seconds, "bits": cell["mean_bits"], **cell}))
+                cells.append((cell["method"], f"{cell['bits']:g}", {**cell, **seconds, "bits": cell["mean_bits"]}))
     for method, at in rows_of(arguments):
         cells += [(method, column, cell) for column in (f"{bits:g}" for bits in MEANS) for cell in at(column)]
     made: Mapping[str, list[dict[str, str]]] = {"perplexity": [], "kl": []}
@@ -346,8 +339,12 @@ def report(arguments: argparse.Namespace) -> None:
                 row[f"{key} s"] = f"{mean(cell[key] for _, cell in mine):.0f}"
             made[figure].append(row)
     unquantised = {cell["perplexity"] for method, _, cell in cells if method == "fp32"}
-    how = f"{arguments.model}, {Path(arguments.heldout).name}; S = {arguments.steps} {jobs.described(arguments)}"
-    whence = "; ".join(sorted({f"{cell['device']}, commit {cell['commit']}" for _, _, cell in cells}))
+    size = f"{arguments.batch} x {jobs.WINDOW} tokens, {arguments.precision}, learning rate {arguments.lr:g}"
+    how = f"{arguments.model}, {Path(arguments.heldout).name}; S = {arguments.steps} policy-steps of {size}"
+    made_on: dict[str, dict[str, None]] = {}
+    for method, _, cell in cells:
+        made_on.setdefault(f"{cell['device']}, commit {cell['commit']}", {})[method] = None
+    whence = "; ".join(f"{made}: {len(of)} rows" + (f" ({', '.join(of)})" if len(of) < 4 else "") for made, of in made_on.items())
     text = f"{how}; fp32 {', '.join(f'{value:.2f}' for value in unquantised) or 'not measured'}\n{whence}\n"
     for figure, rows in made.items():
         if rows:

@@ -38,7 +38,7 @@ from typing import Any
 import numpy as np
 import torch
 import training_jobs as jobs
-from bits import KERNELS, MEANS, OFF, solved
+from bits import KERNELS, MEANS, OFF, full, kernels_of, solved
 
 from toolchain.files import sha256, write_atomic
 from toolchain.graph.build import resolve
@@ -159,8 +159,7 @@ class Bench:
     def _trials(self) -> dict[str, dict[str, float]]:
         score = scorer(self.net, self.calibration[:SCORED])
         self.net.weights = lambda policy: self.weights("GPTQ", policy)  # type: ignore[method-assign]
-        full = Policy.of({unit.name: "fp32" for unit in self.units})
-        return sensitivity.measure(score, self.units, {unit.name: tuple(KERNELS.values()) for unit in self.units}, full)
+        return sensitivity.measure(score, self.units, kernels_of(self.units), full(self.units))
 
 
 def curved(net: Supernet, windows: np.ndarray) -> dict[str, dict[str, float]]:
@@ -247,7 +246,7 @@ def chosen(bench: Bench, method: str, bits: float) -> tuple[Policy, float]:
     losses, seconds = bench.losses("Hessian" if method == "Hessian" else "trials")
     if method == "closed form":
         return closed_form(bench.units, bench.net, losses, bits), seconds
-    return solved(bench.units, {unit.name: tuple(KERNELS.values()) for unit in bench.units}, losses, bits), seconds
+    return solved(bench.units, kernels_of(bench.units), losses, bits), seconds
 
 
 def setup(arguments: argparse.Namespace, bench: Bench) -> dict[str, Any]:
@@ -278,7 +277,7 @@ def report(arguments: argparse.Namespace) -> None:
         )
     cells = json.loads(kept.read_text())
     about = cells.pop("setup")
-    full = cells["fp32 32 0"]["perplexity"]
+    unquantised = cells["fp32 32 0"]["perplexity"]
     rows = []
     for method in (*UNIFORM, *MIXED):
         row: dict[str, Any] = {"method": method}
@@ -289,7 +288,7 @@ def report(arguments: argparse.Namespace) -> None:
             if any(abs(each - bits) > OFF for each in reached):
                 row[f"{bits:g} bits"] += f" ({mean(reached):.2f})"
         rows.append(row)
-    text = f"{about['model']}, perplexity on {about['heldout']} ({about['tokens']} tokens), fp32 {full:.2f}\n"
+    text = f"{about['model']}, perplexity on {about['heldout']} ({about['tokens']} tokens), fp32 {unquantised:.2f}\n"
     text += "; ".join(sorted({f"{cell['device']}, commit {cell['commit']}" for cell in cells.values()})) + "\n\n"
     text += table(rows, list(rows[0]), markdown=True) + "\n"
     arguments.results.mkdir(exist_ok=True)

@@ -217,6 +217,8 @@ def test_pooled_adapters_move_the_zero_points_of_frozen_codes_and_nothing_else(t
             assert torch.allclose(group, group[:, :1].expand_as(group), atol=1e-6)
     sum(weight.square().sum() for weight in supernet.weights(policy).values()).backward()  # type: ignore[union-attr]
     assert all(supernet.parameters[name].grad is not None for name in supernet.parameters_of(policy) if name.endswith("/B"))
+    with pytest.raises(InputError, match="pooled"):
+        supernet.quantized(units[1], CATALOGUE["w2g32"])
     with pytest.raises(InputError, match="own or both"):
         saving.save(supernet, tmp_path, "tiny", {}, {}, np.zeros((1, 4), np.int64))
 

@@ -26,8 +26,14 @@ BETWEEN = 0.02
 """Least relative standard deviation between processes: "one process is 1 to 2% off however many windows it takes" (README)."""
 
 
-SHARE, _ROUNDS = 0.25, 4
-"""By what share of its own a latency follows its reference is not known beforehand, but about 1: its standard deviation."""
+SHARE = 0.15
+"""Standard deviation of the share by which a latency follows its reference, about 1, before any process has told."""
+
+REFERENCE_NOISE = 0.03
+"""Of a process's reference itself, relative, at most: variation of that size says nothing of a share. Taken for the machine's speed it
+would pull every share towards 0 (regression dilution)."""
+
+_ROUNDS = 4
 
 
 @dataclass(frozen=True)
@@ -144,16 +150,18 @@ def bounds(levels: Sequence[float], tail: float) -> tuple[float, float]:
 
 
 def ratio_bounds(
-    now: Sequence[float], then: Sequence[float], below: float, above: float, doubt: float = 0.0
+    now: Sequence[float], then: Sequence[float], below: float, above: float, doubt: float = 0.0, fitted: int = 0
 ) -> tuple[float, float, float]:
     """(ratio, low, high) of the middles, now over then: low errs with at most `below`, high with `above`. Welch's t on logs (1947).
 
-    doubt: standard deviation of what both sides' levels may be off together, in logs."""
+    doubt: standard deviation of what their ratio may be off besides, in logs. fitted: numbers that were fitted to the levels themselves."""
     if min(len(now), len(then)) < 2:
         raise InputError(f"expected at least 2 levels on each side, got {len(now)} and {len(then)}")
     parts = [(max(stdev(map(math.log, side)), BETWEEN) ** 2 / len(side), len(side) - 1) for side in (now, then)]
     variance = sum(part for part, _ in parts)
-    freedom = int(variance**2 / sum(part**2 / n for part, n in parts))
+    freedom = int(variance**2 / sum(part**2 / n for part, n in parts)) - fitted
+    both = len(now) + len(then) - 2
+    variance *= both / max(both - fitted, 1)
     low, high = (student(tail, max(freedom, 1)) * math.sqrt(variance + doubt**2) for tail in (below, above))
     ratio = middle(now) / middle(then)
     return ratio, ratio * math.exp(-low), ratio * math.exp(high)
@@ -179,7 +187,7 @@ def compared(
     work = min(known, key=lambda one: fits[one].left)
     fit = fits[work]
     levels = [[block.level_ms(name, work, 1.0, fit.share) for block in side] for side in (now, then)]
-    return (*ratio_bounds(levels[0], levels[1], below, above, fit.doubt), work)
+    return (*ratio_bounds(levels[0], levels[1], below, above, fit.doubt, fitted=1), work)
 
 
 @dataclass(frozen=True)
@@ -199,8 +207,16 @@ class _Fit:
         means = [(fmean(x for x, _ in side), fmean(y for _, y in side)) for side in sides]
         apart = [(x - mean_x, y - mean_y) for side, (mean_x, mean_y) in zip(sides, means, strict=True) for x, y in side]
         squares, products = math.fsum(x * x for x, _ in apart), math.fsum(x * y for x, y in apart)
-        share, left = 1.0, BETWEEN**2
+        freedom = len(apart) - 2
+        # How much of the reference's variation is the machine's.
+        real = max(0.0, 1 - freedom * REFERENCE_NOISE**2 / squares) if squares else 0.0
+        slope = products / (squares * real) if real else 1.0
+        share, told, left = 1.0, 0.0, BETWEEN**2
         for _ in range(_ROUNDS):  # the less noise, the more the processes say against the prior
-            share = (products / left + 1 / SHARE**2) / (squares / left + 1 / SHARE**2)
-            left = max(math.fsum((y - share * x) ** 2 for x, y in apart) / max(len(apart) - 3, 1), BETWEEN**2)
-        return cls(share, left, abs(means[0][0] - means[1][0]) / math.sqrt(squares / left + 1 / SHARE**2))
+            told = squares * real**2 / max(left, BETWEEN**2)
+            told /= told + 1 / SHARE**2
+            share = told * slope + (1 - told)
+            left = math.fsum((y - share * x) ** 2 for x, y in apart) / max(freedom - 1, 1)
+        # What is left of the prior's doubt, and what is not known of the reference's noise.
+        unknown = math.sqrt((1 - told) * SHARE**2 + (told * (1 - real) * slope) ** 2)
+        return cls(share, left, abs(means[0][0] - means[1][0]) * unknown)

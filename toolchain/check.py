@@ -89,7 +89,7 @@ def hold_latency(name: str, limit: float, blocks: Sequence[Block], look: int, sp
 
 
 def hold_ratio(name: str, now: Sequence[Block], then: Sequence[Block], look: int, works: Sequence[str] = ()) -> Verdict:
-    """The look-th look at how much slower a latency is than in a baseline's processes, each at the speed of its own references.
+    """The look-th look at how much slower a latency is than in a baseline's processes, by the share with which it follows its reference.
 
     works: the kinds of work whose references may serve; none: all; `blocks.compared` takes one. Over: surely more than
     REGRESSED. Within: surely less than NOTICED.

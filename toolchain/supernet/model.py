@@ -325,7 +325,11 @@ class Supernet:
 
     @torch.no_grad()
     def quantized(self, unit: Unit, kernel: Kernel) -> Quantized:
-        """Codes of the whole unit, its modules' rows stacked: `affine.dequantize` of them is exactly what the forward pass uses."""
+        """Codes of the whole unit, its modules' rows stacked: `affine.dequantize` of them is exactly what the forward pass uses.
+
+        Raises InputError for pooled adapters, which no integer codes hold."""
+        if not self.adapters.requantised:
+            raise InputError(f"expected adapters that are rounded with the weights, got {self.adapters.kind}")
         return codes(*self._quantiser_inputs(unit.modules, kernel))
 
     def policy(self, kernel: str) -> Policy:
