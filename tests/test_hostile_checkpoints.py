@@ -53,6 +53,14 @@ def test_external_data_that_cannot_be_is_a_damaged_file(tmp_path: Path, entries:
         load_array(tensor, tmp_path)
 
 
+def test_a_location_that_is_no_text_is_a_damaged_file(tmp_path: Path) -> None:
+    tensor = TensorProto(name="w", dims=[4], data_type=TensorProto.FLOAT, data_location=TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value="@@@@")
+    damaged = TensorProto.FromString(tensor.SerializeToString().replace(b"@@@@", b"\xff\xfe\xff\xfe"))
+    with pytest.raises(DamagedFileError):
+        load_array(damaged, tmp_path)
+
+
 # ---- pickles, adapters and code
 
 

@@ -127,6 +127,18 @@ def test_a_folder_without_a_readable_tokenizer_is_named(tmp_path):
         text.load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_that_is_a_link_out_of_its_folder_is_not_read(tmp_path, name):
+    folder = tmp_path / "package"
+    folder.mkdir()
+    for each in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / each).write_bytes((POCKET / each).read_bytes())
+    (folder / name).rename(tmp_path / "secret")
+    (folder / name).symlink_to("../secret")
+    with pytest.raises(InputError, match="inside"):
+        text.separator_id(folder)
+
+
 def test_the_record_tells_one_text_from_another():
     windows = np.zeros((3, 5), np.int64)
     one, other = (text.record("mine", documents, windows) for documents in (["ab", "c"], ["a", "bc"]))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from toolchain.errors import DamagedFileError, InputError, require
+from toolchain.files import inside
 from toolchain.reading import read_json
 
 if TYPE_CHECKING:
@@ -143,8 +144,8 @@ def _prose(topic: str) -> list[str]:
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer of a model or package folder. Raises InputError if it has no readable `tokenizer.json`."""
-    path = Path(directory) / "tokenizer.json"
+    """The tokenizer of a graph or package folder. Raises InputError if it has no readable `tokenizer.json`, or a link out of the folder."""
+    path = inside(Path(directory), "tokenizer.json")
     if not path.is_file():
         raise InputError(f"expected a tokenizer at {path}, got none", "use a model folder that has tokenizer.json")
     tokenizers = require("tokenizers", "text")
@@ -161,7 +162,7 @@ def separator_id(directory: Path) -> int | None:
     """Token id that separates documents: what tokenizer_config.json calls eos (else sep), else a usual name; None if there is none."""
     tokenizer = load_tokenizer(directory)
     names: list[str] = []
-    config = Path(directory) / "tokenizer_config.json"
+    config = inside(Path(directory), "tokenizer_config.json")
     if config.is_file():
         try:
             settings = read_json(config)

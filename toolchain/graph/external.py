@@ -85,6 +85,8 @@ def load_array(tensor: TensorProto, folder: Path) -> np.ndarray:
         raise DamagedFileError(f"expected a tensor {name!r} of a known type and its own size in {folder}, got: {error}") from error
     entries = {entry.key: entry.value for entry in tensor.external_data}
     try:
+        if not isinstance(entries["location"], str):  # protobuf hands out what is no UTF-8 as bytes
+            raise ValueError("a location that is no text")
         path, offset = inside(folder, entries["location"]), int(entries.get("offset", 0))
     except (KeyError, ValueError) as error:
         raise DamagedFileError(f"expected location and offset of tensor {name!r} in {folder}, got {entries}") from error
