@@ -180,8 +180,8 @@ def test_a_baseline_is_compared_at_the_references_speed_that_follows_it() -> Non
 
 
 class TwoSpeeds:
-    """As two cores of README's machine: for some processes on end others take one. The reference then takes 1.9 times as long, the package
-    1.9^0.75 times: it follows by a share of its own."""
+    """As two cores of README's machine, which have two speeds, each for some processes on end. At one the reference takes 1.9 times as long,
+    the package 1.9^0.75 times: it follows by a share of its own."""
 
     def __init__(self, seed: int, level_ms: float, sharing: float, lasting: float = 0.8) -> None:
         self._rng, self._level, self._sharing, self._lasting = np.random.default_rng(seed), level_ms, sharing, lasting
@@ -205,7 +205,7 @@ class TwoSpeeds:
 
 @pytest.mark.parametrize("sharing", [0.0, 0.4, 1.0])
 def test_a_package_that_does_not_follow_its_reference_in_full_is_compared_at_one_speed_all_the_same(sharing: float) -> None:
-    """Held to follow in full, one that others share its cores with looks 15% faster than a baseline that was mostly alone."""
+    """Held to follow in full, at the slower speed it looks 15% faster than a baseline that was mostly made at the other."""
     verdicts: dict[float, list[str]] = {1.0: [], 1.08: []}
     for ratio, seen in verdicts.items():
         for seed in range(60):

@@ -173,8 +173,8 @@ def compared(
     """(ratio, low, high, work): how much slower a latency is now than then, as `ratio_bounds`, at one speed of the machine; work: the kind
     of work whose reference told the speed, of those known to all blocks the one with which most is explained; "" where there is none.
 
-    Speed is not one number: beside a process that takes one of two cores, the reference was seen to take 1.9 times as long, a package
-    1.6 times. So a latency follows its reference by a share of its own, time ∝ reference^share, which is fitted to the processes of both
+    Speed is not one number: between the two speeds of one pair of virtual cores the reference's time differed by 1.9, a package's by 1.6.
+    So a latency follows its reference by a share of its own, time ∝ reference^share, which is fitted to the processes of both
     sides (one slope, two levels: analysis of covariance, Fisher 1932; whether the sides differ plays no part in it) from a prior of
     1 ± SHARE. What is unknown of it widens the bounds as far as the machine's speed then and now lie apart: sides that never saw the
     same speed say little of each other.
