@@ -180,8 +180,8 @@ def test_a_baseline_is_compared_at_the_references_speed_that_follows_it() -> Non
 
 
 class TwoSpeeds:
-    """As two cores of README's machine, which have two speeds, each for some processes on end. At one the reference takes 1.9 times as long,
-    the package 1.9^0.75 times: it follows by a share of its own."""
+    """As two cores of README's machine, which have two speeds, each for some processes on end. At one the reference takes 1.9 times as
+    long, the package 1.9^0.75 times: it follows by a share of its own."""
 
     def __init__(self, seed: int, level_ms: float, sharing: float, lasting: float = 0.8) -> None:
         self._rng, self._level, self._sharing, self._lasting = np.random.default_rng(seed), level_ms, sharing, lasting

@@ -20,11 +20,12 @@ from toolchain.spec import Cost, Estimate, Unit, Workload
 NO_METER = "no energy meter was read"
 
 
-_DIGITS = 9
+_DIGITS = 7
+"""With nine, one of four packages that two machines made of one supernet differed by a hundredth of a byte."""
 
 
 def steady(costs: Mapping[str, Mapping[str, float]], fixed: float) -> tuple[dict[str, dict[str, float]], float]:
-    """Costs and fixed part to a billionth of the largest of them: far below what any clock or fit can tell, far above what a fit's last
+    """Costs and fixed part to a ten-millionth of the largest of them: far below what any clock or fit can tell, far above what a fit's last
     digits owe to the order in which a machine's instruction set adds up. The same table then gives the same policy and the same
     manifest on every machine."""
     largest = max((abs(cost) for row in costs.values() for cost in row.values()), default=0.0)
@@ -38,7 +39,7 @@ def steady(costs: Mapping[str, Mapping[str, float]], fixed: float) -> tuple[dict
 
 
 def steady_spread(relative: float) -> float:
-    """A relative spread to a billionth."""
+    """A relative spread to a ten-millionth."""
     return round(relative, _DIGITS)
 
 
