@@ -480,6 +480,7 @@ def _answer(folder: Path) -> object:
 
 
 def _request(folder: Path) -> object:
+    sys.modules["pynvml"] = None  # type: ignore[assignment] # this machine's GPU is not the folder's, and opening its library an offence
     place = os.getcwd()
     os.chdir(folder)
     try:
