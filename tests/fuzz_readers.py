@@ -115,6 +115,7 @@ class Sandbox:
         self.risen = 0
         self._offence = ""
         self._watching = False
+        sys.modules["pynvml"] = None  # type: ignore[assignment] # a GPU of this machine is none of the folder's
         sys.addaudithook(self._audit)
 
     def fresh(self) -> None:
@@ -480,7 +481,6 @@ def _answer(folder: Path) -> object:
 
 
 def _request(folder: Path) -> object:
-    sys.modules["pynvml"] = None  # type: ignore[assignment] # this machine's GPU is not the folder's, and opening its library an offence
     place = os.getcwd()
     os.chdir(folder)
     try:
