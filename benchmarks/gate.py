@@ -26,6 +26,7 @@ import contextlib
 import io
 import itertools
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -108,11 +109,11 @@ class Bench:
 
 @contextmanager
 def loaded(yes: bool) -> Iterator[None]:
-    """Another process that takes one core, or none."""
+    """Another process that takes one core, or none. It ends with this one, also if this one is killed."""
     if not yes:
         yield
         return
-    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    other = subprocess.Popen([sys.executable, "-c", f"import os\nwhile os.getppid() == {os.getpid()}: pass"])
     try:
         yield
     finally:
