@@ -343,8 +343,9 @@ def report(arguments: argparse.Namespace) -> None:
     how = f"{arguments.model}, {Path(arguments.heldout).name}; S = {arguments.steps} policy-steps of {size}"
     made_on: dict[str, dict[str, None]] = {}
     for method, _, cell in cells:
-        made_on.setdefault(f"{cell['device']}, commit {cell['commit']}", {})[method] = None
-    whence = "; ".join(f"{made}: {len(of)} rows" + (f" ({', '.join(of)})" if len(of) < 4 else "") for made, of in made_on.items())
+        if method != "fp32":
+            made_on.setdefault(f"{cell['device']}, commit {cell['commit']}", {})[method] = None
+    whence = "; ".join(f"{made}: {', '.join(of) if len(of) < 4 else f'{len(of)} rows'}" for made, of in made_on.items())
     text = f"{how}; fp32 {', '.join(f'{value:.2f}' for value in unquantised) or 'not measured'}\n{whence}\n"
     for figure, rows in made.items():
         if rows:
