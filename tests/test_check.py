@@ -148,7 +148,8 @@ def _block(level_ms, valid=True, slowness=1.0):
     ("name", "level", "valid", "expected"),
     [
         ("low", 1.5, True, "within"),  # a machine half as fast: 0.75 at the table's speed
-        ("low", 2.5, True, "over"),
+        ("low", 3.0, True, "over"),
+        ("low", 2.5, True, "could not tell"),  # 1.25, but a package need not follow its reference in full
         ("mine", 1.5, True, "could not tell"),  # an absolute limit is held as measured
         ("mine", 3.5, True, "over"),  # on a machine as fast as for the table it would be, too
         ("low", 1.5, False, "could not tell"),  # disturbed: it must keep the limit as it ran

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from toolchain.errors import InputError
 from toolchain.hardware import load
 from toolchain.profiler.ask import Host
 from toolchain.profiler.measure import measure_block
-from toolchain.spec import WORKS, Workload
+from toolchain.spec import WORKS, Verdict, Workload
 
 SPEED = ("model token", 100.0)
 
@@ -196,6 +197,14 @@ class TwoSpeeds:
         times = self._level * (reference / 46.0) ** 0.75 * np.exp(0.02 * rng.standard_normal() + 0.02 * rng.standard_normal(5))
         return Block({"latency_ms": tuple(times)}, {"model token": tuple(reference)})
 
+    def held(self, limit: float) -> Verdict:
+        """At the speed of the cost table, at which the reference takes 46 ns."""
+
+        def judge(blocks: Sequence[Block], look: int) -> list[Verdict]:
+            return [hold_latency("latency_ms", limit, blocks, look, ("model token", 46.0))]
+
+        return decide_in_looks(self.measure, judge, Patience(), lambda: self.now).verdicts[0]
+
     def against(self, then: list[Block]) -> str:
         found = decide_in_looks(
             self.measure, lambda blocks, look: [hold_ratio("latency_ms", blocks, then, look)], Patience(), lambda: self.now
@@ -238,6 +247,21 @@ def test_a_noisy_reference_on_a_quiet_machine_says_nothing_of_the_share(noise: f
         for ratio, error in wrong.items():
             seen.append(hold_ratio("latency_ms", [measured(rng, ratio, shift) for _ in range(12)], then, 1).verdict == error)
     assert sum(seen) <= 3
+
+
+@pytest.mark.parametrize("sharing", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize(("limit", "wrong"), [(1 / 0.9, "over"), (1 / 1.1, "within")])
+def test_a_package_that_does_not_follow_its_reference_in_full_keeps_or_breaks_its_limit(
+    sharing: float, limit: float, wrong: str
+) -> None:
+    """Held to follow in full it looks 15% faster than it is at the table's speed. A check that sees both speeds learns its share."""
+    held = [TwoSpeeds(seed, 1.0, sharing).held(limit) for seed in range(60)]
+    said = [one.verdict for one in held]
+    assert said.count(wrong) <= 1
+    if sharing == 0:
+        assert said.count("could not tell") == 0
+    if sharing == 1:
+        assert "the machine's speed" in held[said.index("could not tell")].reason
 
 
 def test_sides_that_never_saw_the_same_speed_cannot_be_told_apart() -> None:

@@ -35,6 +35,9 @@ would pull every share towards 0 (regression dilution)."""
 
 _ROUNDS = 4
 
+_MANY = 1000
+"""Degrees of freedom of what is as good as normally distributed."""
+
 
 @dataclass(frozen=True)
 class Block:
@@ -140,13 +143,24 @@ def middle(levels: Sequence[float]) -> float:
     return math.exp(fmean(map(math.log, levels)))
 
 
-def bounds(levels: Sequence[float], tail: float) -> tuple[float, float]:
-    """(low, high): each a one-sided bound on the middle that errs with at most `tail`. Raises InputError for fewer than two levels."""
+def bounds(levels: Sequence[float], tail: float, doubt: float = 0.0) -> tuple[float, float]:
+    """(low, high): each a one-sided bound on the middle that errs with at most `tail`. Raises InputError for fewer than two levels.
+
+    doubt: standard deviation, in logs, of what all levels alike may be off besides."""
     n = len(levels)
     if n < 2:
         raise InputError(f"expected at least 2 levels, got {n}")
     half = student(tail, n - 1) * max(stdev(map(math.log, levels)), BETWEEN) / math.sqrt(n)
+    half = math.hypot(half, doubt and student(tail, _MANY) * doubt)
     return middle(levels) * math.exp(-half), middle(levels) * math.exp(half)
+
+
+def at_speed(blocks: Sequence[Block], name: str, work: str, then_ns: float) -> tuple[list[float], float]:
+    """(levels, doubt) of processes brought to the speed at which the reference for `work` takes then_ns: by the share with which they
+    follow it, fitted as in `compared`, and what is unknown of it, for `bounds`."""
+    fit = _Fit.of([blocks], name, work)
+    apart = fmean(math.log(median(block.reference_ns[work]) / then_ns) for block in blocks)
+    return [block.level_ms(name, work, then_ns, fit.share) for block in blocks], abs(apart) * fit.unknown
 
 
 def ratio_bounds(
@@ -183,31 +197,34 @@ def compared(
     if not known:
         plain = [[block.level_ms(name) for block in side] for side in (now, then)]
         return (*ratio_bounds(plain[0], plain[1], below, above), "")
-    fits = {work: _Fit.of(now, then, name, work) for work in known}
+    fits = {work: _Fit.of([now, then], name, work) for work in known}
     work = min(known, key=lambda one: fits[one].left)
     fit = fits[work]
     levels = [[block.level_ms(name, work, 1.0, fit.share) for block in side] for side in (now, then)]
-    return (*ratio_bounds(levels[0], levels[1], below, above, fit.doubt, fitted=1), work)
+    doubt = fit.unknown * abs(fit.means[0] - fit.means[1])
+    return (*ratio_bounds(levels[0], levels[1], below, above, doubt, fitted=1), work)
 
 
 @dataclass(frozen=True)
 class _Fit:
-    """share: the slope of log latency over log reference. left: variance that it leaves. doubt: standard deviation of what the sides'
-    distance owes to the share."""
+    """share: the slope of log latency over log reference. left: variance that it leaves. unknown: standard deviation of the share.
+    means: of the log reference, by side."""
 
     share: float
     left: float
-    doubt: float
+    unknown: float
+    means: tuple[float, ...]
 
     @classmethod
-    def of(cls, now: Sequence[Block], then: Sequence[Block], name: str, work: str) -> _Fit:
-        sides = [
-            [(math.log(median(block.reference_ns[work])), math.log(block.level_ms(name))) for block in side] for side in (now, then)
+    def of(cls, sides: Sequence[Sequence[Block]], name: str, work: str) -> _Fit:
+        """One slope, a level for each side."""
+        points = [
+            [(math.log(median(block.reference_ns[work])), math.log(block.level_ms(name))) for block in side] for side in sides
         ]
-        means = [(fmean(x for x, _ in side), fmean(y for _, y in side)) for side in sides]
-        apart = [(x - mean_x, y - mean_y) for side, (mean_x, mean_y) in zip(sides, means, strict=True) for x, y in side]
+        means = [(fmean(x for x, _ in side), fmean(y for _, y in side)) for side in points]
+        apart = [(x - mean_x, y - mean_y) for side, (mean_x, mean_y) in zip(points, means, strict=True) for x, y in side]
         squares, products = math.fsum(x * x for x, _ in apart), math.fsum(x * y for x, y in apart)
-        freedom = len(apart) - 2
+        freedom = len(apart) - len(sides)
         # How much of the reference's variation is the machine's.
         real = max(0.0, 1 - freedom * REFERENCE_NOISE**2 / squares) if squares else 0.0
         slope = products / (squares * real) if real else 1.0
@@ -219,4 +236,4 @@ class _Fit:
             left = math.fsum((y - share * x) ** 2 for x, y in apart) / max(freedom - 1, 1)
         # What is left of the prior's doubt, and what is not known of the reference's noise.
         unknown = math.sqrt((1 - told) * SHARE**2 + (told * (1 - real) * slope) ** 2)
-        return cls(share, left, abs(means[0][0] - means[1][0]) * unknown)
+        return cls(share, left, unknown, tuple(mean_x for mean_x, _ in means))
