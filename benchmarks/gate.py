@@ -9,7 +9,7 @@
 In half of the runs another process loads one core. What is in WORK is not done again; --repeats says how many there are to be of each kind.
 
 curve: `bittailor check --json` on a copy of PACKAGE whose limit is truth / (1 + distance), a budget derived from this machine at the speed
-it had when the truth was first measured. The truth moves with the machine even at one speed: two undisturbed processes of the package are
+it had while the truth was first measured. The truth moves with the machine even at one speed: two undisturbed processes of the package are
 measured before each check, the middle of the last ANCHORS of all sets its limit, and when the runs are over the distance that counts is
 that to the middle of ANCHORS on both sides of the run. A run is wrong if it says "within" and the package was over by that, or the reverse.
 baseline: two copies of PACKAGE that differ in one unit's kernel, of all kernels the pair nearest to 8% apart, by processes in turn. The
@@ -99,11 +99,11 @@ class Bench:
         return measure_block(package.directory, package.workload, self.host, package.vocabulary)
 
     def speed_ns(self) -> float:
-        """The reference's time that all of WORK is brought to: that of the first process ever measured for it."""
+        """The reference's time that all of WORK is brought to: the middle of the first ANCHORS processes ever measured for it, since a
+        profile, too, takes what the machine does most of the time."""
         path = self.work / "speed.json"
         if not path.is_file():
-            times = sorted(self.block().reference_ns[self.bound])
-            write_atomic(path, json.dumps(times[len(times) // 2]))
+            write_atomic(path, json.dumps(median(median(self.block().reference_ns[self.bound]) for _ in range(ANCHORS))))
         return float(json.loads(path.read_text()))
 
 
