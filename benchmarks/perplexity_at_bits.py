@@ -135,7 +135,7 @@ def measured_losses(supernet: Supernet, arguments: argparse.Namespace) -> Values
 
 
 def curved_losses(supernet: Supernet, arguments: argparse.Namespace) -> Values:
-    return post_training.curved(supernet, jobs.training_windows(arguments)[: post_training.BATCHES * post_training.TOGETHER])
+    return post_training.curved(supernet, post_training.of_the_next_token(supernet, jobs.training_windows(arguments)))
 
 
 def work(arguments: argparse.Namespace, job: str) -> None:

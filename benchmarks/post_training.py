@@ -31,6 +31,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -43,8 +44,9 @@ from bits import KERNELS, MEANS, OFF, full, kernels_of, solved
 from toolchain.files import sha256, write_atomic
 from toolchain.graph.build import resolve
 from toolchain.graph.model import Graph
-from toolchain.kernels import CATALOGUE, mean_bits, uniform
+from toolchain.kernels import CATALOGUE, candidates, mean_bits, uniform
 from toolchain.policy import sensitivity
+from toolchain.policy.solver import Values
 from toolchain.profiler.agent import cpu_name
 from toolchain.quantize.allocation import allocate, rounded
 from toolchain.quantize.fake import fake_quantise
@@ -65,6 +67,9 @@ SCORED = 16
 """Calibration windows on which sensitivities are measured."""
 BATCHES, TOGETHER = 4, 2
 """Of calibration windows for the Hessian's eigenvalues."""
+
+Loss = Callable[[], torch.Tensor]
+"""A loss of a batch, whose graph each call makes anew."""
 
 Make = Callable[[torch.Tensor, Kernel, torch.Tensor], torch.Tensor]
 """(weight [N, K], kernel, moments of its inputs [K, K]) → ŵ [N, K]. An embedding has no inputs: where a head shares its tensor, the head's
@@ -152,7 +157,7 @@ class Bench:
         """(unit → kernel → loss with this unit alone in GPTQ's weights, seconds). kind: "trials", KL on calibration windows; "Hessian"."""
         if kind not in self._losses:
             begin = time.monotonic()
-            found = self._trials() if kind == "trials" else curved(self.net, self.calibration[: BATCHES * TOGETHER])
+            found = self._trials() if kind == "trials" else curved(self.net, of_the_next_token(self.net, self.calibration))
             self._losses[kind] = (found, time.monotonic() - begin)
         return self._losses[kind]
 
@@ -162,44 +167,49 @@ class Bench:
         return sensitivity.measure(score, self.units, kernels_of(self.units), full(self.units))
 
 
-def curved(net: Supernet, windows: np.ndarray) -> dict[str, dict[str, float]]:
-    """Unit → kernel → Ω·‖W − Ŵ‖², Ŵ rounded to nearest."""
-    curvature, found = unit_curvatures(net, windows), {}
+def curved(net: Supernet, losses: Sequence[Loss], names: Sequence[str] = tuple(KERNELS.values())) -> dict[str, dict[str, float]]:
+    """Unit → kernel, of those named that it may have, → Ω·‖W − Ŵ‖², Ŵ rounded to nearest; Ω of each of the losses."""
+    curvature, found = unit_curvatures(net, losses), {}
     for unit in net.units:
         weights = [net.model.get_submodule(module).get_parameter("weight").detach() for module in unit.modules]
         wrong = {
             name: sum(float((_mse(weight, CATALOGUE[name], weight) - weight).double().square().sum()) for weight in weights)
-            for name in KERNELS.values()
+            for name in candidates(unit, names)
         }
         found[unit.name] = {name: curvature[unit.name] * error for name, error in wrong.items()}
     return found
 
 
-def unit_curvatures(net: Supernet, windows: np.ndarray) -> dict[str, float]:
-    """Unit → Ω of its modules' weights, the largest among them, of the model's own loss on BATCHES parts of windows [n, T]."""
+def unit_curvatures(net: Supernet, losses: Sequence[Loss]) -> dict[str, float]:
+    """Unit → Ω of its modules' weights, the largest among them."""
     owners = dict.fromkeys(net.owner(module) for unit in net.units for module in unit.modules)
     weights = [net.model.get_submodule(owner).get_parameter("weight").requires_grad_() for owner in owners]
-    seen = []
-    for ids in torch.from_numpy(windows).to(net.device).split(len(windows) // BATCHES):
-
-        def loss(ids: torch.Tensor = ids) -> torch.Tensor:
-            said = net.model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-            return torch.nn.functional.cross_entropy(said.flatten(0, 1), ids[:, 1:].flatten())
-
-        seen.append(largest_eigenvalues(loss, weights))
+    seen = [largest_eigenvalues(loss, weights) for loss in losses]
     for weight in weights:
         weight.requires_grad_(False)
     found = dict(zip(owners, ranked(seen), strict=True))
     return {unit.name: max(found[net.owner(module)] for module in unit.modules) for unit in net.units}
 
 
-def closed_form(units: Sequence[Unit], net: Supernet, losses: Mapping[str, Mapping[str, float]], bits: float) -> Policy:
+def of_the_next_token(net: Supernet, windows: np.ndarray) -> list[Loss]:
+    """A decoder's own loss on BATCHES parts of the first windows [n, T]."""
+
+    def loss(ids: torch.Tensor) -> torch.Tensor:
+        said = net.model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        return torch.nn.functional.cross_entropy(said.flatten(0, 1), ids[:, 1:].flatten())
+
+    return [partial(loss, ids) for ids in torch.from_numpy(windows[: BATCHES * TOGETHER]).to(net.device).split(TOGETHER)]
+
+
+def closed_form(
+    units: Sequence[Unit], net: Supernet, losses: Values, bits: float, kernels: Mapping[int, str] = KERNELS, anchor: int = ANCHOR
+) -> Policy:
     """The theorem's bits, rounded to those there are."""
     sizes = {unit.name: unit.parameters for unit in units}
     variance = {unit.name: _variance(net, unit) for unit in units}
-    alpha = {name: losses[name][KERNELS[ANCHOR]] * 4**ANCHOR / (variance[name] * sizes[name]) for name in sizes}
-    chosen = rounded(allocate(alpha, variance, sizes, bits, max(KERNELS)), sizes, bits, tuple(KERNELS))
-    return Policy.of({name: KERNELS[width] for name, width in chosen.items()})
+    alpha = {name: losses[name][kernels[anchor]] * 4**anchor / (variance[name] * sizes[name]) for name in sizes}
+    chosen = rounded(allocate(alpha, variance, sizes, bits, max(kernels)), sizes, bits, tuple(kernels))
+    return Policy.of({name: kernels[width] for name, width in chosen.items()})
 
 
 def _variance(net: Supernet, unit: Unit) -> float:

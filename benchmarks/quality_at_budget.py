@@ -83,7 +83,11 @@ def job_names(arguments: argparse.Namespace) -> list[str]:
 
 def costs_of(arguments: argparse.Namespace) -> CostModel:
     """The table's cost model over the quantised kernels that can be trained and that some budget could choose."""
-    whole = cost_model(Graph.open(arguments.out / "graph"), open_table(arguments.table), arguments.workload)
+    return trainable(cost_model(Graph.open(arguments.out / "graph"), open_table(arguments.table), arguments.workload))
+
+
+def trainable(whole: CostModel) -> CostModel:
+    """A cost model over the quantised kernels of a cost model that can be trained and that some budget could choose."""
     trained = {
         unit: tuple(name for name in names if CATALOGUE[name].quantised and not CATALOGUE[name].prefill) or names
         for unit, names in whole.kernels.items()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 import transformers
 
@@ -91,3 +92,16 @@ def save_random_model(name: str, folder: Path, architecture: str = "", **changes
     """`random_model` as config.json and model.safetensors in `folder`, which is returned."""
     random_model(name, architecture, **changes).save_pretrained(folder, safe_serialization=True)
     return folder
+
+
+def save_word_tokenizer(folder: Path) -> None:
+    """A tokenizer of a few words, which frames sentences and pairs as BERT's does."""
+    words = {word: place for place, word in enumerate(["[UNK]", "[CLS]", "[SEP]", *"abcdefg"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    special = [("[CLS]", 1), ("[SEP]", 2)]
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=special
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')

@@ -13,6 +13,7 @@ from toolchain.kernels import CATALOGUE
 from toolchain.policy.meta_network import MetaNetwork
 from toolchain.quantize.fake import fake_quantise
 from toolchain.quantize.gptq import compensated
+from toolchain.spec import Unit
 from toolchain.supernet import saving
 from toolchain.supernet.model import Supernet
 from toolchain.supernet.starts import Frozen, input_moments, search
@@ -101,3 +102,20 @@ def test_input_moments_are_those_of_what_the_layer_sees() -> None:
     torch.testing.assert_close(found["lm_head"], x.T @ x / len(x))
     assert torch.equal(found["model.embed_tokens"], found["lm_head"])
     assert found["model.layers.0.self_attn.q_proj"] is found["model.layers.0.self_attn.v_proj"]
+
+
+def test_padding_does_not_count_among_a_layers_inputs() -> None:
+    from random_models import random_model
+
+    model = random_model("bert", "BertForSequenceClassification", num_labels=2)
+    linear = "bert.encoder.layer.1.output.dense"
+    units = (
+        Unit("down", "MatMul", 128, 64, "linear", (linear,), "", ""),
+        Unit("head", "MatMul", 64, 2, "head", ("classifier",), "", ""),
+    )
+    rows = torch.arange(2, 12).reshape(2, 5)
+    padded, masks = torch.nn.functional.pad(rows, (0, 3)), torch.tensor([[1] * 5 + [0] * 3] * 2)
+    seen, expected = input_moments(model, units, padded, masks=masks), input_moments(model, units, rows)
+    for module in (linear, "classifier"):  # the head sees one token of each
+        torch.testing.assert_close(seen[module], expected[module], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(input_moments(model, units, padded)[linear], expected[linear], rtol=1e-2)

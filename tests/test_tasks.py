@@ -101,16 +101,9 @@ def test_metrics_of_numbers() -> None:
 @pytest.fixture
 def classifier(graphs: Callable[..., Any], tmp_path: Path) -> Path:
     """A random BERT with a head of three labels, and a tokenizer of words that frames sentences and pairs."""
-    tokenizers = pytest.importorskip("tokenizers")
+    random_models = pytest.importorskip("random_models")
     folder = copied(graphs("bert", "BertForSequenceClassification", num_labels=3).directory, tmp_path / "model")
-    words = {word: place for place, word in enumerate(["[UNK]", "[CLS]", "[SEP]", *"abcdefg"])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    special = [("[CLS]", 1), ("[SEP]", 2)]
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=special
-    )
-    tokenizer.save(str(folder / "tokenizer.json"))
+    random_models.save_word_tokenizer(folder)
     return folder
 
 

@@ -121,16 +121,19 @@ def frozen_start(weight: Tensor, moments: Tensor, kernel: Kernel, low: Tensor, h
 
 
 @torch.no_grad()
-def input_moments(model: nn.Module, units: Iterable[Unit], windows: Tensor, batch: int = 8) -> dict[str, Tensor]:
+def input_moments(
+    model: nn.Module, units: Iterable[Unit], windows: Tensor, batch: int = 8, masks: Tensor | None = None
+) -> dict[str, Tensor]:
     """module → mean of x xᵀ over its inputs x [K, K] in windows [n, T]; layers fed the same tensor (q, k, v) share one.
 
-    Its diagonal says what an error in a column of the weight costs. An embedding has no inputs; where a head shares its tensor, the
-    head's count for it.
+    masks: 0/1 [n, T] of padded windows, whose padding does not count; None: full ones. The diagonal says what an error in a column of the
+    weight costs. An embedding has no inputs; where a head shares its tensor, the head's count for it.
     """
     sums: dict[str, Tensor] = {}
     rows: dict[str, int] = {}
     same: dict[str, str] = {}
     last: tuple[str, Any] = ("", None)
+    kept: Tensor | None = None
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def add(_: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -140,6 +143,8 @@ def input_moments(model: nn.Module, units: Iterable[Unit], windows: Tensor, batc
                 return
             last = (name, inputs[0])
             x = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float()
+            if kept is not None and kept.numel() == x.shape[0]:  # a head may see one token of each window
+                x = x[kept]
             square = x.T @ x
             sums[name] = sums.get(name, torch.zeros_like(square)) + square
             rows[name] = rows.get(name, 0) + x.shape[0]
@@ -150,8 +155,11 @@ def input_moments(model: nn.Module, units: Iterable[Unit], windows: Tensor, batc
     linears = [module for unit in units if unit.op == "MatMul" for module in unit.modules]
     handles = [model.get_submodule(module).register_forward_pre_hook(hook(module)) for module in linears]
     try:
-        for piece in windows.split(batch):
-            model(**passes.arguments(piece))
+        for start in range(0, len(windows), batch):
+            piece = slice(start, start + batch)
+            mask = None if masks is None else masks[piece]
+            kept = None if mask is None else mask.flatten().bool()
+            model(**passes.arguments(windows[piece], mask))
     finally:
         for handle in handles:
             handle.remove()

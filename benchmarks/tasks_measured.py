@@ -1,0 +1,167 @@
+"""The other half of `tasks_at_budget.py`: every policy's package measured on its device, and the tables."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from post_training import spread
+
+from toolchain import hardware
+from toolchain.commands.acceptance import check_package
+from toolchain.commands.deciding import Patience
+from toolchain.commands.workflow import Choice, Source, cut, find_costs
+from toolchain.costs.model import CostModel
+from toolchain.evaluate.tasks import TASKS
+from toolchain.files import scratch, write_atomic
+from toolchain.graph.assemble import round_to_nearest
+from toolchain.graph.model import Graph
+from toolchain.kernels import uniform
+from toolchain.policy import budgets
+from toolchain.progress import track
+from toolchain.report import table
+from toolchain.spec import Policy
+
+FULL = "fp32"
+RESOURCES = ("peak_memory_bytes", "latency_ms")
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """OUT/measured.jsonl: a line for each budget and distinct policy that some method has for it, and one of fp32."""
+    device = hardware.load(arguments.device)
+    graph = Graph.open(arguments.graph)
+    costs = find_costs(graph, device, [arguments.profiles], None)
+    limits = budgets.derive(costs.model)
+    path = arguments.out / "measured.jsonl"
+    done = {(row["budget"], key(row["policy"])) for row in rows_of(path)}
+    wanted = {("high", key(full := dict(uniform(FULL, graph.units).items()))): (full, FULL)}
+    for method, budget, cell in cells_of(arguments.out):
+        wanted.setdefault((budget, key(cell["policy"])), (cell["policy"], method))
+    left = [one for one in wanted if one not in done][: arguments.packages or None]
+    for budget, name in track(left, len(left), "packages"):
+        policy, method = wanted[budget, name]
+        with scratch() as folder:
+            package = folder / "package"
+            choice = Choice(Policy.of(policy), method, None)
+            cut(Source(graph, round_to_nearest(graph), None), choice, package, device, limits[budget], costs, costs.model.workload)
+            said = check_package(package, device, {}, Patience(0, arguments.most_seconds)).to_json()
+        row = {"budget": budget, "policy": policy, "verdict": said["verdict"], "limits": said["limits"], "machine": said["machine"]}
+        row |= {resource: said["measured"][resource]["value"] for resource in RESOURCES} | {"slowness": said["slowness"]}
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def key(policy: dict[str, str]) -> str:
+    return json.dumps(policy, sort_keys=True)
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def jobs_of(out: Path) -> list[dict[str, Any]]:
+    """The jobs that are done: by seed, then by task."""
+    found = [json.loads(path.read_text()) for path in sorted(out.glob("*-*.json")) if not path.name.endswith(".part.json")]
+    return sorted((job for job in found if "cells" in job), key=lambda job: (job["seed"], list(TASKS).index(job["task"])))
+
+
+def cells_of(out: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(method, budget, cell with its task and seed)."""
+    for job in jobs_of(out):
+        for method, row in job["cells"].items():
+            for budget, cell in row.items():
+                yield method, budget, {**cell, "task": job["task"], "seed": job["seed"]}
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """tasks_at_budget.md and .json in --results."""
+    device = hardware.load(arguments.device)
+    costs = find_costs(Graph.open(arguments.graph), device, [arguments.profiles], None).model
+    cells, jobs, measured = [*cells_of(arguments.out)], jobs_of(arguments.out), rows_of(arguments.out / "measured.jsonl")
+    seen = {(row["budget"], key(row["policy"])): row for row in measured}
+    for _, budget, cell in cells:
+        found = seen.get((budget, key(cell["policy"])), {})
+        cell["measured"] = {name: found.get(name) for name in (*RESOURCES, "verdict")}
+    text = "\n".join(head(costs, jobs, cells, measured)) + "\n\n"
+    for title, rows in tables(costs, jobs, cells, measured):
+        text += f"{title}\n\n{table(rows, list(rows[0]), markdown=True)}\n\n"
+    arguments.results.mkdir(exist_ok=True)
+    write_atomic(arguments.results / "tasks_at_budget.md", text)
+    short = [{"method": method, "budget": budget, **{**cell, "policy": key(cell["policy"])}} for method, budget, cell in cells]
+    policies = {name: place for place, name in enumerate(dict.fromkeys(cell["policy"] for cell in short))}
+    for cell in short:
+        cell["policy"] = policies[cell["policy"]]
+    data = {"fp32": [{name: job[name] for name in ("task", "seed", "fp32")} for job in jobs], "cells": short}
+    data |= {"policies": [json.loads(name) for name in policies], "measured": measured}
+    write_atomic(arguments.results / "tasks_at_budget.json", json.dumps(data, indent=1) + "\n")
+    print(text)
+
+
+def head(costs: CostModel, jobs: Sequence[Any], cells: Sequence[Any], measured: Sequence[Any]) -> Iterator[str]:
+    """What the tables rest on."""
+    yield f"{costs.device}, {costs.workload}; " + "; ".join(
+        f"{name} {budget.peak_memory_bytes / 1e6:.1f} MB, {budget.latency_ms:.3f} ms"
+        for name, budget in budgets.derive(costs).items()
+    )
+    full = [row for row in measured if set(row["policy"].values()) == {FULL}]
+    took = f", {full[0]['peak_memory_bytes'] / 1e6:.1f} MB, {full[0]['latency_ms']:.3f} ms" if full else ""
+    scores = {task: spread([100 * job["fp32"] for job in jobs if job["task"] == task], 1) for task in dict.fromkeys(_tasks(jobs))}
+    yield f"fp32: {', '.join(f'{task} {score}' for task, score in scores.items())}; mean {_over_tasks(jobs, 'fp32')}{took}"
+    yield "; ".join(sorted({f"{cell['device']}, commit {cell['commit']}" for _, _, cell in cells}))
+
+
+def tables(
+    costs: CostModel, jobs: Sequence[Any], cells: Sequence[Any], measured: Sequence[Any]
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """(title, rows): means over tasks, each task, and what the packages cost."""
+    methods, names = dict.fromkeys(method for method, _, _ in cells), tuple(budgets.FRACTIONS)
+    of = {(m, b): [cell for method, budget, cell in cells if (method, budget) == (m, b)] for m in methods for b in names}
+    rows, costing = [], []
+    for method in methods:
+        mine = [cell for name in names for cell in of[method, name]]
+        row = {"method": method, **{name: _over_tasks(of[method, name], "headline", jobs) for name in names}}
+        checked = [cell["measured"]["verdict"] for cell in mine if cell["measured"]["verdict"]]
+        row["within, of measured"] = f"{checked.count('within')} of {len(checked)}"
+        rows.append(row | {f"{what} s": f"{mean(cell[what] for cell in mine):.0f}" for what in ("training", "choosing")})
+    yield "Mean over the tasks, three seeds ± half their range", rows
+    for name in names:
+        yield (
+            f"{name}, by task",
+            [
+                {"method": method}
+                | {
+                    task: spread([100 * cell["headline"] for cell in of[method, name] if cell["task"] == task], 1)
+                    for task in dict.fromkeys(_tasks(jobs))
+                }
+                | {"mean bits": spread([cell["mean_bits"] for cell in of[method, name]])}
+                for method in methods
+                if of[method, name]
+            ],
+        )
+    if not (full := next((row for row in measured if set(row["policy"].values()) == {FULL}), None)):
+        return
+    for method in methods:
+        row = {"method": method}
+        for name in names:
+            known = [cell["measured"] for cell in of[method, name] if cell["measured"]["verdict"]]
+            parts = [[seen[resource] / full[resource] for seen in known] for resource in RESOURCES]
+            row[name] = ", ".join(f"{mean(part):.2f}" for part in parts) if known else "–"
+        costing.append(row)
+    yield "Measured memory, latency of the packages as a fraction of fp32's", costing
+
+
+def _tasks(jobs: Sequence[Any]) -> list[str]:
+    return [job["task"] for job in jobs]
+
+
+def _over_tasks(rows: Sequence[Any], figure: str, jobs: Sequence[Any] = ()) -> str:
+    """Mean over the tasks of each seed, in hundredths, over the seeds ± half their range; – unless all tasks are there."""
+    wanted = len(set(_tasks(jobs or rows)))
+    by_seed: dict[int, list[float]] = {}
+    for row in rows:
+        by_seed.setdefault(row["seed"], []).append(100 * row[figure])
+    return spread([mean(values) for values in by_seed.values() if len(values) == wanted], 1)
