@@ -1,4 +1,4 @@
-"""The sources' tasks at a device's budgets: each method's package for low, medium and high, its score, its measured memory and latency.
+"""The sources' tasks at a device's budgets: each method's package for each, its score, its measured memory and latency.
 
     python benchmarks/finetune.py MODEL --data DATA --out MODELS                              a model per task and seed
     bittailor profile GRAPH --device DEVICE --profiles PROFILES                               GRAPH: of one of them; its rows are for all
@@ -7,7 +7,8 @@
     python benchmarks/tasks_at_budget.py measure --graph GRAPH --device DEVICE --profiles PROFILES --out DIR          on the device
     python benchmarks/tasks_at_budget.py report --graph GRAPH --device DEVICE --profiles PROFILES --out DIR [--results results]
 
-Policies are chosen under the device's derived budgets, less the room that `export` keeps; all methods have the same kernels to choose from.
+Policies are chosen under the device's low, medium and high, and under a tight limit on memory alone, a twentieth of the way from the least
+to the most that quantised policies take; less the room that `export` keeps. All methods have the same kernels to choose from.
 Nobody trains on labels but `finetune.py`: what is trained is held to the fine-tuned model's answers on the training sentences.
 
     PTQ, min-max / MSE (and γ), GPTQ      the uniform policy of most bits that fits

@@ -17,6 +17,7 @@ from choosing import keeps
 from finetune import LONGEST, padded, said
 from post_training import BATCHES, Loss, curved, gamma, made_by
 from quality_at_budget import trainable, trained_kernels
+from tasks_measured import columns
 
 from toolchain import hardware
 from toolchain.commands.workflow import find_costs
@@ -67,7 +68,7 @@ class Bench:
                 f"expected the units of {arguments.graph} in {self.folder}, got others: name a graph of one of --models"
             )
         self.costs: CostModel = trainable(whole)
-        self.budgets = {name: budgets.planned(budget, whole) for name, budget in budgets.derive(whole).items()}
+        self.budgets = {name: budgets.planned(budget, whole) for name, budget in columns(whole).items()}
         examples = {part: self.task.examples(arguments.data / task, part == "train") for part in ("train", "dev")}
         self.dev = examples["dev"][: arguments.examples or None]
         self.labels = torch.tensor([one.label for one in examples["train"]])

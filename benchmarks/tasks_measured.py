@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -20,14 +21,25 @@ from toolchain.evaluate.tasks import TASKS
 from toolchain.files import scratch, write_atomic
 from toolchain.graph.assemble import round_to_nearest
 from toolchain.graph.model import Graph
-from toolchain.kernels import uniform
+from toolchain.kernels import CATALOGUE, uniform
 from toolchain.policy import budgets
 from toolchain.progress import track
 from toolchain.report import table
-from toolchain.spec import Policy
+from toolchain.spec import Budget, Policy
 
 FULL = "fp32"
+TIGHT = 0.05
 RESOURCES = ("peak_memory_bytes", "latency_ms")
+
+
+def columns(costs: CostModel) -> dict[str, Budget]:
+    """The device's derived budgets, and before them a tight one: TIGHT of the memory range, however slow."""
+    derived = budgets.derive(costs)
+    kernels = {unit: tuple(name for name in names if CATALOGUE[name].quantised) for unit, names in costs.kernels.items()}
+    least, most = replace(costs, kernels=kernels).bounds("peak_memory_bytes")
+    planned = budgets.planned(Budget(peak_memory_bytes=1.0), costs).peak_memory_bytes
+    assert planned is not None
+    return {"tight": Budget(peak_memory_bytes=round((least + TIGHT * (most - least)) / planned), name="tight"), **derived}
 
 
 def measure(arguments: argparse.Namespace) -> None:
@@ -35,7 +47,7 @@ def measure(arguments: argparse.Namespace) -> None:
     device = hardware.load(arguments.device)
     graph = Graph.open(arguments.graph)
     costs = find_costs(graph, device, [arguments.profiles], None)
-    limits = budgets.derive(costs.model)
+    limits = columns(costs.model)
     path = arguments.out / "measured.jsonl"
     done = {(row["budget"], key(row["policy"])) for row in rows_of(path)}
     wanted = {("high", key(full := dict(uniform(FULL, graph.units).items()))): (full, FULL)}
@@ -118,7 +130,7 @@ def tables(
     costs: CostModel, jobs: Sequence[Any], cells: Sequence[Any], measured: Sequence[Any]
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """(title, rows): means over tasks, each task, and what the packages cost."""
-    methods, names = dict.fromkeys(method for method, _, _ in cells), tuple(budgets.FRACTIONS)
+    methods, names = dict.fromkeys(method for method, _, _ in cells), tuple(columns(costs))
     of = {(m, b): [cell for method, budget, cell in cells if (method, budget) == (m, b)] for m in methods for b in names}
     rows, costing = [], []
     for method in methods:

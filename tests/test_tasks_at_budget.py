@@ -18,7 +18,7 @@ random_models = pytest.importorskip("random_models")
 
 pytestmark = pytest.mark.slow
 
-BUDGETS = ("low", "medium", "high")
+BUDGETS = ("tight", "low", "medium", "high")
 OF_EVERY_BUDGET = {
     *(f"PTQ, {way}{more}" for way in ("min-max", "MSE") for more in ("", ", and γ")),
     *("GPTQ", "closed form", "solver", "QAT, solver", "QA-LoRA", "Q-BERT", "MetaQuantLLM", "LLM-QFA", "uniform OFA"),
