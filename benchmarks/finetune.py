@@ -1,11 +1,10 @@
 """A model per task, from an encoder's weights: what the tables of tasks quantise. Scores are of the task's evaluation file.
 
-    python benchmarks/finetune.py MODEL --data DATA --out OUT [--tasks sst2 cola mrpc stsb] [--seeds 3] [--epochs 4] [--batch 32]
+    python benchmarks/finetune.py MODEL --data DATA --out OUT [--tasks sst2 cola mrpc stsb squad] [--seeds 3] [--epochs 4] [--batch 32]
                                   [--lr 1e-4] [--on cuda]
 
 OUT/<task>-<seed>/ is a model folder (safetensors, tokenizer) that every command takes, and says its scores in scores.json; what is there
-is not made again. Pairs are fed as a package feeds them: both parts in one row, all token types 0. AdamW, a tenth of the steps up, then
-down to 0.
+is not made again. Rows are fed as a package feeds them (`task_kinds.py`). AdamW, a tenth of the steps up, then down to 0.
 """
 
 from __future__ import annotations
@@ -20,53 +19,27 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import task_kinds
 import torch
 from torch import nn
 
-from toolchain.evaluate.outputs import token_ids
-from toolchain.evaluate.tasks import TASKS, Task
 from toolchain.files import write_atomic
 
-LONGEST = 128
-TOGETHER = 128  # sentences of one pass of scoring
 
-
-def padded(rows: list[list[int]], device: str) -> dict[str, torch.Tensor]:
-    """ids and mask [B, T] of rows of token ids."""
-    longest = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-@torch.no_grad()
-def said(model: nn.Module, rows: list[list[int]], device: str) -> np.ndarray:
-    """Logits float64 [n, L]."""
-    order = sorted(range(len(rows)), key=lambda place: len(rows[place]))
-    made: dict[int, np.ndarray] = {}
-    for start in range(0, len(order), TOGETHER):
-        places = order[start : start + TOGETHER]
-        logits = model(**padded([rows[place] for place in places], device)).logits.double().cpu().numpy()
-        made |= dict(zip(places, logits, strict=True))
-    return np.stack([made[place] for place in range(len(rows))])
-
-
-def finetuned(arguments: argparse.Namespace, task: Task, seed: int, out: Path) -> dict[str, float]:
+def finetuned(arguments: argparse.Namespace, name: str, seed: int, out: Path) -> dict[str, float]:
     """Train one model, save it, return its scores."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    import transformers
 
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    kind = "regression" if task.labels == 1 else "single_label_classification"
-    config = AutoConfig.from_pretrained(arguments.model, num_labels=task.labels, problem_type=kind, trust_remote_code=False)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        arguments.model, config=config, use_safetensors=True, local_files_only=True, dtype=torch.float32
-    ).to(arguments.on)
-    train, dev = (task.examples(arguments.data / task.name, training) for training in (True, False))
-    rows, held = (token_ids(arguments.model, [(one.text, one.pair) for one in part], LONGEST) for part in (train, dev))
-    labels = torch.tensor([one.label for one in train], device=arguments.on)
-    labels = labels.float() if task.labels == 1 else labels.long()
+    task = task_kinds.kind_of(name, arguments.data, arguments.model)
+    config = transformers.AutoConfig.from_pretrained(arguments.model, trust_remote_code=False, **task.head)
+    model = (
+        getattr(transformers, task.auto)
+        .from_pretrained(arguments.model, config=config, use_safetensors=True, local_files_only=True, dtype=torch.float32)
+        .to(arguments.on)
+    )
+    rows, labels = task.rows, task.labels.to(arguments.on)
     steps = arguments.epochs * math.ceil(len(rows) / arguments.batch)
     optimiser = torch.optim.AdamW(model.parameters(), lr=arguments.lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min((step + 1) / (0.1 * steps), 1 - step / steps))
@@ -75,15 +48,15 @@ def finetuned(arguments: argparse.Namespace, task: Task, seed: int, out: Path) -
         order = rng.sample(range(len(rows)), len(rows))
         for start in range(0, len(order), arguments.batch):
             places = order[start : start + arguments.batch]
-            batch: dict[str, Any] = padded([rows[place] for place in places], arguments.on)
-            model(**batch, labels=labels[places]).loss.backward()
+            said = model(**task_kinds.padded([rows[place] for place in places], arguments.on))
+            task.loss(said, labels[places]).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
             schedule.step()
             optimiser.zero_grad()
-        print(f"{task.name}, seed {seed}: epoch {epoch + 1} of {arguments.epochs}", file=sys.stderr, flush=True)
+        print(f"{name}, seed {seed}: epoch {epoch + 1} of {arguments.epochs}", file=sys.stderr, flush=True)
     model.eval()
-    scores = task.score([one.label for one in dev], said(model, held, arguments.on))
+    scores = task.of_model(model, arguments.on)
     model.cpu().save_pretrained(out, safe_serialization=True)
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
         if (arguments.model / name).is_file():
@@ -96,7 +69,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--data", type=Path, required=True, help="a folder for each task")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", choices=task_kinds.NAMES, default=task_kinds.NAMES)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--batch", type=int, default=32)
@@ -112,7 +85,7 @@ def main() -> None:
             if not kept.is_file():
                 begin = time.monotonic()
                 place.mkdir(parents=True, exist_ok=True)
-                scores = finetuned(arguments, TASKS[name], seed, place)
+                scores = finetuned(arguments, name, seed, place)
                 how = {"seconds": time.monotonic() - begin, "on": arguments.on, "torch": torch.__version__}
                 write_atomic(kept, json.dumps({**about, **how, "scores": scores}, indent=1) + "\n")
             found = json.loads(kept.read_text())

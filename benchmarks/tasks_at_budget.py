@@ -21,6 +21,7 @@ Nobody trains on labels but `finetune.py`: what is trained is held to the fine-t
 Not here but in `perplexity_at_bits.py`: the log quantiser, whose powers of two no kernel has; pruning, which none uses; half the depth.
 A score is of the package on stock onnxruntime, every sentence alone. Memory and latency do not depend on weights: `measure` checks every
 distinct policy once per budget, with GRAPH's weights rounded. What is kept in DIR is not done again.
+SQuAD's model has another head: it takes a run of its own, with a GRAPH and a DIR of its own (--tasks squad; report --name squad_at_budget).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import task_kinds
 import tasks_measured
 import training_jobs as jobs
 from choosing import keeps
@@ -42,7 +44,6 @@ from quality_at_budget import remembered
 from tasks_bench import Bench, Cells, Chosen, ptq
 
 from toolchain.costs.encoding import encode
-from toolchain.evaluate.tasks import TASKS
 from toolchain.files import scratch
 from toolchain.kernels import uniform
 from toolchain.policy.projection import project
@@ -74,11 +75,12 @@ def main() -> None:
             sub.add_argument("--packages", type=int, default=0, help="measure at most so many more (0: all)")
         if act is tasks_measured.report:
             sub.add_argument("--results", type=Path, default=Path("results"))
+            sub.add_argument("--name", default="tasks_at_budget", help="of the files in --results")
         if act is not run:
             continue
         sub.add_argument("--models", type=Path, required=True)
         sub.add_argument("--data", type=Path, required=True, help="a folder for each task")
-        sub.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+        sub.add_argument("--tasks", nargs="+", choices=task_kinds.NAMES, default=list(task_kinds.TASKS), help="of one --graph")
         sub.add_argument("--examples", type=int, default=0, help="of evaluation, at most (0: all)")
         sub.add_argument("--steps", type=int, default=150, help="S, policy-steps of a dedicated run")
         sub.add_argument("--batch", type=int, default=32)
@@ -199,7 +201,7 @@ def work(arguments: argparse.Namespace, job: str) -> None:
     untrained(bench, cells)
     for method in SUPERNETS:
         once_for_all(bench, cells, method)
-    jobs.keep(arguments, job, {"task": task, "seed": int(seed), "fp32": bench.task.headline(full), "cells": cells.found})
+    jobs.keep(arguments, job, {"task": task, "seed": int(seed), "fp32": task_kinds.headline(full), "cells": cells.found})
 
 
 if __name__ == "__main__":

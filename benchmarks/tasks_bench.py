@@ -11,20 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import task_kinds
 import torch
 import training_jobs as jobs
 from choosing import keeps
-from finetune import LONGEST, padded, said
 from post_training import BATCHES, Loss, curved, gamma, made_by
 from quality_at_budget import trainable, trained_kernels
 from tasks_measured import columns
+from torch.func import functional_call
 
 from toolchain import hardware
 from toolchain.commands.workflow import find_costs
 from toolchain.costs.model import CostModel
 from toolchain.errors import InfeasibleBudgetError
-from toolchain.evaluate.outputs import outputs, token_ids
-from toolchain.evaluate.tasks import TASKS
 from toolchain.files import scratch, write_atomic
 from toolchain.graph.assemble import Weights, assemble
 from toolchain.graph.build import build
@@ -53,8 +52,9 @@ class Bench:
     """A task's fine-tuned model: its graph, its sentences, what the device's table says of it, and supernets at their start."""
 
     def __init__(self, arguments: argparse.Namespace, task: str, seed: int) -> None:
-        self.task, self.seed, self.arguments = TASKS[task], seed, arguments
+        self.seed, self.arguments = seed, arguments
         self.folder = arguments.models / f"{task}-{seed}"
+        self.task = task_kinds.kind_of(task, arguments.data, self.folder, arguments.examples)
         self.device = Team(arguments.on).device
         place = arguments.out / "graphs" / f"{task}-{seed}"
         if not (place / DESCRIPTION).is_file():
@@ -69,10 +69,7 @@ class Bench:
             )
         self.costs: CostModel = trainable(whole)
         self.budgets = {name: budgets.planned(budget, whole) for name, budget in columns(whole).items()}
-        examples = {part: self.task.examples(arguments.data / task, part == "train") for part in ("train", "dev")}
-        self.dev = examples["dev"][: arguments.examples or None]
-        self.labels = torch.tensor([one.label for one in examples["train"]])
-        rows = padded(token_ids(self.folder, [(one.text, one.pair) for one in examples["train"]], LONGEST), "cpu")
+        rows = task_kinds.padded(self.task.rows, "cpu")
         self.windows, self.masks = rows["input_ids"].numpy(), rows["attention_mask"].numpy()
         self.drawn = np.random.default_rng([seed, 5]).permutation(len(self.windows))
 
@@ -85,7 +82,7 @@ class Bench:
         rows = self.drawn[first : first + count]
         longest = int(self.masks[rows].sum(1).max())
         ids, mask = (torch.from_numpy(part[rows, :longest]).to(self.device) for part in (self.windows, self.masks))
-        return ids, mask, self.labels[rows].to(self.device)
+        return ids, mask, self.task.labels[rows].to(self.device)
 
     @cached_property
     def untrained(self) -> Supernet:
@@ -136,10 +133,7 @@ class Bench:
 
         def loss(first: int) -> torch.Tensor:
             ids, mask, labels = self.sentences(first, CURVED)
-            logits = supernet.model(input_ids=ids, attention_mask=mask).logits.float()
-            if self.task.labels == 1:
-                return torch.nn.functional.mse_loss(logits[:, 0], labels.float())
-            return torch.nn.functional.cross_entropy(logits, labels.long())
+            return self.task.loss(supernet.model(input_ids=ids, attention_mask=mask), labels)
 
         parts: list[Loss] = [partial(loss, place * CURVED) for place in range(BATCHES)]
         return curved(supernet, parts, trained_kernels(self.costs))
@@ -167,18 +161,18 @@ class Bench:
             assemble(self.graph, policy, weights, folder, sync=False)
             for path in self.graph.companions():
                 (folder / path.name).write_bytes(path.read_bytes())
-            answers = outputs(folder, [(one.text, one.pair) for one in self.dev], LONGEST, threads=1)
-        return self.task.score([one.label for one in self.dev], answers)
+            return self.task.of_package(folder)
 
     def score_in_torch(self, supernet: Supernet, policy: Policy) -> dict[str, float]:
         """Metrics of a subnet that no package holds. Its kernels quantise activations by groups, so sentences may share a batch."""
-        rows, weights = token_ids(self.folder, [(one.text, one.pair) for one in self.dev], LONGEST), supernet.weights(policy)
+        weights = supernet.weights(policy)
 
         class Answers(torch.nn.Module):
             def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
-                return supernet(policy, input_ids, attention_mask, True, weights)
+                with supernet.quantised_inputs(policy):
+                    return functional_call(supernet.model, weights, (input_ids, attention_mask), tie_weights=False)
 
-        return self.task.score([one.label for one in self.dev], said(Answers(), rows, str(self.device)))
+        return self.task.of_model(Answers(), str(self.device))
 
 
 def ptq(graph: Graph, way: str, moments: Mapping[str, torch.Tensor]) -> Weights:
@@ -231,7 +225,7 @@ class Cells:
             row[name] = {
                 "policy": dict(policy.items()),
                 "scores": seen,
-                "headline": bench.task.headline(seen),
+                "headline": task_kinds.headline(seen),
                 "mean_bits": mean_bits(policy, bench.units),
                 "predicted": {key: foreseen[key] for key in ("peak_memory_bytes", "latency_ms")},
                 "training": training,

@@ -11,13 +11,13 @@ from statistics import mean
 from typing import Any
 
 from post_training import spread
+from task_kinds import NAMES, SQUAD
 
 from toolchain import hardware
 from toolchain.commands.acceptance import check_package
 from toolchain.commands.deciding import Patience
 from toolchain.commands.workflow import Choice, Source, cut, find_costs
 from toolchain.costs.model import CostModel
-from toolchain.evaluate.tasks import TASKS
 from toolchain.files import scratch, write_atomic
 from toolchain.graph.assemble import round_to_nearest
 from toolchain.graph.model import Graph
@@ -78,7 +78,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 def jobs_of(out: Path) -> list[dict[str, Any]]:
     """The jobs that are done: by seed, then by task."""
     found = [json.loads(path.read_text()) for path in sorted(out.glob("*-*.json")) if not path.name.endswith(".part.json")]
-    return sorted((job for job in found if "cells" in job), key=lambda job: (job["seed"], list(TASKS).index(job["task"])))
+    return sorted((job for job in found if "cells" in job), key=lambda job: (job["seed"], NAMES.index(job["task"])))
 
 
 def cells_of(out: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -90,7 +90,7 @@ def cells_of(out: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """tasks_at_budget.md and .json in --results."""
+    """NAME.md and NAME.json in --results."""
     device = hardware.load(arguments.device)
     costs = find_costs(Graph.open(arguments.graph), device, [arguments.profiles], None).model
     cells, jobs, measured = [*cells_of(arguments.out)], jobs_of(arguments.out), rows_of(arguments.out / "measured.jsonl")
@@ -102,14 +102,14 @@ def report(arguments: argparse.Namespace) -> None:
     for title, rows in tables(costs, jobs, cells, measured):
         text += f"{title}\n\n{table(rows, list(rows[0]), markdown=True)}\n\n"
     arguments.results.mkdir(exist_ok=True)
-    write_atomic(arguments.results / "tasks_at_budget.md", text)
+    write_atomic(arguments.results / f"{arguments.name}.md", text)
     short = [{"method": method, "budget": budget, **{**cell, "policy": key(cell["policy"])}} for method, budget, cell in cells]
     policies = {name: place for place, name in enumerate(dict.fromkeys(cell["policy"] for cell in short))}
     for cell in short:
         cell["policy"] = policies[cell["policy"]]
     data = {"fp32": [{name: job[name] for name in ("task", "seed", "fp32")} for job in jobs], "cells": short}
     data |= {"policies": [json.loads(name) for name in policies], "measured": measured}
-    write_atomic(arguments.results / "tasks_at_budget.json", json.dumps(data, indent=1) + "\n")
+    write_atomic(arguments.results / f"{arguments.name}.json", json.dumps(data, indent=1) + "\n")
     print(text)
 
 
@@ -139,7 +139,10 @@ def tables(
         checked = [cell["measured"]["verdict"] for cell in mine if cell["measured"]["verdict"]]
         row["within, of measured"] = f"{checked.count('within')} of {len(checked)}"
         rows.append(row | {f"{what} s": f"{mean(cell[what] for cell in mine):.0f}" for what in ("training", "choosing")})
-    yield "Mean over the tasks, three seeds ± half their range", rows
+    yield "Mean over GLUE's tasks (each the mean of its metrics, in hundredths), the seeds ± half their range", rows
+    if any(job["task"] == SQUAD for job in jobs):
+        asked = {key: [cell for cell in row if cell["task"] == SQUAD] for key, row in of.items()}
+        yield "SQuAD, F1 / exact match", [{"method": m, **{name: f1_em(asked[m, name]) for name in names}} for m in methods]
     for name in names:
         yield (
             f"{name}, by task",
@@ -148,6 +151,7 @@ def tables(
                 | {
                     task: spread([100 * cell["headline"] for cell in of[method, name] if cell["task"] == task], 1)
                     for task in dict.fromkeys(_tasks(jobs))
+                    if task != SQUAD
                 }
                 | {"mean bits": spread([cell["mean_bits"] for cell in of[method, name]])}
                 for method in methods
@@ -166,14 +170,19 @@ def tables(
     yield "Measured memory, latency of the packages as a fraction of fp32's", costing
 
 
+def f1_em(cells: Sequence[Any]) -> str:
+    """ "F1 / exact match", each with its spread; – of nothing."""
+    return " / ".join(spread([100 * cell["scores"][name] for cell in cells], 1) for name in ("f1", "exact_match")) if cells else "–"
+
+
 def _tasks(jobs: Sequence[Any]) -> list[str]:
     return [job["task"] for job in jobs]
 
 
 def _over_tasks(rows: Sequence[Any], figure: str, jobs: Sequence[Any] = ()) -> str:
-    """Mean over the tasks of each seed, in hundredths, over the seeds ± half their range; – unless all tasks are there."""
-    wanted = len(set(_tasks(jobs or rows)))
+    """Mean over GLUE's tasks of each seed, in hundredths, over the seeds ± half their range; – unless all tasks are there."""
+    wanted = len({*_tasks(jobs or rows)} - {SQUAD})
     by_seed: dict[int, list[float]] = {}
-    for row in rows:
+    for row in (row for row in rows if row["task"] != SQUAD):
         by_seed.setdefault(row["seed"], []).append(100 * row[figure])
     return spread([mean(values) for values in by_seed.values() if len(values) == wanted], 1)

@@ -1,13 +1,15 @@
-"""What an encoder folder with a head says of sentences and pairs, on stock onnxruntime. Refuses to know tasks and metrics."""
+"""What an encoder folder with a head says of sentences, pairs and questions, on stock onnxruntime. Refuses to know tasks and metrics."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from toolchain.errors import InputError
+from toolchain.evaluate.spans import span
 from toolchain.progress import track
 from toolchain.session import cache_slots, open_session, token_feeds
 from toolchain.spec import CPU
@@ -41,3 +43,58 @@ def outputs(
         for ids in track(every, len(every), "sentences")
     ]
     return np.stack(made) if made else np.zeros((0, answer[1]))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question and its context as a model reads them: ids, which of them are of the context, and where in it each begins and ends."""
+
+    ids: list[int]
+    allowed: np.ndarray
+    offsets: tuple[tuple[int, int], ...]
+    context: str
+
+    def answer(self, starts: np.ndarray, ends: np.ndarray) -> str:
+        """The words of the likeliest span; logits [T] of this question's own tokens."""
+        first, last = span(starts, ends, self.allowed)
+        return self.context[self.offsets[first][0] : self.offsets[last][1]]
+
+    def token_of(self, character: int) -> int | None:
+        """The context's token that holds a character; None where it was cut away."""
+        places = (place for place, (first, last) in enumerate(self.offsets) if self.allowed[place] and first <= character < last)
+        return next(places, None)
+
+
+def asked(directory: Path, questions: Sequence[tuple[str, str]], most: int = 256) -> list[Asked]:
+    """Each (question, context) with what the tokenizer puts around them, `most` tokens at most: the context's end is cut.
+
+    Raises InputError for a question that leaves no room."""
+    tokenizer = load_tokenizer(directory)
+    tokenizer.enable_truncation(most, strategy="only_second")
+    made = []
+    for text, context in questions:
+        try:
+            seen = tokenizer.encode(text, context)
+        except Exception as error:  # what the Rust side raises
+            raise InputError(f"expected a question of fewer than {most} tokens, got {text[:60]!r}: {error}") from error
+        allowed = np.array([part == 1 for part in seen.sequence_ids])
+        made.append(Asked(seen.ids, allowed, tuple(seen.offsets), context))
+    return made
+
+
+def answers(
+    directory: Path, questions: Sequence[tuple[str, str]], most: int = 256, threads: int = 0, provider: str = CPU
+) -> list[str]:
+    """What the folder answers to each (question, context), in the context's own words, each question alone.
+
+    Raises InputError for a folder without a head for spans."""
+    session = open_session(directory, threads, provider)
+    names = [output.name for output in session.get_outputs()]
+    if names[:2] != ["start_logits", "end_logits"]:
+        raise InputError(f"expected an encoder with a head for spans in {directory}, got one that says {', '.join(names)}")
+    every = asked(directory, questions, most)
+    found = []
+    for one in track(every, len(every), "questions"):
+        starts, ends = session.run(names[:2], token_feeds(session, np.asarray([one.ids], np.int64)))
+        found.append(one.answer(starts[0].astype(np.float64), ends[0].astype(np.float64)))
+    return found
