@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from random_models import HIDDEN, VOCABULARY, random_model
 from small_costs import bytes_and_time
 from test_supernet import moved, tiny_bert, tiny_llama
 
@@ -35,6 +36,7 @@ from toolchain.train.text_source import self_written
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 KERNELS = ("fp32", "w8g32", "w4g32", "w3g32", "w2g32")
+WORDS = "embeddings.word_embeddings"
 POCKET = Path(__file__).parents[1] / "toolchain" / "models" / "pocket-llama-6m"
 QUICK = Settings(scenarios=12, imitation_steps=20, meta_every=3, checkpoint_seconds=0.0)
 
@@ -198,6 +200,21 @@ def test_a_dedicated_run_trains_its_policy_and_nothing_else(tmp_path: Path) -> N
         name.split("/")[0] for name, value in supernet.parameters.items() if not torch.equal(value, untouched.parameters[name])
     }
     assert changed == {"w2g32"}
+
+
+def test_an_embeddings_row_moves_only_in_steps_that_use_it(tmp_path: Path) -> None:
+    """Every window has a token of its own, seen once: its row moves by one step of Adam, which is at most the learning rate here, and not
+    for as long as Adam remembers. A token of no window stays."""
+    model, units = random_model("bert"), (Unit("words", "Gather", HIDDEN, VOCABULARY, "embedding", (WORDS,), "", ""),)
+    windows = np.stack([[place, *range(1, 8)] for place in range(100, 124)])
+    supernet = Supernet(model, units, ("w4g32",), rank=4)
+    settings = replace(QUICK, average=0, meta_every=0, last_lr=1.0, warm_up=1)
+    adapt(supernet, Run(windows, 24, 1, tmp_path, settings=settings), [supernet.policy("w4g32")])
+    moved = supernet.parameters[f"w4g32/{WORDS}/B"].detach().abs().amax(1)
+    assert float(moved[100:124].min()) > 0
+    assert float(moved[100:124].max()) <= 1.01 * settings.lr
+    assert float(moved[1:8].min()) > 2 * settings.lr  # in every window
+    assert float(moved[200:].max()) == 0
 
 
 def test_hidden_states_that_count_come_nearer_to_the_teachers(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
     step t:  a batch of windows; the policies that the schedule has for t (`schedule.py`)
              every `meta_every` steps, in place of the last of them, the meta-network's own for a drawn budget (`joint.py`)
-             gradients (`step.py`), then one AdamW step
+             gradients (`step.py`), then one AdamW step; an embedding's rows move only in steps that use them
 
 Every random draw is a function of (seed, step), so a run that was killed goes on from its last checkpoint exactly as if it had not been.
 """
@@ -13,7 +13,8 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -186,7 +187,8 @@ class _Loop:
             policies[-1] = joint.likely(rng)
         seen = step_gradients(self.supernet, policies, batch, self.weights, self.settings, self.team)
         self.team.join_gradients(self.supernet.parameters.values())
-        self.optimisers[0].step()
+        with self._only_rows_of(batch.ids):
+            self.optimisers[0].step()
         if self.average:
             share = self.settings.average / (
                 self.settings.average + 1 + index
@@ -197,6 +199,20 @@ class _Loop:
             out |= joint.learn(proposed[0], proposed[2], seen[-1], self.team)
             self.optimisers[1].step()
         return out
+
+    @contextmanager
+    def _only_rows_of(self, ids: torch.Tensor) -> Iterator[None]:
+        """What a step does to an embedding's rows, it does to those of the batch's tokens alone. Adam moves a row that had one gradient
+        for dozens of steps, by some 30 learning rates in all, and most tokens are rare: large vocabularies were ruined by it."""
+        rows = self.supernet.of_rows().values()
+        before = [parameter.detach().clone() for parameter in rows]
+        yield
+        seen = torch.zeros(max(map(len, before), default=0), dtype=torch.bool, device=ids.device)
+        if before:
+            seen[ids.flatten()] = True
+            seen[self.supernet.passes.start] = True
+        for parameter, old in zip(rows, before, strict=True):
+            parameter.data.copy_(torch.where(seen[: len(old), None], parameter, old))
 
     def _set_rates(self, index: int) -> None:
         rate = min(1.0, (index + 1) / self.settings.warm_up)
