@@ -58,6 +58,22 @@ def supernet(speaking: Path, profiles: Path, words: Path, tmp_path_factory: pyte
     return out
 
 
+def test_training_says_what_it_made_of_every_kernel(speaking: Path, profiles: Path, words: Path, tmp_path: Path, cli: Any) -> None:
+    """Steps of twenty thousandths and of a tenth of that: what ruins a kernel is told, and a smaller rate does not ruin it."""
+    asked = ("train", speaking, "--profiles", profiles, "--text", words, "--steps", 8)
+    ruined, kept = (cli(*asked, "--rate", rate, "--out", tmp_path / str(rate), "--json").json["distance"] for rate in (10, 0.1))
+    assert list(ruined) == list(kept)
+    for name, (start, now) in ruined.items():
+        assert kept[name][0] == pytest.approx(start, rel=1e-4)
+        assert kept[name][1] < now, name
+    assert ruined["w4g32"][1] > ruined["w4g32"][0]
+    said = cli(*asked, "--rate", 10, "--out", tmp_path / "again").out
+    assert "farther than at the start" in said
+    assert "--rate 0.25" in said
+    refused = cli(*asked, "--rate", 0, "--out", tmp_path / "none")
+    assert (refused.code, "--rate above 0" in refused.err, (tmp_path / "none").exists()) == (2, True, False)
+
+
 SLOW = {"search"}  # it scores 150 subnets; what it takes of them is tested in test_choosing
 
 

@@ -132,6 +132,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of the model's passes (default: bf16 on a GPU)"
     )
+    sub.add_argument(
+        "--rate",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="times the usual learning rates: less where training makes kernels worse",
+    )
     sub.add_argument("--seed", type=int, default=0)
 
     example = "bittailor export supernet --device local --budget low --out package"

@@ -190,9 +190,20 @@ def train(arguments: Namespace) -> Answer:
         Path(arguments.out),
         arguments.steps,
         arguments.seed,
-        training.Machine(arguments.on, arguments.precision, arguments.batch, arguments.micro_batch, arguments.compile),
+        training.Machine(
+            arguments.on, arguments.precision, arguments.batch, arguments.micro_batch, arguments.compile, arguments.rate
+        ),
     )
-    return Answer(data, f"{data['supernet']}: {data['steps']} steps on {data['text']}")
+    lines = [
+        f"{data['supernet']}: {data['steps']} steps on {data['text']}",
+        "distance to the model on held-out text, at the start and now:",
+    ]
+    lines += [f"  {name:<8} {start:.4g} {now:.4g}" for name, (start, now) in data["distance"].items()]
+    if worse := [name for name, (start, now) in data["distance"].items() if now > start]:
+        lines.append(
+            f"farther than at the start: {', '.join(worse)}; smaller steps, or more of them, may bring them nearer: --rate 0.25"
+        )
+    return Answer(data, "\n".join(lines))
 
 
 def _paths(names: list[str] | None) -> list[Path] | None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from toolchain.errors import BittailorError, InputError, require
 from toolchain.files import replace_folder
 from toolchain.graph.build import build, fingerprint, resolve
 from toolchain.graph.model import Graph
-from toolchain.kernels import uniform
+from toolchain.kernels import CATALOGUE, uniform
 from toolchain.policy import sensitivity
 from toolchain.spec import Device, Workload
 from toolchain.supernet import store
@@ -37,15 +38,19 @@ _HELDOUT_MOST = 40
 @dataclass(frozen=True)
 class Machine:
     """Where and in what portions to train. on: "cpu", "cuda" or "auto"; precision: "fp32", "bf16" or "auto" (bf16 on a GPU);
-    batch: windows a step; micro_batch: windows that go through the model at once, 0: all; compiled: the model's passes are."""
+    batch: windows a step; micro_batch: windows that go through the model at once, 0: all; compiled: the model's passes are.
+    rate: times the tuned learning rates."""
 
     on: str = "auto"
     precision: str = "auto"
     batch: int = BATCH
     micro_batch: int = 0
     compiled: bool = False
+    rate: float = 1.0
 
     def __post_init__(self) -> None:
+        if not 0 < self.rate <= 10:
+            raise InputError(f"expected --rate above 0, at most 10, got {self.rate:g}", "type for example: --rate 0.25")
         if self.batch < 1 or self.micro_batch < 0:
             raise InputError(f"expected one window a step or more, got {self.batch} and {self.micro_batch}")
         if self.compiled and not any(map(shutil.which, ("c++", "g++", "clang++"))):
@@ -76,7 +81,8 @@ def train_supernet(
     seed: int,
     machine: Machine = LOCAL,
 ) -> dict[str, Any]:
-    """Train and write the supernet; returns {"supernet", "steps", "text", ...}. Raises InputError and its kin before any long work.
+    """Train and write the supernet; returns {"supernet", "steps", "text", "distance", ...}. Raises InputError and its kin before any long
+    work. "distance": kernel → (at its start, trained), of its uniform policy to the model on held-out text, as training measures it.
 
     Under `accelerate launch` every process calls this with the same arguments; the first one writes.
     """
@@ -100,6 +106,7 @@ def train_supernet(
     team = Team(machine.on)
     precision = machine.precision if machine.precision != "auto" else "bf16" if team.device.type == "cuda" else "fp32"
     settings = Settings(micro_batch=machine.micro_batch, precision=precision, compiled=machine.compiled)
+    settings = replace(settings, lr=machine.rate * settings.lr, bound_lr=machine.rate * settings.bound_lr)
     work = out.with_name(out.name + ".training")
     resumed = work.exists()
     try:
@@ -120,15 +127,21 @@ def train_supernet(
     def losses() -> dict[str, dict[str, float]]:
         return team.agree(lambda: sensitivity.measure(scorer(supernet, calibration), graph.units, supernet.kernels, reference))
 
+    def distances() -> dict[str, float]:
+        """Of text that nothing is trained on: too large a step for a model or its batches shows here, and nowhere else."""
+        score, names = scorer(supernet, text_used.heldout[:CALIBRATION]), dict.fromkeys(chain(*supernet.kernels.values()))
+        return team.agree(lambda: {name: score(supernet.policy(name)) for name in names if CATALOGUE[name].quantised})
+
     batch = min(machine.batch, len(text_used.train))
     if batch < team.size:
         raise InputError(
             f"expected a window for each of {team.size} processes, got a batch of {batch}", f"type: --batch {team.size}"
         )
     run = Run(text_used.train, steps, batch, work, seed, settings=settings, team=team)
+    untrained = distances()
     trained = train(supernet, run, costs.model, losses)
     assert trained.meta_network is not None
-    after = losses()
+    after, now = losses(), distances()
     description = {
         "text": text_used.description,
         "heldout": text_used.heldout_description,
@@ -137,6 +150,7 @@ def train_supernet(
         "trained_on": f"{team.size} × {team.device.type}, {precision}",
         "window": WINDOW,
         "seed": seed,
+        **({"rate": machine.rate} if machine.rate != 1 else {}),
         "device": device.name,
         "workload": str(costs.model.workload),
     }
@@ -149,7 +163,8 @@ def train_supernet(
             save(supernet, target, Path(source).name, after, description, calibration)
         shutil.rmtree(work, ignore_errors=True)
     team.wait()
-    return {"supernet": str(out), **description, "resumed_from_step": trained.resumed_from}
+    distance = {name: (untrained[name], now[name]) for name in now}
+    return {"supernet": str(out), **description, "resumed_from_step": trained.resumed_from, "distance": distance}
 
 
 def _graph(source: str, folder: Path, work: Path) -> Graph:
