@@ -34,6 +34,8 @@ from toolchain.commands import workflow
 from toolchain.costs.from_table import cost_model
 from toolchain.costs.table import open_table
 from toolchain.errors import BittailorError
+from toolchain.evaluate.spans import read_squad
+from toolchain.evaluate.tasks import TASKS
 from toolchain.files import sha256
 from toolchain.graph import build
 from toolchain.graph.assemble import package_bytes, round_to_nearest
@@ -563,6 +565,8 @@ EVERY = (
     Reader("model, transformers", "model", ("config.json", "model.safetensors"), _torch_model, 0.1, closed=False),
     Reader("index of weights", "other", ("model.safetensors.index.json",), _index, 2, closed=False),
     Reader("text", "other", ("text.txt",), _text, 2, links=False),
+    Reader("questions", "tasks", ("squad.json",), lambda folder: read_squad(folder / "squad.json"), 2, closed=False),
+    Reader("task's examples", "tasks", ("dev.tsv",), lambda folder: TASKS["sst2"].examples(folder), 2, closed=False),
     Reader("device's replies", "talk", ("reply-*.json",), _reply, 3, links=False),
     Reader("agent's answers", "talk", ("answer-*.json",), _answer, 3, links=False),
     Reader("agent's requests", "talk", ("request-identify.json", "request-outputs.json", "unit/x.npy"), _request, 2, links=False),
@@ -578,6 +582,11 @@ def readers(seeds: Path) -> dict[str, Reader]:
     _Known.source = workflow.Source(_Known.graph, round_to_nearest(_Known.graph), None)
     talk = seeds / "talk"
     if not talk.is_dir():
+        (seeds / "tasks").mkdir()
+        (seeds / "tasks" / "dev.tsv").write_text("a film of parts\t1\nnot this one\t0\n")
+        question = {"question": "When?", "answers": [{"text": "1973", "answer_start": 3}]}
+        paragraph = {"context": "In 1973 it rose.", "qas": [question]}
+        (seeds / "tasks" / "squad.json").write_text(json.dumps({"data": [{"title": "Oil", "paragraphs": [paragraph]}]}))
         talk.mkdir()
         for name, (_, reply) in _REPLIES.items():
             (talk / f"reply-{name}.json").write_text(json.dumps(reply))
