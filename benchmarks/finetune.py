@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--data", type=Path, required=True, help="a folder for each task")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tasks", nargs="+", choices=task_kinds.NAMES, default=task_kinds.NAMES)
+    parser.add_argument("--tasks", nargs="+", choices=task_kinds.NAMES, default=list(task_kinds.TASKS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--batch", type=int, default=32)

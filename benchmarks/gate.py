@@ -10,8 +10,9 @@ In half of the runs another process loads one core. What is in WORK is not done 
 
 curve: `bittailor check --json` on a copy of PACKAGE whose limit is truth / (1 + distance), a budget derived from this machine at the speed
 it had while the truth was first measured. The truth moves with the machine even at one speed: two undisturbed processes of the package are
-measured before each check, the middle of the last ANCHORS of all sets its limit, and when the runs are over the distance that counts is
-that to the middle of ANCHORS on both sides of the run. A run is wrong if it says "within" and the package was over by that, or the reverse.
+measured before each check, and the middle of the last ANCHORS of all, brought to that speed as `check` brings its own, sets its limit; when
+the runs are over the distance that counts is that to the middle of ANCHORS on both sides of the run. A run is wrong if it says "within"
+and the package was over by that, or the reverse.
 baseline: two copies of PACKAGE that differ in one unit's kernel, of all kernels the pair nearest to 8% apart, by processes in turn. The
 report of the faster one is made once, with --least-seconds; then both are checked against it, and a process of each is measured in every
 turn, so that the report can say how far apart they were meanwhile. Their limits are far away.
@@ -39,7 +40,7 @@ from statistics import median
 from typing import Any
 
 from toolchain import hardware
-from toolchain.blocks import Block, compared, middle
+from toolchain.blocks import Block, at_speed, compared, middle
 from toolchain.check import hold_latency
 from toolchain.commands.deciding import Patience, decide_in_looks
 from toolchain.files import write_atomic
@@ -98,12 +99,17 @@ class Bench:
         package = package or self.package
         return measure_block(package.directory, package.workload, self.host, package.vocabulary)
 
+    def undisturbed(self) -> Block:
+        while not (block := self.block()).valid:
+            print("others use the CPU: the process is measured again", file=sys.stderr)
+        return block
+
     def speed_ns(self) -> float:
         """The reference's time that all of WORK is brought to: the middle of the first ANCHORS processes ever measured for it, since a
         profile, too, takes what the machine does most of the time."""
         path = self.work / "speed.json"
         if not path.is_file():
-            write_atomic(path, json.dumps(median(median(self.block().reference_ns[self.bound]) for _ in range(ANCHORS))))
+            write_atomic(path, json.dumps(median(median(self.undisturbed().reference_ns[self.bound]) for _ in range(ANCHORS))))
         return float(json.loads(path.read_text()))
 
 
@@ -161,10 +167,10 @@ def curve(arguments: argparse.Namespace) -> None:
     todo = [one for one in order if one not in done]
     for distance, turn in todo:
         while len(rows_of(anchors)) < ANCHORS:
-            anchor(bench, anchors, speed)
+            anchor(bench, anchors)
         for _ in range(2):
-            anchor(bench, anchors, speed)
-        truth = middle([row["level_ms"] for row in rows_of(anchors)[-ANCHORS:]])
+            anchor(bench, anchors)
+        truth = level_of(rows_of(anchors)[-ANCHORS:], bench.bound, speed)
         budget = {"name": "promise", "latency_ms": truth / (1 + distance / 100)}
         reference = {"latency_ms": {bench.bound: speed}}
         package = copy_of(bench.package, arguments.work / "copy", budget=budget, reference_ns=reference, measured_on=machine)
@@ -173,6 +179,7 @@ def curve(arguments: argparse.Namespace) -> None:
             said, seconds = checked(package, "--most-seconds", str(arguments.most_seconds))
         (verdict,) = said["limits"]
         row = {"distance": distance, "turn": turn, "load": bool(turn % 2), "t": start, "seconds": seconds, **said["decision"]}
+        row |= {"work": bench.bound, "speed_ns": speed}
         keep = {name: verdict[name] for name in ("verdict", "measured", "low", "high", "limit", "reason")}
         disturbed = sum(not block["valid"] for block in said["blocks"])
         add(runs, {**row, **keep, "disturbed": disturbed, "slowness": said["slowness"]["latency_ms"]})
@@ -180,14 +187,17 @@ def curve(arguments: argparse.Namespace) -> None:
             f"{distance:+d}% {'load' if turn % 2 else 'idle'}: {verdict['verdict']} in {seconds:.0f} s", file=sys.stderr, flush=True
         )
     for _ in range(ANCHORS // 2 if todo else 0):
-        anchor(bench, anchors, speed)
+        anchor(bench, anchors)
 
 
-def anchor(bench: Bench, path: Path, speed: float) -> None:
+def anchor(bench: Bench, path: Path) -> None:
     """One more undisturbed process of the package itself."""
-    while not (block := bench.block()).valid:
-        print("others use the CPU: the anchor is measured again", file=sys.stderr)
-    add(path, {"t": time.time(), "level_ms": block.level_ms("latency_ms", bench.bound, speed)})
+    add(path, {"t": time.time(), "block": bench.undisturbed().to_json()})
+
+
+def level_of(anchors: Sequence[dict[str, Any]], work: str, speed: float) -> float:
+    """The package's latency in ms by these processes, at the speed at which the reference takes so long."""
+    return middle(at_speed([Block.from_json(row["block"]) for row in anchors], "latency_ms", work, speed)[0])
 
 
 def baseline(arguments: argparse.Namespace) -> None:
@@ -328,9 +338,9 @@ def report(arguments: argparse.Namespace) -> None:
     if rows := rows_of(work / "curve.jsonl"):
         anchors = rows_of(work / "anchors.jsonl")
         for row in rows:
-            before = [one["level_ms"] for one in anchors if one["t"] < row["t"]][-ANCHORS // 2 :]
-            after = [one["level_ms"] for one in anchors if one["t"] > row["t"]][: ANCHORS // 2]
-            row["true_distance"] = 100 * (middle([*before, *after]) / row["limit"] - 1)
+            before = [one for one in anchors if one["t"] < row["t"]][-ANCHORS // 2 :]
+            after = [one for one in anchors if one["t"] > row["t"]][: ANCHORS // 2]
+            row["true_distance"] = 100 * (level_of([*before, *after], row["work"], row["speed_ns"]) / row["limit"] - 1)
         found["real checks"] = summary(rows)
     if rows := rows_of(work / "replay.jsonl"):
         found["replayed, not real checks"] = summary([{**row, "true_distance": row["distance"]} for row in rows])

@@ -19,7 +19,7 @@ from toolchain.evaluate import spans
 from toolchain.evaluate.outputs import answers, asked, outputs, token_ids
 from toolchain.evaluate.tasks import TASKS
 
-SQUAD = "squad"
+FULL, SQUAD = "fp32", "squad"
 NAMES = (*TASKS, SQUAD)
 LONGEST, LONGEST_QUESTION = 128, 256
 TOGETHER = 128  # rows of one pass of scoring

@@ -3,7 +3,7 @@
     python benchmarks/finetune.py MODEL --data DATA --out MODELS                              a model per task and seed
     bittailor profile GRAPH --device DEVICE --profiles PROFILES                               GRAPH: of one of them; its rows are for all
     python benchmarks/tasks_at_budget.py run --graph GRAPH --device DEVICE --profiles PROFILES --models MODELS --data DATA --out DIR
-                                             [--steps 150] [--seeds 3] [--workers 1] [--on cuda]
+                                             [--steps 150] [--seeds 3] [--workers 1] [--on cuda] [--precision bf16]
     python benchmarks/tasks_at_budget.py measure --graph GRAPH --device DEVICE --profiles PROFILES --out DIR          on the device
     python benchmarks/tasks_at_budget.py report --graph GRAPH --device DEVICE --profiles PROFILES --out DIR [--results results]
 
@@ -16,7 +16,8 @@ Nobody trains on labels but `finetune.py`: what is trained is held to the fine-t
     QAT, Q-BERT                           a run of S policy-steps for each budget, on the solver's policy by trials, by Ω·‖W − Ŵ‖²
     Q8BERT                                8-bit QAT, where it fits
     QA-LoRA                               a run for each budget on the uniform policy; scored in torch, since no integer codes hold it
-    uniform OFA, LLM-QFA, MetaQuantLLM    one supernet of 3·S for all three budgets, as in `perplexity_at_bits.py`; and its variants
+    uniform OFA, LLM-QFA, MetaQuantLLM    one supernet of 3·S for all four budgets (dedicated runs may come to 4·S), as in
+                                          `perplexity_at_bits.py`; and its variants
 
 Not here but in `perplexity_at_bits.py`: the log quantiser, whose powers of two no kernel has; pruning, which none uses; half the depth.
 A score is of the package on stock onnxruntime, every sentence alone. Memory and latency do not depend on weights: `measure` checks every
@@ -27,7 +28,6 @@ SQuAD's model has another head: it takes a run of its own, with a GRAPH and a DI
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -88,7 +88,10 @@ def main() -> None:
         sub.add_argument("--workers", type=int, default=1)
         sub.add_argument("--on", default="auto")
         sub.add_argument("--precision", choices=PRECISIONS, default="fp32")
-        sub.set_defaults(lr=TUNED.lr, micro_batch=0, compile=False)
+        sub.add_argument(
+            "--lr", type=float, default=TUNED.lr / 4, help="32 sentences are a small batch: more ruins the 2-bit kernels"
+        )
+        sub.set_defaults(micro_batch=0, compile=False)
         sub.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.act(arguments)
@@ -121,8 +124,9 @@ def untrained(bench: Bench, cells: Cells) -> None:
     eight = uniform("w8a8", bench.units, ("w8a8", "w8g32"))
     fits = bench.fitting(lambda budget: eight if known(bench, eight) and keeps(bench.costs, eight, budget) else None)
     dedicated(bench, cells, "Q8BERT", fits, lambda: bench.start("own", gptq=False))
+    start = bench.start("own")
     begin = time.monotonic()
-    curves = bench.curvatures(bench.start("own"))
+    curves = bench.curvatures(start)
     spent = time.monotonic() - begin
     ranked = bench.fitting(lambda budget: solve(bench.costs, curves, budget).policy)
     dedicated(bench, cells, "Q-BERT", ranked, lambda: bench.start("own", gptq=False), choosing=spent)
@@ -154,7 +158,8 @@ def dedicated(
         if cells.has(method, columns):
             continue
         with scratch() as folder:
-            begin, supernet = time.monotonic(), start()
+            supernet = start()
+            begin = time.monotonic()
             adapt(supernet, bench.training(bench.arguments.steps, folder, meta_every=0, **changes), [policy])
             spent = time.monotonic() - begin
         scores = None if supernet.adapters.requantised else bench.score_in_torch(supernet, policy)
@@ -196,12 +201,13 @@ def work(arguments: argparse.Namespace, job: str) -> None:
     """Everything of one fine-tuned model."""
     task, _, seed = job.rpartition(" ")
     bench = Bench(arguments, task, int(seed))
-    cells = Cells(bench, jobs.place(arguments.out, job).with_suffix(".part.json"))
-    full = json.loads((bench.folder / "scores.json").read_text())["scores"]
+    cells = Cells(bench, jobs.beside(arguments, job, ".part.json"))
+    full = cells.full_precision()
     untrained(bench, cells)
     for method in SUPERNETS:
         once_for_all(bench, cells, method)
-    jobs.keep(arguments, job, {"task": task, "seed": int(seed), "fp32": task_kinds.headline(full), "cells": cells.found})
+    jobs.keep(arguments, job, {"task": task, "seed": int(seed), "fp32": full, "cells": cells.found})
+    cells.path.unlink()
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from toolchain.commands.workflow import find_costs
 from toolchain.costs.model import CostModel
 from toolchain.errors import InfeasibleBudgetError
 from toolchain.files import scratch, write_atomic
-from toolchain.graph.assemble import Weights, assemble
+from toolchain.graph.assemble import Weights, assemble, round_to_nearest
 from toolchain.graph.build import build
 from toolchain.graph.model import DESCRIPTION, Graph
 from toolchain.kernels import CATALOGUE, mean_bits, uniform
@@ -155,10 +155,10 @@ class Bench:
                 found[name] = policy
         return found
 
-    def score(self, policy: Policy, weights: Weights) -> dict[str, float]:
-        """Metrics of the package on onnxruntime."""
+    def score(self, policy: Policy, weights: Weights | None) -> dict[str, float]:
+        """Metrics of the package on onnxruntime. weights: needed where something is quantised."""
         with scratch() as folder:
-            assemble(self.graph, policy, weights, folder, sync=False)
+            assemble(self.graph, policy, weights or round_to_nearest(self.graph), folder, sync=False)
             for path in self.graph.companions():
                 (folder / path.name).write_bytes(path.read_bytes())
             return self.task.of_package(folder)
@@ -198,6 +198,14 @@ class Cells:
         self.bench, self.path = bench, path
         self.found: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
         self._scores: dict[tuple[str, Policy], dict[str, float]] = {}
+
+    def full_precision(self) -> float:
+        """The headline of the model itself, on the same examples."""
+        if task_kinds.FULL not in self.found:
+            self.found[task_kinds.FULL] = {
+                "": {"headline": task_kinds.headline(self.bench.score(uniform("fp32", self.bench.units), None))}
+            }
+        return float(self.found[task_kinds.FULL][""]["headline"])
 
     def has(self, method: str, columns: Mapping[str, Any]) -> bool:
         return all(name in self.found.get(method, {}) for name in columns)

@@ -11,7 +11,7 @@ from statistics import mean
 from typing import Any
 
 from post_training import spread
-from task_kinds import NAMES, SQUAD
+from task_kinds import FULL, NAMES, SQUAD
 
 from toolchain import hardware
 from toolchain.commands.acceptance import check_package
@@ -27,19 +27,25 @@ from toolchain.progress import track
 from toolchain.report import table
 from toolchain.spec import Budget, Policy
 
-FULL = "fp32"
 TIGHT = 0.05
+NO_PACKAGE = "QA-LoRA"
+"""Its zero points are fractions: no integer codes hold them, so there is nothing to measure."""
 RESOURCES = ("peak_memory_bytes", "latency_ms")
 
 
 def columns(costs: CostModel) -> dict[str, Budget]:
     """The device's derived budgets, and before them a tight one: TIGHT of the memory range, however slow."""
     derived = budgets.derive(costs)
-    kernels = {unit: tuple(name for name in names if CATALOGUE[name].quantised) for unit, names in costs.kernels.items()}
+    kernels = {unit: tuple(filter(ordinary, names)) or names for unit, names in costs.kernels.items()}
     least, most = replace(costs, kernels=kernels).bounds("peak_memory_bytes")
     planned = budgets.planned(Budget(peak_memory_bytes=1.0), costs).peak_memory_bytes
     assert planned is not None
     return {"tight": Budget(peak_memory_bytes=round((least + TIGHT * (most - least)) / planned), name="tight"), **derived}
+
+
+def ordinary(name: str) -> bool:
+    """Kernels that set the range, as for the derived budgets."""
+    return CATALOGUE[name].quantised and not CATALOGUE[name].prefill
 
 
 def measure(arguments: argparse.Namespace) -> None:
@@ -49,9 +55,11 @@ def measure(arguments: argparse.Namespace) -> None:
     costs = find_costs(graph, device, [arguments.profiles], None)
     limits = columns(costs.model)
     path = arguments.out / "measured.jsonl"
-    done = {(row["budget"], key(row["policy"])) for row in rows_of(path)}
+    done = {(row["budget"], key(row["policy"])) for row in rows_of(path) if row["limit"] == limits[row["budget"]].to_json()}
     wanted = {("high", key(full := dict(uniform(FULL, graph.units).items()))): (full, FULL)}
     for method, budget, cell in cells_of(arguments.out):
+        if method == NO_PACKAGE:
+            continue
         wanted.setdefault((budget, key(cell["policy"])), (cell["policy"], method))
     left = [one for one in wanted if one not in done][: arguments.packages or None]
     for budget, name in track(left, len(left), "packages"):
@@ -61,10 +69,16 @@ def measure(arguments: argparse.Namespace) -> None:
             choice = Choice(Policy.of(policy), method, None)
             cut(Source(graph, round_to_nearest(graph), None), choice, package, device, limits[budget], costs, costs.model.workload)
             said = check_package(package, device, {}, Patience(0, arguments.most_seconds)).to_json()
-        row = {"budget": budget, "policy": policy, "verdict": said["verdict"], "limits": said["limits"], "machine": said["machine"]}
+        row = {
+            "budget": budget,
+            "limit": limits[budget].to_json(),
+            "policy": policy,
+            "verdict": said["verdict"],
+            "limits": said["limits"],
+            "machine": said["machine"],
+        }
         row |= {resource: said["measured"][resource]["value"] for resource in RESOURCES} | {"slowness": said["slowness"]}
-        with path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        write_atomic(path, "".join(json.dumps(one) + "\n" for one in [*rows_of(path), row]))
 
 
 def key(policy: dict[str, str]) -> str:
@@ -77,14 +91,14 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 def jobs_of(out: Path) -> list[dict[str, Any]]:
     """The jobs that are done: by seed, then by task."""
-    found = [json.loads(path.read_text()) for path in sorted(out.glob("*-*.json")) if not path.name.endswith(".part.json")]
+    found = [json.loads(path.read_text()) for path in sorted(out.glob("*-[0-9].json"))]
     return sorted((job for job in found if "cells" in job), key=lambda job: (job["seed"], NAMES.index(job["task"])))
 
 
 def cells_of(out: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """(method, budget, cell with its task and seed)."""
     for job in jobs_of(out):
-        for method, row in job["cells"].items():
+        for method, row in ((name, row) for name, row in job["cells"].items() if name != FULL):
             for budget, cell in row.items():
                 yield method, budget, {**cell, "task": job["task"], "seed": job["seed"]}
 
@@ -94,9 +108,13 @@ def report(arguments: argparse.Namespace) -> None:
     device = hardware.load(arguments.device)
     costs = find_costs(Graph.open(arguments.graph), device, [arguments.profiles], None).model
     cells, jobs, measured = [*cells_of(arguments.out)], jobs_of(arguments.out), rows_of(arguments.out / "measured.jsonl")
+    if not cells:
+        raise SystemExit(
+            f"expected results of a job in {arguments.out}, found none; type: python benchmarks/tasks_at_budget.py run ..."
+        )
     seen = {(row["budget"], key(row["policy"])): row for row in measured}
-    for _, budget, cell in cells:
-        found = seen.get((budget, key(cell["policy"])), {})
+    for method, budget, cell in cells:
+        found = seen.get((budget, key(cell["policy"])), {}) if method != NO_PACKAGE else {}
         cell["measured"] = {name: found.get(name) for name in (*RESOURCES, "verdict")}
     text = "\n".join(head(costs, jobs, cells, measured)) + "\n\n"
     for title, rows in tables(costs, jobs, cells, measured):

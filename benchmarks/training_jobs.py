@@ -42,6 +42,7 @@ from toolchain.train.settings import TUNED, Settings, polishing
 from toolchain.train.team import Team
 
 WINDOW, CALIBRATION = 256, 64
+TABLE = "table.jsonl"
 POLISHED = ("supernet", "polished", "ours")
 """First words of the jobs that depend on how long subnets are polished."""
 
@@ -211,8 +212,12 @@ def setup(arguments: argparse.Namespace, job: str) -> dict[str, Any]:
     named = ["model", "text", "heldout", "steps", "batch", "windows", "precision", "lr", "adapters", "workload", "compile"]
     named += ["polish"] if job.partition(" ")[0] in POLISHED else []
     facts = {name: str(vars(arguments).get(name)) for name in named}
-    table = vars(arguments).get("table")
-    return {**facts, "table": sha256(table) if table else None}
+    table, more = vars(arguments).get("table"), {}
+    if "profiles" in vars(arguments):  # a task's: what it is trained on and held against
+        more = {name: str(vars(arguments)[name]) for name in ("models", "data", "examples", "device")}
+        more |= {path.name: sha256(path) for path in sorted(arguments.profiles.glob(f"*/{TABLE}"))}
+        more["graph"] = Graph.open(arguments.graph).fingerprint
+    return {**facts, **more, "table": sha256(table) if table else None}
 
 
 def keep(arguments: argparse.Namespace, job: str, result: dict[str, Any]) -> None:

@@ -184,7 +184,7 @@ FORGERIES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "the manifest's budget": (_report(lambda report: report["evidence"].update(budget_from="manifest")), "budget"),
     "no evidence": (_report(lambda report: report.pop("evidence")), "evidence"),
     "no report": (lambda seal: seal.update(report=[1]), "seal.json"),
-    "another format": (lambda seal: seal.update(format="bittailor seal 9"), "bittailor seal 2"),
+    "another format": (lambda seal: seal.update(format="bittailor seal 9"), "bittailor seal 3"),
     "a trial of words": (_report(lambda report: report["measured"]["latency_ms"].update(trials=["fast"])), "seal.json"),
     "a limit of words": (_report(lambda report: report["limits"][0].update(limit="low")), "latency_ms"),
     "a limit more that is none": (_report(lambda report: report["limits"].append({"name": "x"})), "seal.json"),

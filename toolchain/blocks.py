@@ -157,7 +157,8 @@ def bounds(levels: Sequence[float], tail: float, doubt: float = 0.0) -> tuple[fl
 
 def at_speed(blocks: Sequence[Block], name: str, work: str, then_ns: float) -> tuple[list[float], float]:
     """(levels, doubt) of processes brought to the speed at which the reference for `work` takes then_ns: by the share with which they
-    follow it, fitted as in `compared`, and what is unknown of it, for `bounds`."""
+    follow it, fitted as in `compared`, and what is unknown of it, for `bounds`. That they are fitted to the levels themselves the bounds do
+    not count: looks that share what may err leave more room than that takes (tried at the limit itself in the tests)."""
     fit = _Fit.of([blocks], name, work)
     apart = fmean(math.log(median(block.reference_ns[work]) / then_ns) for block in blocks)
     return [block.level_ms(name, work, then_ns, fit.share) for block in blocks], abs(apart) * fit.unknown

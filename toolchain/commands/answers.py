@@ -199,9 +199,9 @@ def train(arguments: Namespace) -> Answer:
         "distance to the model on held-out text, at the start and now:",
     ]
     lines += [f"  {name:<8} {start:.4g} {now:.4g}" for name, (start, now) in data["distance"].items()]
-    if worse := [name for name, (start, now) in data["distance"].items() if now > start]:
+    if worse := [name for name, (start, now) in data["distance"].items() if not now <= start]:  # nor where it is no number
         lines.append(
-            f"farther than at the start: {', '.join(worse)}; smaller steps, or more of them, may bring them nearer: --rate 0.25"
+            f"farther than at the start: {', '.join(worse)}; smaller steps, or more of them, may help: --rate {arguments.rate / 4:g}"
         )
     return Answer(data, "\n".join(lines))
 

@@ -93,6 +93,7 @@ def train_supernet(
     from toolchain.supernet.starts import input_moments
     from toolchain.train.loop import Run, train
     from toolchain.train.quality import scorer
+    from toolchain.train.sampler import worth_training
     from toolchain.train.settings import Settings
     from toolchain.train.team import Team
 
@@ -129,8 +130,10 @@ def train_supernet(
 
     def distances() -> dict[str, float]:
         """Of text that nothing is trained on: too large a step for a model or its batches shows here, and nowhere else."""
-        score, names = scorer(supernet, text_used.heldout[:CALIBRATION]), dict.fromkeys(chain(*supernet.kernels.values()))
-        return team.agree(lambda: {name: score(supernet.policy(name)) for name in names if CATALOGUE[name].quantised})
+        score = scorer(supernet, text_used.heldout[:CALIBRATION])
+        worth = dict.fromkeys(chain(*worth_training(costs.model).values()))  # no step sees the others
+        names = [name for name in CATALOGUE if name in worth and CATALOGUE[name].quantised and not CATALOGUE[name].prefill]
+        return team.agree(lambda: {name: score(supernet.policy(name)) for name in names})
 
     batch = min(machine.batch, len(text_used.train))
     if batch < team.size:

@@ -14,7 +14,7 @@ board.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,10 +62,6 @@ class Task:
             raise InputError(f"expected finite outputs for {self.name}, got {outputs[wrong[0]].tolist()} for example {wrong[0]}")
         said = outputs[:, 0] if self.labels == 1 else outputs.argmax(-1)
         return {name: METRICS[name](np.asarray(labels), said) for name in self.metrics}
-
-    def headline(self, scores: Mapping[str, float]) -> float:
-        """One number of a task, as GLUE's leaderboard has it: the mean of its metrics."""
-        return float(np.mean([scores[name] for name in self.metrics]))
 
 
 TASKS = {

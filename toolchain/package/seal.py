@@ -20,7 +20,7 @@ from toolchain.package.integrity import JSON_TAIL, SEAL, SIGNATURE, read_bounded
 from toolchain.package.manifest import Package, open_package
 from toolchain.reading import json_of
 
-FORMAT = "bittailor seal 2"
+FORMAT = "bittailor seal 3"
 _REMEDY = "remove it, and type: bittailor check PACKAGE --seal"
 
 

@@ -145,16 +145,14 @@ class Supernet:
         """The module whose adapters this one uses: itself, or the first with the same weight tensor."""
         return self._owner[module]
 
-    def of_rows(self) -> dict[str, nn.Parameter]:
-        """The trained tensors [vocabulary, ...] of which a pass uses the rows of its tokens and no others: those of an embedding that no
-        head shares."""
-        multiplied = {self._owner[module] for unit in self.units if unit.op == "MatMul" for module in unit.modules}
-        looked_up = {self._owner[module] for unit in self.units if unit.op == "Gather" for module in unit.modules} - multiplied
-        return {
-            name: parameter
-            for name, parameter in self.parameters.items()
-            if name.split("/")[1] in looked_up and not name.endswith("/A")
+    def row_parameters(self) -> dict[str, nn.Parameter]:
+        """B, low and high of embeddings that no head shares, [vocabulary, ...]: a pass uses the rows of its tokens and no others."""
+        owners = {
+            op: {self._owner[module] for unit in self.units if unit.op == op for module in unit.modules}
+            for op in ("Gather", "MatMul")
         }
+        looked_up = owners["Gather"] - owners["MatMul"]
+        return {name: each for name, each in self.parameters.items() if name.split("/")[1] in looked_up and not name.endswith("/A")}
 
     def tensor_key(self, unit: Unit) -> tuple[str, ...]:
         """Equal for two units that share their weight tensors."""

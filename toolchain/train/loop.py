@@ -202,17 +202,20 @@ class _Loop:
 
     @contextmanager
     def _only_rows_of(self, ids: torch.Tensor) -> Iterator[None]:
-        """What a step does to an embedding's rows, it does to those of the batch's tokens alone. Adam moves a row that had one gradient
-        for dozens of steps, by some 30 learning rates in all, and most tokens are rare: large vocabularies were ruined by it."""
-        rows = self.supernet.of_rows().values()
-        before = [parameter.detach().clone() for parameter in rows]
+        """Of an embedding's row parameters a step moves those of the batch's tokens alone. Adam moves a row that had one gradient for
+        dozens of steps, by some 30 learning rates in all, and most tokens are rare: large vocabularies were ruined by it."""
+        moving = [parameter for parameter in self.supernet.row_parameters().values() if parameter.grad is not None]
+        before = [parameter.detach().clone() for parameter in moving]
         yield
-        seen = torch.zeros(max(map(len, before), default=0), dtype=torch.bool, device=ids.device)
-        if before:
-            seen[ids.flatten()] = True
+        if not moving:
+            return
+        seen = torch.zeros(max(map(len, before)), dtype=torch.bool, device=ids.device)
+        seen[ids.flatten()] = True
+        if self.supernet.kind == "encoder-decoder":
             seen[self.supernet.passes.start] = True
-        for parameter, old in zip(rows, before, strict=True):
-            parameter.data.copy_(torch.where(seen[: len(old), None], parameter, old))
+        with torch.no_grad():
+            for parameter, old in zip(moving, before, strict=True):
+                parameter.copy_(torch.where(seen[: len(old), None], parameter, old))
 
     def _set_rates(self, index: int) -> None:
         rate = min(1.0, (index + 1) / self.settings.warm_up)
