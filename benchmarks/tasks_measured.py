@@ -133,10 +133,12 @@ def report(arguments: argparse.Namespace) -> None:
 
 def head(costs: CostModel, jobs: Sequence[Any], cells: Sequence[Any], measured: Sequence[Any]) -> Iterator[str]:
     """What the tables rest on."""
-    yield f"{costs.device}, {costs.workload}; " + "; ".join(
-        f"{name} {budget.peak_memory_bytes / 1e6:.1f} MB, {budget.latency_ms:.3f} ms"
-        for name, budget in budgets.derive(costs).items()
-    )
+    limits = {
+        name: f"{(budget.peak_memory_bytes or 0) / 1e6:.1f} MB" + (f", {budget.latency_ms:.2f} ms" if budget.latency_ms else "")
+        for name, budget in columns(costs).items()
+    }
+    said = "; ".join(f"{name} {limit}" for name, limit in limits.items())
+    yield f"{costs.device}, {costs.workload}; {said} (tight: a limit of ours, {TIGHT:.0%} of the way from least to most memory)"
     full = [row for row in measured if set(row["policy"].values()) == {FULL}]
     took = f", {full[0]['peak_memory_bytes'] / 1e6:.1f} MB, {full[0]['latency_ms']:.3f} ms" if full else ""
     scores = {task: spread([100 * job["fp32"] for job in jobs if job["task"] == task], 1) for task in dict.fromkeys(_tasks(jobs))}
