@@ -60,16 +60,18 @@ def supernet(speaking: Path, profiles: Path, words: Path, tmp_path_factory: pyte
 
 def test_training_says_what_it_made_of_every_kernel(speaking: Path, profiles: Path, words: Path, tmp_path: Path, cli: Any) -> None:
     """What ruins a kernel is told, and a hundredth of those steps ruins none."""
-    asked = ("train", speaking, "--profiles", profiles, "--text", words, "--steps", 8)
-    ruined, kept = (cli(*asked, "--rate", rate, "--out", tmp_path / str(rate), "--json").json["distance"] for rate in (10, 0.1))
+    asked = ("train", speaking, "--profiles", profiles, "--text", words, "--steps", 4)
+    kept = cli(*asked, "--rate", 0.1, "--out", tmp_path / "kept", "--json").json["distance"]
+    said = cli(*asked, "--rate", 10, "--out", tmp_path / "ruined").out.splitlines()
+    ruined = {name: tuple(map(float, numbers)) for name, *numbers in map(str.split, said[2 : 2 + len(kept)])}
     assert list(ruined) == list(kept)
     for name, (start, now) in ruined.items():
-        assert kept[name][0] == pytest.approx(start, rel=1e-4)
+        assert kept[name][0] == pytest.approx(start, rel=1e-3)
         assert kept[name][1] < now, name
     assert ruined["w4g32"][1] > ruined["w4g32"][0]
-    said = cli(*asked, "--rate", 10, "--out", tmp_path / "again").out
-    assert "farther than at the start" in said
-    assert "--rate 2.5" in said
+    assert said[-1].startswith("farther than at the start: ")
+    assert "w4g32" in said[-1]
+    assert said[-1].endswith("--rate 2.5")
     refused = cli(*asked, "--rate", 0, "--out", tmp_path / "none")
     assert (refused.code, "--rate above 0" in refused.err, (tmp_path / "none").exists()) == (2, True, False)
 
