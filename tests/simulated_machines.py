@@ -62,3 +62,32 @@ class TwoSpeeds:
             self.measure, lambda blocks, look: [hold_ratio("latency_ms", blocks, then, look)], Patience(), lambda: self.now
         )
         return found.verdicts[0].verdict
+
+
+class Restless:
+    """Two cores as they were seen while an encoder was held against a baseline: fast; slow (the encoder takes 1.75 times as long, its
+    reference 1.55 and another one 1.32 times); or disturbed by another process, to a degree that changes from window to window, where the
+    references lose more than the encoder. sharing: how often it is slow; disturbed: how often that."""
+
+    def __init__(self, seed: int, level_ms: float, sharing: float, disturbed: float) -> None:
+        self._rng, self._level, self._odds, self.now = np.random.default_rng(seed), level_ms, (sharing, disturbed), 0.0
+
+    def measure(self) -> Block:
+        rng, (sharing, disturbed) = self._rng, self._odds
+        self.now += 2.0
+        draw = rng.random()
+        if draw < sharing:
+            slowness = np.log([1.75, 1.55, 1.32])[:, None] * np.ones(5)
+        elif draw < sharing + disturbed:
+            slowness = np.log([1.23, 1.44, 1.2])[:, None] * rng.uniform(0, 1, 5)
+        else:
+            slowness = np.zeros((3, 5))
+        own = np.array([0.02, 0.01, 0.02])[:, None] * rng.standard_normal((3, 1)) + 0.015 * rng.standard_normal((3, 5))
+        times, near, far = np.array([self._level, 146.0, 430.0])[:, None] * np.exp(slowness + own)
+        return Block({"latency_ms": tuple(times)}, {"model tokens": tuple(near), "tokens": tuple(far)})
+
+    def against(self, then: list[Block]) -> str:
+        found = decide_in_looks(
+            self.measure, lambda blocks, look: [hold_ratio("latency_ms", blocks, then, look)], Patience(), lambda: self.now
+        )
+        return found.verdicts[0].verdict

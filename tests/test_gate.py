@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulated_machines import SPEED, Machine, TwoSpeeds
+from simulated_machines import SPEED, Machine, Restless, TwoSpeeds
 
-from toolchain.blocks import Block, bounds, ratio_bounds, spent, student
+from toolchain.blocks import Block, bounds, compared, spent, student
 from toolchain.check import hold_latency, hold_ratio
 from toolchain.commands.deciding import LOOKS, Patience, decide_in_looks
 from toolchain.errors import InputError
@@ -135,22 +135,47 @@ def test_eight_percent_slower_than_the_baseline_is_noticed_and_the_same_is_not()
     assert same.count("within") >= 95
 
 
-def test_a_baseline_is_compared_at_the_references_speed_that_follows_it() -> None:
-    """`tokens` says that the machine became twice as fast; the latency moves with `token`."""
+def test_like_is_compared_with_like() -> None:
+    """A process now with those of the baseline that found the machine alike, by every reference; by hand."""
 
-    def at(level: float, seed: int) -> list[Block]:
-        rng = np.random.default_rng(seed)
-        moods = np.exp(0.3 * rng.standard_normal(12))
-        return [
-            Block({"latency_ms": (level * m,)}, {"token": (9.0 * m,), "tokens": (50.0 * np.exp(rng.standard_normal()),)})
-            for m in moods
-        ]
+    def block(level: float, token: float, tokens: float) -> Block:
+        return Block({"latency_ms": (level,)}, {"token": (token,), "tokens": (tokens,)})
 
-    verdict = hold_ratio("latency_ms", at(1.08, 1), at(1.0, 2), 1)
-    assert (verdict.verdict, verdict.measured) == ("over", pytest.approx(1.08, rel=0.01))
-    assert "one token" in verdict.reason
-    few = hold_ratio("latency_ms", at(1.0, 1), at(1.0, 2)[:2], 1)
+    then = [block(1.0, 9, 50)] * 4 + [block(3.0, 18, 60)] * 4 + [block(1.5, 18, 50)] * 4
+    ratio = compared([block(3.3, 18, 60)] * 6, then, "latency_ms", 0.05, 0.05)
+    assert (ratio.value, ratio.alike) == (pytest.approx(1.1), (6, 4))
+    mixed = compared(
+        [block(3.3, 18, 60), block(1.1, 9, 50), block(1.65, 18, 50), block(9.9, 36, 99)], then, "latency_ms", 0.05, 0.05
+    )
+    assert (mixed.value, mixed.alike) == (pytest.approx(1.1), (3, 12))
+    near = compared([block(1.0, 9 * 1.04, 50 * 1.04)] * 6, then, "latency_ms", 0.05, 0.05)
+    assert near.value == pytest.approx(1 / 1.04)  # what is left between them it follows
+    verdict = hold_ratio("latency_ms", [block(3.3, 18, 60)] * 6, then, 1)
+    assert (verdict.verdict, verdict.measured) == ("over", pytest.approx(1.1))
+    assert "6 of 6 processes and 4 of the baseline's 12 found the machine alike" in verdict.reason
+    never = hold_ratio("latency_ms", [block(3.3, 30, 60)] * 6, then, 1)
+    assert (never.verdict, never.low) == ("could not tell", None)
+    assert "--least-seconds" in never.reason
+    few = hold_ratio("latency_ms", [block(3.3, 18, 60)] * 6, then[:2], 1)
     assert (few.verdict, "2 in the baseline" in few.reason) == ("could not tell", True)
+    bare = [Block({"latency_ms": (level,)}, {}) for level in (1.0, 1.01, 0.99, 1.0)]  # a device that has no references
+    assert compared(bare, bare, "latency_ms", 0.05, 0.05).value == pytest.approx(1)
+
+
+@pytest.mark.parametrize("sharing", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("before", [(0.05, 0.4), (0.3, 0.2)])
+def test_a_machine_that_is_slow_in_more_ways_than_one_is_no_regression(before: tuple[float, float], sharing: float) -> None:
+    """One slope over all its states flagged up to 50 of 60 unchanged packages. A baseline that hardly saw the state of now cannot tell."""
+    said: dict[float, list[str]] = {1.0: [], 1.08: []}
+    for ratio, verdicts in said.items():
+        for seed in range(60):
+            then = Restless(2 * seed, 1.0, *before)
+            verdicts.append(Restless(2 * seed + 1, ratio, sharing, 0.05).against([then.measure() for _ in range(30)]))
+    assert said[1.0].count("over") <= 3
+    assert said[1.08].count("within") <= 1
+    if sharing == 0 or before[0] > 0.1:
+        assert said[1.0].count("within") >= 50
+        assert said[1.08].count("over") >= 57
 
 
 @pytest.mark.parametrize("sharing", [0.0, 0.4, 1.0])
@@ -187,7 +212,7 @@ def test_a_noisy_reference_on_a_quiet_machine_says_nothing_of_the_share(noise: f
         then = [measured(rng, 1.0, 1.0) for _ in range(30)]
         for ratio, error in wrong.items():
             seen.append(hold_ratio("latency_ms", [measured(rng, ratio, shift) for _ in range(12)], then, 1).verdict == error)
-    assert sum(seen) <= 3
+    assert sum(seen) <= 5  # of what is no slower, a flag at this look is one in forty; what is missed one in two hundred
 
 
 def test_a_fitted_share_errs_no_oftener_at_the_limit_itself() -> None:
@@ -229,9 +254,6 @@ def test_bounds_hold_as_often_as_they_say() -> None:
     low, high = bounds([1.0] * 6, 0.005)  # six that agree by chance
     assert low < 0.98
     assert high > 1.02
-    ratio, low, high = ratio_bounds([1.1] * 6, [1.0] * 6, 0.05, 0.05)
-    assert ratio == pytest.approx(1.1)
-    assert low < ratio < high
 
 
 _JUNK = st.none() | st.booleans() | st.floats() | st.text(max_size=3)

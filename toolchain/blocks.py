@@ -14,7 +14,7 @@ By hand: a device has no scipy, and of a distribution only Student's quantile is
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from statistics import fmean, median, stdev
@@ -32,6 +32,10 @@ SHARE = 0.15
 REFERENCE_NOISE = 0.03
 """Of a process's reference itself, relative, at most: variation of that size says nothing of a share. Taken for the machine's speed it
 would pull every share towards 0 (regression dilution)."""
+
+ALIKE = 0.1
+"""Two processes found the machine alike if no reference's time differs by more, in logs: within a speed of the machine they differ by some
+0.03, between the speeds that were seen by 0.3 to 0.6."""
 
 _ROUNDS = 4
 
@@ -156,76 +160,89 @@ def bounds(levels: Sequence[float], tail: float, doubt: float = 0.0) -> tuple[fl
 
 
 def at_speed(blocks: Sequence[Block], name: str, work: str, then_ns: float) -> tuple[list[float], float]:
-    """(levels, doubt) of processes brought to the speed at which the reference for `work` takes then_ns: by the share with which they
-    follow it, fitted as in `compared`, and what is unknown of it, for `bounds`. That they are fitted to the levels themselves the bounds do
-    not count: looks that share what may err leave more room than that takes (tried at the limit itself in the tests)."""
-    fit = _Fit.of([blocks], name, work)
+    """(levels, doubt) of processes brought to the speed at which the reference for `work` takes then_ns, and what is unknown of that, for
+    `bounds`.
+
+    A latency follows its reference by a share of its own, time ∝ reference^share, which is fitted to the processes from a prior of
+    1 ± SHARE. What is unknown of it counts as far as their speed and that one lie apart. That it is fitted to the levels themselves the
+    bounds do not count: looks that share what may err leave more room than that takes (tried at the limit itself in the tests)."""
+    fit = _Fit.of(blocks, name, work)
     apart = fmean(math.log(median(block.reference_ns[work]) / then_ns) for block in blocks)
     return [block.level_ms(name, work, then_ns, fit.share) for block in blocks], abs(apart) * fit.unknown
 
 
-def ratio_bounds(
-    now: Sequence[float], then: Sequence[float], below: float, above: float, doubt: float = 0.0, fitted: int = 0
-) -> tuple[float, float, float]:
-    """(ratio, low, high) of the middles, now over then: low errs with at most `below`, high with `above`. Welch's t on logs (1947).
+@dataclass(frozen=True)
+class Ratio:
+    """How much slower now than then: value, and one-sided bounds. alike: so many processes now, and then, found the machine alike."""
 
-    doubt: standard deviation of what their ratio may be off besides, in logs. fitted: numbers that were fitted to the levels themselves."""
-    if min(len(now), len(then)) < 2:
-        raise InputError(f"expected at least 2 levels on each side, got {len(now)} and {len(then)}")
-    parts = [(max(stdev(map(math.log, side)), BETWEEN) ** 2 / len(side), len(side) - 1) for side in (now, then)]
-    variance = sum(part for part, _ in parts)
-    freedom = int(variance**2 / sum(part**2 / n for part, n in parts)) - fitted
-    both = len(now) + len(then) - 2
-    variance *= both / max(both - fitted, 1)
-    low, high = (student(tail, max(freedom, 1)) * math.sqrt(variance + doubt**2) for tail in (below, above))
-    ratio = middle(now) / middle(then)
-    return ratio, ratio * math.exp(-low), ratio * math.exp(high)
+    value: float
+    low: float
+    high: float
+    alike: tuple[int, int]
 
 
-def compared(
-    now: Sequence[Block], then: Sequence[Block], name: str, works: Sequence[str], below: float, above: float
-) -> tuple[float, float, float, str]:
-    """(ratio, low, high, work): how much slower a latency is now than then, as `ratio_bounds`, at one speed of the machine; work: the kind
-    of work whose reference told the speed, of those known to all blocks the one with which most is explained; "" where there is none.
+def compared(now: Sequence[Block], then: Sequence[Block], name: str, below: float, above: float) -> Ratio:
+    """A latency of processes now over then, at least two on each side: low errs with at most `below`, high with `above`.
 
-    Speed is not one number: between the two speeds of one pair of virtual cores the reference's time differed by 1.9, a package's by 1.6.
-    So a latency follows its reference by a share of its own, time ∝ reference^share, which is fitted to the processes of both
-    sides (one slope, two levels: analysis of covariance, Fisher 1932; whether the sides differ plays no part in it) from a prior of
-    1 ± SHARE. What is unknown of it widens the bounds as far as the machine's speed then and now lie apart: sides that never saw the
-    same speed say little of each other.
+    Speed is not one number: on one pair of virtual cores a reference took 1.55 times as long when the cores were slow and a package 1.75
+    times, and beside another process 1.44 and 1.2 times. So no reference tells what another speed would do to a package, and like is
+    compared with like (matching, Rubin 1973): a process now with the processes then that found the machine alike, all of whose common
+    references took the same time but for ALIKE. What is left between them a package follows as those references do on average. A process
+    then counts as often as it was matched, which makes fewer of them (Kish's n); with fewer than two, or two now, there are no bounds:
+    0 and ∞.
     """
-    known = [work for work in works if all(work in block.reference_ns for block in (*now, *then))]
-    if not known:
-        plain = [[block.level_ms(name) for block in side] for side in (now, then)]
-        return (*ratio_bounds(plain[0], plain[1], below, above), "")
-    fits = {work: _Fit.of([now, then], name, work) for work in known}
-    work = min(known, key=lambda one: fits[one].left)
-    fit = fits[work]
-    levels = [[block.level_ms(name, work, 1.0, fit.share) for block in side] for side in (now, then)]
-    doubt = fit.unknown * abs(fit.means[0] - fit.means[1])
-    return (*ratio_bounds(levels[0], levels[1], below, above, doubt, fitted=1), work)
+    known = sorted(set.intersection(*(set(block.reference_ns) for block in (*now, *then))))
+
+    def seen(block: Block) -> tuple[list[float], float]:
+        return [math.log(median(block.reference_ns[work])) for work in known], math.log(block.level_ms(name))
+
+    here, there = [seen(block) for block in now], [seen(block) for block in then]
+
+    def matches(state: Sequence[float], among: Iterable[int]) -> dict[int, float]:
+        """Place in `there` → the level that its process would have had at this state."""
+        found = {}
+        for place in among:
+            apart = [ours - theirs for ours, theirs in zip(state, there[place][0], strict=True)]
+            if all(abs(each) <= ALIKE for each in apart):
+                found[place] = there[place][1] + (fmean(apart) if apart else 0.0)
+        return found
+
+    pairs = [(level, found) for state, level in here if (found := matches(state, range(len(there))))]
+    weights = [
+        math.fsum(1 / len(found) for _, found in pairs if place in found) / max(len(pairs), 1) for place in range(len(there))
+    ]
+    matched = [place for place, weight in enumerate(weights) if weight]
+    effective = 1 / math.fsum(weight**2 for weight in weights) if matched else 0.0
+    plain = middle([math.exp(level) for _, level in here]) / middle([math.exp(level) for _, level in there])
+    if len(pairs) < 2 or effective < 2:
+        return Ratio(plain, 0.0, math.inf, (len(pairs), len(matched)))
+    slower = [level - fmean(found.values()) for level, found in pairs]
+    left = []  # of each process then, over those that found the machine as it did
+    for place in matched:
+        state, level = there[place]
+        if others := matches(state, (other for other in matched if other != place)):
+            left.append((level - fmean(others.values())) ** 2 * len(others) / (len(others) + 1))
+    variance = max(stdev(slower), BETWEEN) ** 2 / len(pairs) + max(fmean(left) if left else 0.0, BETWEEN**2) / effective
+    freedom = max(1, int(len(pairs) + effective - 2))
+    low, high = (student(tail, freedom) * math.sqrt(variance) for tail in (below, above))
+    ratio = math.exp(fmean(slower))
+    return Ratio(ratio, ratio * math.exp(-low), ratio * math.exp(high), (len(pairs), len(matched)))
 
 
 @dataclass(frozen=True)
 class _Fit:
-    """share: the slope of log latency over log reference. left: variance that it leaves. unknown: standard deviation of the share.
-    means: of the log reference, by side."""
+    """share: the slope of log latency over log reference. unknown: its standard deviation."""
 
     share: float
-    left: float
     unknown: float
-    means: tuple[float, ...]
 
     @classmethod
-    def of(cls, sides: Sequence[Sequence[Block]], name: str, work: str) -> _Fit:
-        """One slope, a level for each side."""
-        points = [
-            [(math.log(median(block.reference_ns[work])), math.log(block.level_ms(name))) for block in side] for side in sides
-        ]
-        means = [(fmean(x for x, _ in side), fmean(y for _, y in side)) for side in points]
-        apart = [(x - mean_x, y - mean_y) for side, (mean_x, mean_y) in zip(points, means, strict=True) for x, y in side]
+    def of(cls, blocks: Sequence[Block], name: str, work: str) -> _Fit:
+        points = [(math.log(median(block.reference_ns[work])), math.log(block.level_ms(name))) for block in blocks]
+        mean_x, mean_y = (fmean(point[axis] for point in points) for axis in (0, 1))
+        apart = [(x - mean_x, y - mean_y) for x, y in points]
         squares, products = math.fsum(x * x for x, _ in apart), math.fsum(x * y for x, y in apart)
-        freedom = len(apart) - len(sides)
+        freedom = len(apart) - 1
         # How much of the reference's variation is the machine's.
         real = max(0.0, 1 - freedom * REFERENCE_NOISE**2 / squares) if squares else 0.0
         slope = products / (squares * real) if real else 1.0
@@ -236,5 +253,4 @@ class _Fit:
             share = told * slope + (1 - told)
             left = math.fsum((y - share * x) ** 2 for x, y in apart) / max(freedom - 1, 1)
         # What is left of the prior's doubt, and what is not known of the reference's noise.
-        unknown = math.sqrt((1 - told) * SHARE**2 + (told * (1 - real) * slope) ** 2)
-        return cls(share, left, unknown, tuple(mean_x for mean_x, _ in means))
+        return cls(share, math.sqrt((1 - told) * SHARE**2 + (told * (1 - real) * slope) ** 2))

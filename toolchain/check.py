@@ -16,7 +16,7 @@ from types import MappingProxyType
 
 from toolchain.blocks import Block, at_speed, bounds, compared, middle, spent
 from toolchain.errors import InputError
-from toolchain.spec import FINER, WORKS, Budget, Measurement, Verdict
+from toolchain.spec import Budget, Measurement, Verdict
 
 WITHIN, OVER, COULD_NOT_TELL = "within", "over", "could not tell"
 CONFIDENCE = 0.95
@@ -94,26 +94,25 @@ def hold_latency(name: str, limit: float, blocks: Sequence[Block], look: int, sp
     return Verdict(name, limit, middle(levels), low, high, COULD_NOT_TELL, reason)
 
 
-def hold_ratio(name: str, now: Sequence[Block], then: Sequence[Block], look: int, works: Sequence[str] = ()) -> Verdict:
-    """The look-th look at how much slower a latency is than in a baseline's processes, by the share with which it follows its reference.
-
-    works: the kinds of work whose references may serve; none: all; `blocks.compared` takes one. Over: surely more than
-    REGRESSED. Within: surely less than NOTICED.
-    """
+def hold_ratio(name: str, now: Sequence[Block], then: Sequence[Block], look: int) -> Verdict:
+    """The look-th look at how much slower a latency is than in those of a baseline's processes that found the machine alike
+    (`blocks.compared`). Over: surely more than REGRESSED. Within: surely less than NOTICED."""
     verdict = Verdict(f"{name} / baseline", REGRESSED, None, None, None, COULD_NOT_TELL)
     sides = [[block for block in side if block.valid and name in block.trials] for side in (now, then)]
     if min(map(len, sides)) < LEAST_BLOCKS:
         few = f"{len(sides[0])} undisturbed processes now, {len(sides[1])} in the baseline; {LEAST_BLOCKS} are the least"
         return replace(verdict, reason=few)
-    kinds = works or (*WORKS, *FINER.values())
-    ratio, low, high, work = compared(sides[0], sides[1], name, kinds, spent(FLAGGED, look), spent(MISSED, look))
-    by = f"as its reference for one {work} goes" if work else "as measured, since there is no common reference"
-    seen = replace(verdict, measured=ratio, low=low, high=high)
-    if low > REGRESSED:
-        return replace(seen, verdict=OVER, reason=f"a regression: {(ratio - 1):+.1%} against the baseline, {by}")
-    if high < NOTICED:
-        return replace(seen, verdict=WITHIN, reason=f"no regression of {NOTICED - 1:.0%} or more, {by}")
-    return replace(seen, reason=f"{(ratio - 1):+.1%}, but {(low - 1):+.1%} to {(high - 1):+.1%} are possible; measure both longer")
+    seen = compared(sides[0], sides[1], name, spent(FLAGGED, look), spent(MISSED, look))
+    found = f"{seen.alike[0]} of {len(sides[0])} processes and {seen.alike[1]} of the baseline's {len(sides[1])} found the machine alike"
+    if min(seen.alike) < LEAST_BLOCKS or seen.high == math.inf:
+        return replace(verdict, measured=seen.value, reason=f"{found}; make the baseline longer: --least-seconds 300")
+    held = replace(verdict, measured=seen.value, low=seen.low, high=seen.high)
+    if seen.low > REGRESSED:
+        return replace(held, verdict=OVER, reason=f"a regression: {(seen.value - 1):+.1%} against the baseline; {found}")
+    if seen.high < NOTICED:
+        return replace(held, verdict=WITHIN, reason=f"no regression of {NOTICED - 1:.0%} or more; {found}")
+    possible = f"{(seen.low - 1):+.1%} to {(seen.high - 1):+.1%} are possible"
+    return replace(held, reason=f"{(seen.value - 1):+.1%}, but {possible}; {found}; measure both longer")
 
 
 def hold_peak_ratio(now: Measurement, then: Sequence[float]) -> Verdict:

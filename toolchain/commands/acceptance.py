@@ -23,7 +23,7 @@ from toolchain.package.manifest import Package, open_package
 from toolchain.profiler.ask import Host
 from toolchain.profiler.measure import EnergyOfPackage, measure_block, measure_energy, summarise, weigh_package
 from toolchain.progress import note
-from toolchain.spec import DERIVED_BUDGETS, FINER, Budget, Device, Measurement, Verdict
+from toolchain.spec import DERIVED_BUDGETS, Budget, Device, Measurement, Verdict
 
 _USUAL, _NO_QUALITY = Patience(), QualityLimits()
 
@@ -125,7 +125,7 @@ def check_package(
     speeds = _speeds(package, machine) if not limits else {}
     decided = decide_in_looks(
         lambda: measure_block(*what, tail=budget.latency_p95_ms is not None, first=precedence),
-        lambda blocks, look: _latencies(budget, blocks, look, speeds) + _against(earlier, blocks, look, package),
+        lambda blocks, look: _latencies(budget, blocks, look, speeds) + _against(earlier, blocks, look),
         patience,
     )
     log.lap("latency_ms", "first_token_ms", "latency_p95_ms")
@@ -243,16 +243,15 @@ def _excused(
     return made
 
 
-def _against(earlier: Baseline | None, blocks: Sequence[Block], look: int, package: Package) -> list[Verdict]:
+def _against(earlier: Baseline | None, blocks: Sequence[Block], look: int) -> list[Verdict]:
     """The look-th look at each latency against the baseline's. One side that went before the device's other processes and one that did not
     are alike where nothing else ran; the verdict says so."""
     if not earlier:
         return []
     first = [{block.niceness < 0 for block in side} for side in (blocks, earlier.blocks)]
     unlike = "" if first[0] == first[1] else "; only one of the two went before the device's other processes"
-    bound = {name: (work, FINER.get(work, work)) for name, (work, _) in package.reference_ns.items()}
     names = [name for name in ("latency_ms", "first_token_ms") if name in blocks[0].trials]
-    held = [check.hold_ratio(name, blocks, earlier.blocks, look, bound.get(name, ())) for name in names]
+    held = [check.hold_ratio(name, blocks, earlier.blocks, look) for name in names]
     return [replace(verdict, reason=f"{verdict.reason}{unlike}") for verdict in held]
 
 
