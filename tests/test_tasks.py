@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,19 @@ def test_metrics_of_classes_are_their_definitions(pairs: list[tuple[bool, bool]]
     sides = (both + only_said) * (both + only_label) * (neither + only_said) * (neither + only_label)
     matthews = (both * neither - only_said * only_label) / sides**0.5 if sides else 0.0
     assert TASKS["cola"].score(labels, logits)["matthews"] == pytest.approx(matthews)
+
+
+def test_a_file_is_read_line_by_line_and_within_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of nothing but line breaks, all at once was ten times its size."""
+    (tmp_path / "dev.tsv").write_bytes(b"\n" * 2**22 + b"a film\t1\n")
+    tracemalloc.start()
+    assert TASKS["sst2"].examples(tmp_path) == [Example("a film", 1)]
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+    monkeypatch.setattr("toolchain.evaluate.tasks.MOST_EXAMPLES", 2)
+    (tmp_path / "dev.tsv").write_text("a film\t1\n" * 3)
+    with pytest.raises(InputError, match="2 examples"):
+        TASKS["sst2"].examples(tmp_path)
 
 
 def test_metrics_of_numbers() -> None:

@@ -105,7 +105,7 @@ def hold_ratio(name: str, now: Sequence[Block], then: Sequence[Block], look: int
     seen = compared(sides[0], sides[1], name, spent(FLAGGED, look), spent(MISSED, look))
     found = f"{seen.alike[0]} of {len(sides[0])} processes and {seen.alike[1]} of the baseline's {len(sides[1])} found the machine alike"
     if min(seen.alike) < LEAST_BLOCKS or seen.high == math.inf:
-        return replace(verdict, measured=seen.value, reason=f"{found}; make the baseline longer: --least-seconds 300")
+        return replace(verdict, measured=seen.value, reason=f"{found}; make the baseline longer: --least-seconds 120")
     held = replace(verdict, measured=seen.value, low=seen.low, high=seen.high)
     if seen.low > REGRESSED:
         return replace(held, verdict=OVER, reason=f"a regression: {(seen.value - 1):+.1%} against the baseline; {found}")

@@ -18,7 +18,7 @@ import numpy as np
 from toolchain.errors import InputError, require
 from toolchain.reading import json_of
 
-MOST_BYTES = 256 * 2**20
+MOST_BYTES = 64 * 2**20
 LONGEST_ANSWER = 30
 """Tokens, as in the official baselines."""
 

@@ -14,7 +14,7 @@ board.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ import numpy as np
 
 from toolchain.errors import InputError, require
 
-MOST_BYTES = 256 * 2**20
+MOST_BYTES, MOST_EXAMPLES = 256 * 2**20, 2**20
 GLUES_HEADER = "sentence\tlabel"
 """First line of SST-2 as GLUE hands it out; others leave it away."""
 
@@ -79,14 +79,23 @@ def _read(task: Task, path: Path) -> list[Example]:
     try:
         if path.stat().st_size > MOST_BYTES:
             raise InputError(f"expected {task.name}'s examples in {path}, got more than {MOST_BYTES >> 20} MiB")
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")  # no other line break counts: sentences hold some
+        with path.open(encoding="utf-8-sig", newline="\n") as lines:  # no other line break counts: sentences hold some
+            found = _examples(task, path, lines)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"expected {task.name}'s examples in {path}, got: {error}", f"it needs {' and '.join(task.files)}"
         ) from error
+    if not found:
+        raise InputError(f"expected {task.name}'s examples in {path}, got none")
+    return found
+
+
+def _examples(task: Task, path: Path, lines: Iterable[str]) -> list[Example]:
+    """Line by line: a file of nothing but line breaks would take ten times its size at once."""
     label, text, pair = task.columns
-    found = []
+    found: list[Example] = []
     for number, line in enumerate(lines, 1):
+        line = line.removesuffix("\n")
         if not line.strip() or (number == 1 and (task.header or line.rstrip("\r") == GLUES_HEADER)):
             continue
         cells = line.rstrip("\r").split("\t")
@@ -99,8 +108,8 @@ def _read(task: Task, path: Path) -> list[Example]:
             what = f"{task.width} columns with a label from 0 to {task.largest:g} in column {label + 1}"
             raise InputError(f"expected {what} in line {number} of {path}, got {line[:80]!r}")
         found.append(Example(cells[text].strip(), value, cells[pair].strip() if pair >= 0 else ""))
-    if not found:
-        raise InputError(f"expected {task.name}'s examples in {path}, got none")
+        if len(found) > MOST_EXAMPLES:
+            raise InputError(f"expected {MOST_EXAMPLES} examples of {task.name} at most in {path}, got more")
     return found
 
 
