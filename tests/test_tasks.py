@@ -90,6 +90,11 @@ def test_a_file_is_read_line_by_line_and_within_bounds(tmp_path: Path, monkeypat
     tracemalloc.start()
     assert TASKS["sst2"].examples(tmp_path) == [Example("a film", 1)]
     assert tracemalloc.get_traced_memory()[1] < 2**20
+    (tmp_path / "dev.tsv").write_bytes(bytes(2**25))
+    tracemalloc.reset_peak()
+    with pytest.raises(InputError, match=r"lines of 1 MiB at most .* number 1"):
+        TASKS["sst2"].examples(tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 2**23
     tracemalloc.stop()
     monkeypatch.setattr("toolchain.evaluate.tasks.MOST_EXAMPLES", 2)
     (tmp_path / "dev.tsv").write_text("a film\t1\n" * 3)

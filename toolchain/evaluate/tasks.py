@@ -14,15 +14,16 @@ board.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from toolchain.errors import InputError, require
 
-MOST_BYTES, MOST_EXAMPLES = 256 * 2**20, 2**20
+MOST_BYTES, MOST_LINE, MOST_EXAMPLES = 256 * 2**20, 2**20, 2**20
 GLUES_HEADER = "sentence\tlabel"
 """First line of SST-2 as GLUE hands it out; others leave it away."""
 
@@ -79,8 +80,8 @@ def _read(task: Task, path: Path) -> list[Example]:
     try:
         if path.stat().st_size > MOST_BYTES:
             raise InputError(f"expected {task.name}'s examples in {path}, got more than {MOST_BYTES >> 20} MiB")
-        with path.open(encoding="utf-8-sig", newline="\n") as lines:  # no other line break counts: sentences hold some
-            found = _examples(task, path, lines)
+        with path.open("rb") as file:
+            found = _examples(task, path, file)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"expected {task.name}'s examples in {path}, got: {error}", f"it needs {' and '.join(task.files)}"
@@ -90,12 +91,15 @@ def _read(task: Task, path: Path) -> list[Example]:
     return found
 
 
-def _examples(task: Task, path: Path, lines: Iterable[str]) -> list[Example]:
-    """Line by line: a file of nothing but line breaks would take ten times its size at once."""
+def _examples(task: Task, path: Path, file: BinaryIO) -> list[Example]:
+    """Line by line: a file of nothing but line breaks, or of no line break, would take ten times its size at once."""
     label, text, pair = task.columns
     found: list[Example] = []
-    for number, line in enumerate(lines, 1):
-        line = line.removesuffix("\n")
+    lines = iter(lambda: file.readline(MOST_LINE + 1), b"")  # no other line break counts: sentences hold some
+    for number, raw in enumerate(lines, 1):
+        if len(raw) > MOST_LINE:
+            raise InputError(f"expected lines of {MOST_LINE >> 20} MiB at most in {path}, got a longer one: number {number}")
+        line = raw.decode("utf-8-sig" if number == 1 else "utf-8").removesuffix("\n")
         if not line.strip() or (number == 1 and (task.header or line.rstrip("\r") == GLUES_HEADER)):
             continue
         cells = line.rstrip("\r").split("\t")
