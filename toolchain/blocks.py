@@ -7,6 +7,8 @@ counts as independent. Its level is the median of its windows; levels are compar
                5th ed., section 9.5.2). BETWEEN keeps a few levels that agree by chance from promising too much.
     looks      whoever measures until it is decided looks several times. The i-th look may err with α / (i(i + 1)), which sums to α over
                any number of looks: error spending (Lan & DeMets 1983) by the union bound, so looks need not be independent.
+    speed      against a limit: levels are brought to the limit's speed by the reference (`at_speed`), and what is unknown of that widens
+               the bound. Against another report: like is compared with like (`compared`).
 
 By hand: a device has no scipy, and of a distribution only Student's quantile is needed.
 """
