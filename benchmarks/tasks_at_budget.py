@@ -88,9 +88,7 @@ def main() -> None:
         sub.add_argument("--workers", type=int, default=1)
         sub.add_argument("--on", default="auto")
         sub.add_argument("--precision", choices=PRECISIONS, default="fp32")
-        sub.add_argument(
-            "--lr", type=float, default=TUNED.lr / 4, help="32 sentences are a small batch: more ruins the 2-bit kernels"
-        )
+        sub.add_argument("--lr", type=float, default=TUNED.lr / 4, help="32 sentences are a small batch: a quarter of the usual")
         sub.set_defaults(micro_batch=0, compile=False)
         sub.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

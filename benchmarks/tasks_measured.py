@@ -21,7 +21,7 @@ from toolchain.costs.model import CostModel
 from toolchain.files import scratch, write_atomic
 from toolchain.graph.assemble import round_to_nearest
 from toolchain.graph.model import Graph
-from toolchain.kernels import CATALOGUE, uniform
+from toolchain.kernels import uniform
 from toolchain.policy import budgets
 from toolchain.progress import track
 from toolchain.report import table
@@ -36,16 +36,11 @@ RESOURCES = ("peak_memory_bytes", "latency_ms")
 def columns(costs: CostModel) -> dict[str, Budget]:
     """The device's derived budgets, and before them a tight one: TIGHT of the memory range, however slow."""
     derived = budgets.derive(costs)
-    kernels = {unit: tuple(filter(ordinary, names)) or names for unit, names in costs.kernels.items()}
+    kernels = {unit: tuple(filter(budgets.ordinary, names)) or names for unit, names in costs.kernels.items()}
     least, most = replace(costs, kernels=kernels).bounds("peak_memory_bytes")
     planned = budgets.planned(Budget(peak_memory_bytes=1.0), costs).peak_memory_bytes
     assert planned is not None
     return {"tight": Budget(peak_memory_bytes=round((least + TIGHT * (most - least)) / planned), name="tight"), **derived}
-
-
-def ordinary(name: str) -> bool:
-    """Kernels that set the range, as for the derived budgets."""
-    return CATALOGUE[name].quantised and not CATALOGUE[name].prefill
 
 
 def measure(arguments: argparse.Namespace) -> None:

@@ -28,7 +28,7 @@ DRIFT = 1.0
 
 def derive(cost_model: CostModel) -> dict[str, Budget]:
     """{"low", "medium", "high"} → limits on peak memory and latency. Compute is the same for every policy, so it sets no limit."""
-    kernels = {unit: tuple(name for name in names if _ordinary(name)) or names for unit, names in cost_model.kernels.items()}
+    kernels = {unit: tuple(name for name in names if ordinary(name)) or names for unit, names in cost_model.kernels.items()}
     quantised = replace(cost_model, kernels=kernels)
     memory_low, memory_high = quantised.bounds("peak_memory_bytes")
     _, latency_high = quantised.bounds("latency_ms")
@@ -58,7 +58,7 @@ def promise(predicted: dict[str, float], cost_model: CostModel) -> Budget:
     return Budget(**limits, name="promise")
 
 
-def _ordinary(name: str) -> bool:
+def ordinary(name: str) -> bool:
     """Kernels that set the range: full precision would stretch it, and so would two sets of weights for one unit."""
     return CATALOGUE[name].quantised and not CATALOGUE[name].prefill
 
