@@ -203,7 +203,7 @@ class _Loop:
     @contextmanager
     def _only_rows_of(self, ids: torch.Tensor) -> Iterator[None]:
         """Of an embedding's row parameters a step moves those of the batch's tokens alone. Adam moves a row that had one gradient for
-        dozens of steps, by some 30 learning rates in all, and most tokens are rare: large vocabularies were ruined by it."""
+        dozens of steps, by some 30 learning rates in all, and most tokens are rare."""
         moving = [parameter for parameter in self.supernet.row_parameters().values() if parameter.grad is not None]
         before = [parameter.detach().clone() for parameter in moving]
         yield
