@@ -36,7 +36,7 @@ class Kind(Protocol):
 
     def loss(self, result: Any, labels: torch.Tensor) -> torch.Tensor: ...
 
-    def of_package(self, folder: Path) -> dict[str, float]: ...
+    def of_package(self, folder: Path, threads: int) -> dict[str, float]: ...
 
     def of_model(self, model: nn.Module, device: str) -> dict[str, float]: ...
 
@@ -71,8 +71,8 @@ class Sentences:
             return nn.functional.mse_loss(logits[:, 0], labels.float())
         return nn.functional.cross_entropy(logits, labels.long())
 
-    def of_package(self, folder: Path) -> dict[str, float]:
-        return self._score(outputs(folder, [(one.text, one.pair) for one in self.dev], LONGEST, threads=1))
+    def of_package(self, folder: Path, threads: int) -> dict[str, float]:
+        return self._score(outputs(folder, [(one.text, one.pair) for one in self.dev], LONGEST, threads))
 
     def of_model(self, model: nn.Module, device: str) -> dict[str, float]:
         rows = token_ids(self.folder, [(one.text, one.pair) for one in self.dev], LONGEST)
@@ -108,8 +108,8 @@ class Spans:
             [nn.functional.cross_entropy(logits.float(), labels[:, place].long()) for place, logits in enumerate(heads)]
         ).mean()
 
-    def of_package(self, folder: Path) -> dict[str, float]:
-        return spans.score(self.dev, answers(folder, self._asked(), LONGEST_QUESTION, threads=1))
+    def of_package(self, folder: Path, threads: int) -> dict[str, float]:
+        return spans.score(self.dev, answers(folder, self._asked(), LONGEST_QUESTION, threads))
 
     def of_model(self, model: nn.Module, device: str) -> dict[str, float]:
         read = asked(self.folder, self._asked(), LONGEST_QUESTION)

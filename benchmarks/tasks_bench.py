@@ -161,7 +161,7 @@ class Bench:
             assemble(self.graph, policy, weights or round_to_nearest(self.graph), folder, sync=False)
             for path in self.graph.companions():
                 (folder / path.name).write_bytes(path.read_bytes())
-            return self.task.of_package(folder)
+            return self.task.of_package(folder, self.arguments.threads)
 
     def score_in_torch(self, supernet: Supernet, policy: Policy) -> dict[str, float]:
         """Metrics of a subnet that no package holds. Its kernels quantise activations by groups, so sentences may share a batch."""
