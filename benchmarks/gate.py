@@ -40,7 +40,7 @@ from statistics import median
 from typing import Any
 
 from toolchain import hardware
-from toolchain.blocks import Block, at_speed, compared, middle
+from toolchain.blocks import PRIOR, Block, Share, Speed, at_speed, compared, middle
 from toolchain.check import hold_latency
 from toolchain.commands.deciding import Patience, decide_in_looks
 from toolchain.files import write_atomic
@@ -104,13 +104,14 @@ class Bench:
             print("others use the CPU: the process is measured again", file=sys.stderr)
         return block
 
-    def speed_ns(self) -> float:
-        """The reference's time that all of WORK is brought to: the middle of the first ANCHORS processes ever measured for it, since a
-        profile, too, takes what the machine does most of the time."""
+    def speed(self) -> Speed:
+        """The speed that all of WORK is brought to, and how the package is known to follow it. The reference's time is the middle of the
+        first ANCHORS processes ever measured for it, since a profile, too, takes what the machine does most of the time."""
         path = self.work / "speed.json"
         if not path.is_file():
             write_atomic(path, json.dumps(median(median(self.undisturbed().reference_ns[self.bound]) for _ in range(ANCHORS))))
-        return float(json.loads(path.read_text()))
+        known = self.package.speeds.get("latency_ms")
+        return Speed(self.bound, float(json.loads(path.read_text())), known.share if known and known.work == self.bound else PRIOR)
 
 
 @contextmanager
@@ -156,7 +157,7 @@ def copy_of(package: Package, to: Path, **changes: Any) -> Path:
 
 def curve(arguments: argparse.Namespace) -> None:
     bench = Bench(arguments.package, arguments.work)
-    speed = bench.speed_ns()
+    speed = bench.speed()
     here = bench.host.identify()
     machine = {name: here[name] for name in ("cpu", "runtime", "protocol")}
     machine |= {"threads": bench.host.threads, "provider": bench.package.provider}
@@ -170,16 +171,16 @@ def curve(arguments: argparse.Namespace) -> None:
             anchor(bench, anchors)
         for _ in range(2):
             anchor(bench, anchors)
-        truth = level_of(rows_of(anchors)[-ANCHORS:], bench.bound, speed)
+        truth = level_of(rows_of(anchors)[-ANCHORS:], speed)
         budget = {"name": "promise", "latency_ms": truth / (1 + distance / 100)}
-        reference = {"latency_ms": {bench.bound: speed}}
+        reference = {"latency_ms": {speed.work: speed.ns}}
         package = copy_of(bench.package, arguments.work / "copy", budget=budget, reference_ns=reference, measured_on=machine)
         start = time.time()
         with loaded(bool(turn % 2)):
             said, seconds = checked(package, "--most-seconds", str(arguments.most_seconds))
         (verdict,) = said["limits"]
         row = {"distance": distance, "turn": turn, "load": bool(turn % 2), "t": start, "seconds": seconds, **said["decision"]}
-        row |= {"work": bench.bound, "speed_ns": speed}
+        row |= {"work": speed.work, "speed_ns": speed.ns, "share": [speed.share.value, speed.share.unknown]}
         keep = {name: verdict[name] for name in ("verdict", "measured", "low", "high", "limit", "reason")}
         disturbed = sum(not block["valid"] for block in said["blocks"])
         add(runs, {**row, **keep, "disturbed": disturbed, "slowness": said["slowness"]["latency_ms"]})
@@ -195,9 +196,9 @@ def anchor(bench: Bench, path: Path) -> None:
     add(path, {"t": time.time(), "block": bench.undisturbed().to_json()})
 
 
-def level_of(anchors: Sequence[dict[str, Any]], work: str, speed: float) -> float:
-    """The package's latency in ms by these processes, at the speed at which the reference takes so long."""
-    return middle(at_speed([Block.from_json(row["block"]) for row in anchors], "latency_ms", work, speed)[0])
+def level_of(anchors: Sequence[dict[str, Any]], speed: Speed) -> float:
+    """The package's latency in ms by these processes, at this speed."""
+    return middle(at_speed([Block.from_json(row["block"]) for row in anchors], "latency_ms", speed)[0])
 
 
 def baseline(arguments: argparse.Namespace) -> None:
@@ -287,7 +288,7 @@ def slower(now: Sequence[Block], then: Sequence[Block]) -> tuple[float, float, f
 
 def record(arguments: argparse.Namespace) -> None:
     bench = Bench(arguments.package, arguments.work)
-    bench.speed_ns()
+    bench.speed()
     path = arguments.work / "processes.jsonl"
     for turn in range(len(rows_of(path)), arguments.processes):
         load = bool(turn // BLOCK % 2)
@@ -314,9 +315,9 @@ class Replayed:
 
 def replay(arguments: argparse.Namespace) -> None:
     bench = Bench(arguments.package, arguments.work)
-    speed = (bench.bound, bench.speed_ns())
+    speed = bench.speed()
     rows, rng = rows_of(arguments.work / "processes.jsonl"), random.Random(0)
-    truth = middle([block.level_ms("latency_ms", *speed) for block in map(Block.from_json, rows) if block.valid])
+    truth = middle([block.level_ms("latency_ms", speed.work, speed.ns) for block in map(Block.from_json, rows) if block.valid])
     path = arguments.work / "replay.jsonl"
     path.unlink(missing_ok=True)
     for distance in arguments.distances:
@@ -341,7 +342,8 @@ def report(arguments: argparse.Namespace) -> None:
         for row in rows:
             before = [one for one in anchors if one["t"] < row["t"]][-ANCHORS // 2 :]
             after = [one for one in anchors if one["t"] > row["t"]][: ANCHORS // 2]
-            row["true_distance"] = 100 * (level_of([*before, *after], row["work"], row["speed_ns"]) / row["limit"] - 1)
+            speed = Speed(row["work"], row["speed_ns"], Share(*row["share"]))
+            row["true_distance"] = 100 * (level_of([*before, *after], speed) / row["limit"] - 1)
         found["real checks"] = summary(rows)
     if rows := rows_of(work / "replay.jsonl"):
         found["replayed, not real checks"] = summary([{**row, "true_distance": row["distance"]} for row in rows])

@@ -340,7 +340,7 @@ def _manifest(folder: Path) -> object:
         package.budget,
         package.vocabulary,
         package.predicted,
-        package.reference_ns,
+        package.speeds,
         package.provider,
     )
     json.dumps([str(one) for one in said])

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from toolchain.blocks import Block
+from toolchain.blocks import PRIOR, Block, Share, Speed
 from toolchain.check import hold_latency, hold_ratio
 from toolchain.commands.deciding import Patience, decide_in_looks
 from toolchain.spec import Verdict
 
-SPEED = ("model token", 100.0)
+SPEED = Speed("model token", 100.0)
 
 
 class Machine:
@@ -49,11 +49,11 @@ class TwoSpeeds:
         times = self._level * (reference / 46.0) ** 0.75 * np.exp(0.02 * rng.standard_normal() + 0.02 * rng.standard_normal(5))
         return Block({"latency_ms": tuple(times)}, {"model token": tuple(reference)})
 
-    def held(self, limit: float) -> Verdict:
-        """At the speed of the cost table, at which the reference takes 46 ns."""
+    def held(self, limit: float, share: Share = PRIOR) -> Verdict:
+        """At the speed of the cost table, at which the reference takes 46 ns. share: what the table says of it."""
 
         def judge(blocks: Sequence[Block], look: int) -> list[Verdict]:
-            return [hold_latency("latency_ms", limit, blocks, look, ("model token", 46.0))]
+            return [hold_latency("latency_ms", limit, blocks, look, Speed("model token", 46.0, share))]
 
         return decide_in_looks(self.measure, judge, Patience(), lambda: self.now).verdicts[0]
 

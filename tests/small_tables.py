@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
 from toolchain.costs.borrowed import describe
 from toolchain.costs.operations import tokens_in_flight, working_set, working_set_of
-from toolchain.costs.rows import Header, MemoryRow, ModelEnergyRow, ModelMemoryRow, ModelRow, UnitEnergyRow, UnitRow
+from toolchain.costs.rows import Header, MemoryRow, ModelEnergyRow, ModelMemoryRow, ModelRow, SessionRow, UnitEnergyRow, UnitRow
 from toolchain.costs.table import CostTable
 from toolchain.graph.layers import units_within
 from toolchain.graph.model import Graph
 from toolchain.hardware import load, thread_count
 from toolchain.kernels import CATALOGUE, candidates, parts, runs_as
-from toolchain.profiler import energy_rows
+from toolchain.profiler import energy_rows, following
 from toolchain.profiler.model_rows import missing
 from toolchain.profiler.profile import current_header, default_workload
 from toolchain.profiler.unit_rows import token_counts
@@ -69,7 +71,22 @@ def complete_table(graph: Graph, workload: Workload | None = None, header: Heade
             peak = OVERHEAD_BYTES + BYTES_PER_TOKEN * tokens + 1.5 * weight + anchor.layers * graph.cache_bytes_per_layer(capacity)
             key_ = (graph.fingerprint, workload.batch, tokens, capacity, anchor.layers, anchor.name)
             table = table.adding([ModelMemoryRow(*key_, dict(anchor.policy), peak, peak)])
-    return table
+    return table.adding(session_rows(graph, table, workload, dict.fromkeys(range(following.SESSIONS), 1.0), 1.0))
+
+
+def session_rows(
+    graph: Graph, table: CostTable, workload: Workload, slowness: Mapping[int, float], share: float, noise: Sequence[float] = ()
+) -> list[SessionRow]:
+    """Of every session: all models follow the references by `share`, each at a level of its own. noise: by session, in logs."""
+    made = []
+    for place, anchor in enumerate(following.followed(graph, table)):
+        for phase in workload.phases:
+            about = (graph.fingerprint, phase.name, phase.batch, phase.tokens, phase.past, anchor.layers, anchor.name)
+            for session, slow in slowness.items():
+                latency = (1 + place) * slow**share * math.exp(noise[session] if noise else 0.0)
+                references = {work: slow * time for work, time in table.header.reference_ns.items()}
+                made.append(SessionRow(*about, session, latency, references))
+    return made
 
 
 def unit_mj(unit: Unit, kernel: str, tokens: int) -> float:

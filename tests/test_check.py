@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolchain.blocks import Block
+from toolchain.blocks import Block, Speed
 from toolchain.check import decide, exit_code, median_interval, overall
 from toolchain.errors import InputError
 from toolchain.spec import Budget, Measurement, Verdict
@@ -204,7 +204,7 @@ def test_energy_over_its_limit_on_a_slow_machine_may_be_idle_power(slowness, tot
     trials = tuple(total_mj * factor for factor in (0.99, 0.995, 1.0, 1.0, 1.005, 1.01))
     seen = Measurement(total_mj, 0.0, 6, True, trials)
     held = decide(Budget.from_json({"energy_mj": 100.0}), {"energy_mj": seen})
-    speeds = {"latency_ms": ("token", 10.0)}
+    speeds = {"latency_ms": Speed("token", 10.0)}
     verdict = acceptance._excused(held, {"encode": _phase(total_mj, 20.0, slowness)}, speeds)[0]
     assert verdict.verdict == expected
     assert acceptance._excused(held, {"encode": _phase(total_mj, 20.0, slowness)}, {})[0] == held[0]

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated_machines import SPEED, Machine, Restless, TwoSpeeds
 
-from toolchain.blocks import Block, bounds, compared, spent, student
+from toolchain.blocks import Block, Speed, bounds, compared, spent, student
 from toolchain.check import hold_latency, hold_ratio
 from toolchain.commands.deciding import LOOKS, Patience, decide_in_looks
 from toolchain.errors import InputError
 
 
-def _decided(machine: Machine, limit: float, speed: tuple[str, float] | None = SPEED, most_s: float = 120.0) -> Any:
+def _decided(machine: Machine, limit: float, speed: Speed | None = SPEED, most_s: float = 120.0) -> Any:
     return decide_in_looks(
         machine.measure,
         lambda blocks, look: [hold_latency("latency_ms", limit, blocks, look, speed)],

@@ -77,5 +77,5 @@ def test_every_architecture_goes_all_the_way(models: Any, tmp_path: Path, cli: C
     measured = cli("profile", models(name), "--profiles", tmp_path / "profiles", "--json")
     assert measured.code in (0, 3), measured.err
     kinds = {json.loads(line)["row"] for line in Path(measured.json["table"]).read_text().splitlines()[1:]}
-    assert kinds == {"unit", "memory", "model", "model memory", "model shape"}
+    assert kinds == {"unit", "memory", "model", "model memory", "session", "model shape"}
     _after_profile(cli, models(name), tmp_path / "profiles", tmp_path / "out")

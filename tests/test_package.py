@@ -170,7 +170,8 @@ def test_a_package_is_told_the_finest_reference_that_its_table_has(models: Any, 
     table.save(tmp_path / "profiles" / "local" / "table.jsonl")
     words = ("export", models("bert"), "--policy", "w4g32", "--profiles", tmp_path / "profiles", "--out", tmp_path / "out")
     assert cli(*words).code == 0
-    assert open_package(tmp_path / "out").reference_ns == {"latency_ms": ("model tokens", 2e5)}
+    (speed,) = open_package(tmp_path / "out").speeds.values()
+    assert (speed.work, speed.ns) == ("model tokens", 2e5)
 
 
 # ---- damage
@@ -204,6 +205,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a budget below zero": (lambda folder: _edit(folder, lambda data: {**data, "budget": {"latency_ms": -1}}), "latency_ms"),
     "a workload of words": (lambda folder: _edit(folder, lambda data: {**data, "workload": "all of it"}), "workload"),
     "no prediction": (lambda folder: _edit(folder, lambda data: {key: data[key] for key in data if key != "predicted"}), "predicted"),
+    "a share of words": (
+        lambda folder: _edit(folder, lambda data: {**data, "follows": {"latency_ms": {"share": "all", "unknown": 0.1}}}),
+        "follows",
+    ),
+    "a share that nobody doubts": (
+        lambda folder: _edit(folder, lambda data: {**data, "follows": {"latency_ms": {"share": 1.0, "unknown": 0.0}}}),
+        "follows",
+    ),
     "a reference of words": (lambda folder: _edit(folder, lambda data: {**data, "reference_ns": "fast"}), "reference_ns"),
     "a reference of no known work": (
         lambda folder: _edit(folder, lambda data: {**data, "reference_ns": {"latency_ms": {"hard": 1.0}}}),

@@ -16,12 +16,13 @@ import pytest
 from conftest import Profiled, copied, environment, listing
 from fast_host import FastHost
 
-from toolchain.costs.rows import MemoryRow, ModelMemoryRow, ModelRow, Row, UnitRow
+from toolchain.costs.rows import MemoryRow, ModelMemoryRow, ModelRow, Row, SessionRow, UnitRow
 from toolchain.costs.table import CostTable, open_table
 from toolchain.hardware import load
 from toolchain.kernels import candidates, offered, runs_as
 from toolchain.profiler import model_rows
 from toolchain.profiler.ask import Host
+from toolchain.profiler.following import SESSIONS
 from toolchain.profiler.measure import summarise
 from toolchain.profiler.profile import _adding, current_header
 from toolchain.spec import FINER, TOKENS, WORKS, Unit, Workload
@@ -34,7 +35,7 @@ SHAPES = (Unit("embedding", "Gather", 64, 512, side="source"), Unit("linear", "M
 
 
 def _rows(table: CostTable) -> set[tuple]:
-    return {key for key in table.rows if not key[0].startswith("model")}
+    return {key for key in table.rows if key[0] in ("unit", "memory")}
 
 
 def _wanted(table: CostTable) -> set[tuple]:
@@ -67,6 +68,9 @@ def test_profile_fills_the_table(profiled: Profiled) -> None:
     assert str(profiled.model.parent) not in profiled.table.read_text()
     said = profiled.result.json
     assert said["rows"] == len(table.rows)
+    sessions = table.of(SessionRow)
+    assert {row.session for row in sessions} == set(range(SESSIONS))
+    assert len({row.policy for row in sessions}) == 3
     invalid = sum(not row.valid for row in [*table.of(UnitRow), *table.of(ModelRow)])
     assert said["invalid"] == invalid
     assert profiled.result.code == (3 if invalid else 0)
@@ -84,7 +88,7 @@ def test_profile_writes_the_budgets_it_derives(profiled: Profiled) -> None:
 
 def _all_valid(path: Path) -> CostTable:
     table = open_table(path)
-    rows: list[Row] = [replace(row, valid=True) for row in [*table.of(UnitRow), *table.of(ModelRow)]]
+    rows: list[Row] = [replace(row, valid=True) for row in [*table.of(UnitRow), *table.of(ModelRow), *table.of(SessionRow)]]
     return table.adding(rows)
 
 
@@ -113,6 +117,17 @@ def test_a_second_run_measures_again_only_what_was_not_valid(profiled: Profiled,
     after = open_table(folder / "local" / "table.jsonl")
     changed = {key for key, row in after.rows.items() if _seen(row) != _seen(table.rows[key])}
     assert changed == {bad.key}
+
+
+def test_a_machine_is_followed_on_where_that_is_asked_for(profiled: Profiled, tmp_path: Path, cli: Any, fast: FastHost) -> None:
+    folder = copied(profiled.profiles, tmp_path / "profiles")
+    path = folder / "local" / "table.jsonl"
+    table = _all_valid(path)
+    table.save(path)
+    assert cli("profile", profiled.model, "--profiles", folder, "--follow").code == 0
+    after = open_table(path)
+    assert {row.session for row in after.of(SessionRow)} == set(range(2 * SESSIONS))
+    assert all(after.rows[key] == row for key, row in table.rows.items())
 
 
 def _seen(row: Row) -> Row:

@@ -29,7 +29,7 @@ BETWEEN = 0.02
 
 
 SHARE = 0.15
-"""Standard deviation of the share by which a latency follows its reference, about 1, before any process has told."""
+"""Standard deviation of the share by which a latency follows its reference, about 1, where neither a process nor a cost table tells."""
 
 REFERENCE_NOISE = 0.03
 """Of a process's reference itself, relative, at most: variation of that size says nothing of a share. Taken for the machine's speed it
@@ -43,6 +43,26 @@ _ROUNDS = 4
 
 _MANY = 1000
 """Degrees of freedom of what is as good as normally distributed."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """By how much a latency follows a reference: latency ∝ reference^value. unknown: the standard deviation of what is not known of it."""
+
+    value: float = 1.0
+    unknown: float = SHARE
+
+
+PRIOR = Share()
+
+
+@dataclass(frozen=True)
+class Speed:
+    """The speed of the machine at which the reference for `work` takes `ns`, and how a latency is known to follow it."""
+
+    work: str
+    ns: float
+    share: Share = PRIOR
 
 
 @dataclass(frozen=True)
@@ -161,16 +181,16 @@ def bounds(levels: Sequence[float], tail: float, doubt: float = 0.0) -> tuple[fl
     return middle(levels) * math.exp(-half), middle(levels) * math.exp(half)
 
 
-def at_speed(blocks: Sequence[Block], name: str, work: str, then_ns: float) -> tuple[list[float], float]:
-    """(levels, doubt) of processes brought to the speed at which the reference for `work` takes then_ns, and what is unknown of that, for
-    `bounds`.
+def at_speed(blocks: Sequence[Block], name: str, speed: Speed) -> tuple[list[float], float]:
+    """(levels, doubt) of processes brought to another speed of the machine, and what is unknown of that, for `bounds`.
 
-    A latency follows its reference by a share of its own, time ∝ reference^share, which is fitted to the processes from a prior of
-    1 ± SHARE. What is unknown of it counts as far as their speed and that one lie apart. That it is fitted to the levels themselves the
-    bounds do not count: looks that share what may err leave more room than that takes (tried at the limit itself in the tests)."""
-    fit = _Fit.of(blocks, name, work)
-    apart = fmean(math.log(median(block.reference_ns[work]) / then_ns) for block in blocks)
-    return [block.level_ms(name, work, then_ns, fit.share) for block in blocks], abs(apart) * fit.unknown
+    A latency follows its reference by a share of its own, which is fitted to the processes from what is known of it before. What stays
+    unknown counts as far as their speed and that one lie apart. That it is fitted to the levels themselves the bounds do not count: looks
+    that share what may err leave more room than that takes (tried at the limit itself in the tests)."""
+    now = [math.log(median(block.reference_ns[speed.work])) for block in blocks]
+    found = fitted([[(x, math.log(block.level_ms(name))) for x, block in zip(now, blocks, strict=True)]], speed.share)
+    levels = [block.level_ms(name, speed.work, speed.ns, found.value) for block in blocks]
+    return levels, abs(fmean(now) - math.log(speed.ns)) * found.unknown
 
 
 @dataclass(frozen=True)
@@ -231,28 +251,24 @@ def compared(now: Sequence[Block], then: Sequence[Block], name: str, below: floa
     return Ratio(ratio, ratio * math.exp(-low), ratio * math.exp(high), (len(pairs), len(matched)))
 
 
-@dataclass(frozen=True)
-class _Fit:
-    """share: the slope of log latency over log reference. unknown: its standard deviation."""
+def fitted(groups: Sequence[Sequence[tuple[float, float]]], prior: Share = PRIOR) -> Share:
+    """The slope of log latency over log reference, one for all groups of processes, each of a level of its own: (x, y) of each process.
 
-    share: float
-    unknown: float
-
-    @classmethod
-    def of(cls, blocks: Sequence[Block], name: str, work: str) -> _Fit:
-        points = [(math.log(median(block.reference_ns[work])), math.log(block.level_ms(name))) for block in blocks]
+    prior: what was known of it before; processes that all found the machine at one speed add nothing."""
+    apart: list[tuple[float, float]] = []
+    for points in filter(None, groups):
         mean_x, mean_y = (fmean(point[axis] for point in points) for axis in (0, 1))
-        apart = [(x - mean_x, y - mean_y) for x, y in points]
-        squares, products = math.fsum(x * x for x, _ in apart), math.fsum(x * y for x, y in apart)
-        freedom = len(apart) - 1
-        # How much of the reference's variation is the machine's.
-        real = max(0.0, 1 - freedom * REFERENCE_NOISE**2 / squares) if squares else 0.0
-        slope = products / (squares * real) if real else 1.0
-        share, told, left = 1.0, 0.0, BETWEEN**2
-        for _ in range(_ROUNDS):  # the less noise, the more the processes say against the prior
-            told = squares * real**2 / max(left, BETWEEN**2)
-            told /= told + 1 / SHARE**2
-            share = told * slope + (1 - told)
-            left = math.fsum((y - share * x) ** 2 for x, y in apart) / max(freedom - 1, 1)
-        # What is left of the prior's doubt, and what is not known of the reference's noise.
-        return cls(share, math.sqrt((1 - told) * SHARE**2 + (told * (1 - real) * slope) ** 2))
+        apart += [(x - mean_x, y - mean_y) for x, y in points]
+    squares, products = math.fsum(x * x for x, _ in apart), math.fsum(x * y for x, y in apart)
+    freedom = len(apart) - sum(map(bool, groups))
+    # How much of the reference's variation is the machine's.
+    real = max(0.0, 1 - freedom * REFERENCE_NOISE**2 / squares) if squares else 0.0
+    slope = products / (squares * real) if real else prior.value
+    share, told, left = prior.value, 0.0, BETWEEN**2
+    for _ in range(_ROUNDS):  # the less noise, the more the processes say against the prior
+        told = squares * real**2 / max(left, BETWEEN**2)
+        told /= told + 1 / prior.unknown**2
+        share = told * slope + (1 - told) * prior.value
+        left = math.fsum((y - share * x) ** 2 for x, y in apart) / max(freedom - 1, 1)
+    # What is left of the prior's doubt, and what is not known of the reference's noise.
+    return Share(share, math.sqrt((1 - told) * prior.unknown**2 + (told * (1 - real) * slope) ** 2))

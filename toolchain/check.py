@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
-from toolchain.blocks import Block, at_speed, bounds, compared, middle, spent
+from toolchain.blocks import Block, Speed, at_speed, bounds, compared, middle, spent
 from toolchain.errors import InputError
 from toolchain.spec import Budget, Measurement, Verdict
 
@@ -57,13 +57,12 @@ def decide(
     return [_hold(name, limit, measurements.get(name), errors.get(name) or 0.0) for name, limit in budget.limits.items()]
 
 
-def hold_latency(name: str, limit: float, blocks: Sequence[Block], look: int, speed: tuple[str, float] | None = None) -> Verdict:
+def hold_latency(name: str, limit: float, blocks: Sequence[Block], look: int, speed: Speed | None = None) -> Verdict:
     """The look-th look at one latency (ms) of a package: the middle of its processes, with one-sided bounds, against the limit.
 
-    speed: (kind of work, its reference's ns): every window is brought to the speed at which that reference takes so long, as far as the
-    package follows it; what is unknown of that widens the bounds, the further the machine's speed is from that one. Processes that
-    others disturbed count only where fewer than LEAST_BLOCKS are clean, and then can keep the limit but not break it: others on the
-    CPU only make a package slower.
+    speed: every window is brought to it, as far as the package follows its reference; what is unknown of that widens the bounds, the
+    further the machine's speed is from that one. Processes that others disturbed count only where fewer than LEAST_BLOCKS are clean, and
+    then can keep the limit but not break it: others on the CPU only make a package slower.
     """
     clean = [block for block in blocks if block.valid]
     disturbed = len(clean) < LEAST_BLOCKS
@@ -75,7 +74,7 @@ def hold_latency(name: str, limit: float, blocks: Sequence[Block], look: int, sp
         return Verdict(
             name, limit, None, None, None, COULD_NOT_TELL, f"{len(used)} processes were timed, {LEAST_BLOCKS} are the least"
         )
-    levels, doubt = at_speed(used, name, *speed) if speed else ([block.level_ms(name) for block in used], 0.0)
+    levels, doubt = at_speed(used, name, speed) if speed else ([block.level_ms(name) for block in used], 0.0)
     low, high = bounds(levels, spent(ALPHA, look), doubt)
     if disturbed and speed:  # a neighbour may slow the reference more than the package: it must keep the limit as it ran, too
         high = max(high, bounds([block.level_ms(name) for block in used], spent(ALPHA, look))[1])
@@ -88,9 +87,7 @@ def hold_latency(name: str, limit: float, blocks: Sequence[Block], look: int, sp
     reason = f"the limit lies between the bounds of {len(used)} processes; leave more room, or measure longer: --most-seconds"
     near_low, near_high = bounds(levels, spent(ALPHA, look))
     if not near_low <= limit < near_high:
-        reason = (
-            "how far the package follows the machine's speed is not known so well: bittailor profile MODEL --renew, and export anew"
-        )
+        reason = "how far the package follows the machine's speed is not known so well: bittailor profile MODEL --follow, and export anew"
     return Verdict(name, limit, middle(levels), low, high, COULD_NOT_TELL, reason)
 
 

@@ -99,6 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     common(sub, several=True)
     sub.add_argument("--missing", action="store_true", default=True, help="measure only what is missing (the default)")
     sub.add_argument("--renew", action="store_true", help="start a stale table over")
+    sub.add_argument(
+        "--follow", action="store_true", help="measure more of how MODEL follows the machine's speed; type it when that has changed"
+    )
 
     sub = command("predict", answers.predict, "cost of a policy, with spread", "bittailor predict pocket-llama-6m --policy w4g32")
     sub.add_argument("model", metavar="MODEL")

@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from toolchain import check
-from toolchain.blocks import Block
+from toolchain.blocks import Block, Speed
 from toolchain.commands.baseline import Baseline
 from toolchain.commands.deciding import Decided, Patience, decide_in_looks
 from toolchain.commands.evidence import Log
@@ -190,7 +190,7 @@ def judged_again(package: Package, report: Mapping[str, Any]) -> tuple[Verdict, 
     return tuple(_excused(held, phases, _speeds(package, report["machine"])))
 
 
-def _latencies(budget: Budget, blocks: Sequence[Block], look: int, speeds: Mapping[str, tuple[str, float]]) -> list[Verdict]:
+def _latencies(budget: Budget, blocks: Sequence[Block], look: int, speeds: Mapping[str, Speed]) -> list[Verdict]:
     """The look-th look at each limit on latency.
 
     A limit that was derived from the device's cost table speaks of the machine as it was then: it is held at that speed, and the verdict
@@ -202,7 +202,7 @@ def _latencies(budget: Budget, blocks: Sequence[Block], look: int, speeds: Mappi
         if (limit := budget.limits.get(name)) is None:
             continue
         speed = speeds.get("latency_ms" if name == "latency_p95_ms" else name)
-        if speed and not all(speed[0] in block.reference_ns for block in blocks):
+        if speed and not all(speed.work in block.reference_ns for block in blocks):
             speed = None
         ratio = _slowness(blocks, speed) if speed else 1.0
         slower = f"the machine's reference takes {ratio:.2f} times as long as when the cost table was measured"
@@ -217,9 +217,7 @@ def _latencies(budget: Budget, blocks: Sequence[Block], look: int, speeds: Mappi
     return verdicts
 
 
-def _excused(
-    verdicts: Sequence[Verdict], phases: Mapping[str, Mapping[str, Any]], speeds: Mapping[str, tuple[str, float]]
-) -> list[Verdict]:
+def _excused(verdicts: Sequence[Verdict], phases: Mapping[str, Mapping[str, Any]], speeds: Mapping[str, Speed]) -> list[Verdict]:
     """The verdicts, one on energy that is over by no more than idle power flows longer on a machine that is slow now: that is "could not
     tell". phases: what the meter saw of each, with its reference (`EnergyOfPackage`)."""
     made = list(verdicts)
@@ -229,9 +227,9 @@ def _excused(
         return made
     at_speed, worst = 0.0, 1.0
     for name, seen in phases.items():
-        work, then = speeds.get("first_token_ms" if name == "prefill" else "latency_ms", ("", 1.0))
+        speed = speeds.get("first_token_ms" if name == "prefill" else "latency_ms")
         times = seen["reference_ns"]
-        ratio = times[work] / then if work in times else 1.0
+        ratio = times[speed.work] / speed.ns if speed and speed.work in times else 1.0
         at_speed += seen["above_idle_mj"] + (seen["energy_mj"] - seen["above_idle_mj"]) / ratio
         worst = max(worst, ratio)
     held = made[place]
@@ -255,25 +253,26 @@ def _against(earlier: Baseline | None, blocks: Sequence[Block], look: int) -> li
     return [replace(verdict, reason=f"{verdict.reason}{unlike}") for verdict in held]
 
 
-def _speeds(package: Package, machine: Mapping[str, Any]) -> dict[str, tuple[str, float]]:
-    """Latency → (kind of work, its reference's time when the cost table was measured); empty on another machine: slower is no excuse."""
+def _speeds(package: Package, machine: Mapping[str, Any]) -> dict[str, Speed]:
+    """`Package.speeds`; empty on another machine than the table's: slower is no excuse."""
     measured_on = package.data.get("measured_on")
-    if not package.reference_ns or not isinstance(measured_on, Mapping):
+    if not isinstance(measured_on, Mapping):
         return {}
-    return package.reference_ns if all(machine.get(name) == value for name, value in measured_on.items()) else {}
+    return package.speeds if all(machine.get(name) == value for name, value in measured_on.items()) else {}
 
 
-def _all_slowness(blocks: Sequence[Block], speeds: Mapping[str, tuple[str, float]]) -> dict[str, float]:
+def _all_slowness(blocks: Sequence[Block], speeds: Mapping[str, Speed]) -> dict[str, float]:
     """By latency, of those whose reference any process has: a GPU's has no finer ones."""
     return {
-        name: _slowness(blocks, speed) for name, speed in speeds.items() if any(speed[0] in block.reference_ns for block in blocks)
+        name: _slowness(blocks, speed)
+        for name, speed in speeds.items()
+        if any(speed.work in block.reference_ns for block in blocks)
     }
 
 
-def _slowness(blocks: Sequence[Block], speed: tuple[str, float]) -> float:
+def _slowness(blocks: Sequence[Block], speed: Speed) -> float:
     """How many times as long the reference takes now as then: the median over processes."""
-    work, then = speed
-    return median(median(block.reference_ns[work]) / then for block in blocks if work in block.reference_ns)
+    return median(median(block.reference_ns[speed.work]) / speed.ns for block in blocks if speed.work in block.reference_ns)
 
 
 def _measured(blocks: Sequence[Block]) -> dict[str, Measurement]:

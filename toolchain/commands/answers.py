@@ -87,7 +87,7 @@ def profile(arguments: Namespace) -> Answer:
     folder = Path(arguments.profiles or "profiles")
     with workflow.opened(arguments.model) as source:
         model = Path(arguments.model).name
-        profiled = fleet.profile_all(source.graph, devices, folder, _workload(arguments), model, arguments.renew)
+        profiled = fleet.profile_all(source.graph, devices, folder, _workload(arguments), model, arguments.renew, arguments.follow)
     if len(devices) == 1:
         return _profiled(profiled[0].costs(), source.graph.fingerprint)
     answers = {one.device.name: _profiled(one.costs(), source.graph.fingerprint) for one in profiled if not one.failure}

@@ -42,7 +42,7 @@ class Profiled:
 
 
 def profile_all(
-    graph: Graph, devices: Sequence[Device], folder: Path, workload: Workload | None, model: str, renew: bool
+    graph: Graph, devices: Sequence[Device], folder: Path, workload: Workload | None, model: str, renew: bool, follow: bool
 ) -> list[Profiled]:
     """Profile the graph on every device; the tables are in `folder`/<device>/. model: its name in the tables' headers.
 
@@ -56,7 +56,7 @@ def profile_all(
         command = "bittailor " + shlex.join(["profile", model, "--device", device.name])
         try:
             with _HERE if device.at_hand else nullcontext():
-                return measure_costs(graph, device, folder, workload, command, renew)
+                return measure_costs(graph, device, folder, workload, command, renew, follow=follow)
         except Exception as error:
             if len(devices) > 1:
                 note(f"bittailor: {device.name} failed: {reason_of(error)}")

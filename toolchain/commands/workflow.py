@@ -12,7 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from toolchain.blocks import Speed
 from toolchain.costs.bounds import bound_of_phase
+from toolchain.costs.following import share_of
 from toolchain.costs.from_table import cost_model
 from toolchain.costs.model import CostModel
 from toolchain.costs.operations import working_set_of
@@ -120,16 +122,23 @@ def find_costs(
 
 
 def measure_costs(
-    graph: Graph, device: Device, folder: Path, workload: Workload | None, command: str, renew: bool, energy: bool = True
+    graph: Graph,
+    device: Device,
+    folder: Path,
+    workload: Workload | None,
+    command: str,
+    renew: bool,
+    energy: bool = True,
+    follow: bool = False,
 ) -> Costs:
     """Profile what is missing into `folder`/<device>/ and write the derived budgets beside the table. energy: where there is a meter, of
-    that too, which takes minutes."""
+    that too, which takes minutes. follow: more of how the model follows the machine's speed."""
     path = folder / device.name / "table.jsonl"
     workload = workload or default_workload(graph)
     host = Host.of(device)
     name, reason = host.meter() if energy else ("none", "it was not asked for")
     header = header_of(host, f"none: {reason}" if reason else name, command)
-    table = profile(graph, header, host, workload, path, renew)
+    table = profile(graph, header, host, workload, path, renew, follow)
     costs = Costs(cost_model(graph, table, workload), table, path)
     derived = {name: budget.to_json() for name, budget in budgets.derive(costs.model).items()}
     write_atomic(_budget_file(path, graph, workload), json.dumps({"workload": str(workload), **derived}, indent=1) + "\n")
@@ -231,9 +240,9 @@ class Choice:
     gap_to_optimum: float | None
 
 
-def _references(graph: Graph, policy: Policy, costs: Costs) -> dict[str, dict[str, float]]:
-    """Latency → {kind of work that bounds it under this policy, the finer one where the table has it: the reference's nanoseconds when the
-    table began}."""
+def _speeds(graph: Graph, policy: Policy, costs: Costs) -> dict[str, Speed]:
+    """Latency → the machine's speed when the table began, by the kind of work that bounds it under this policy, the finer one where the
+    table has it, and how the model follows it."""
     header, foreseen = costs.table.header, costs.model.totals(policy)
     has = header.reference_ns
     if not has:
@@ -244,7 +253,11 @@ def _references(graph: Graph, policy: Policy, costs: Costs) -> dict[str, dict[st
         for phase in costs.model.workload.phases
     }
     finest = {name: FINER[bound] if FINER.get(bound) in has else bound for name, bound in works.items()}
-    return {name: {bound: has[bound]} for name, bound in finest.items()}
+    phases = {phase.resource: phase for phase in costs.model.workload.phases}
+    return {
+        name: Speed(bound, has[bound], share_of(costs.table, graph.fingerprint, phases[name], bound))
+        for name, bound in finest.items()
+    }
 
 
 def cut(
@@ -282,7 +295,9 @@ def cut(
         "training": training or "none: round-to-nearest of the model's weights",
     }
     if costs:
-        evidence["reference_ns"] = _references(source.graph, choice.policy, costs)
+        speeds = _speeds(source.graph, choice.policy, costs)
+        evidence["reference_ns"] = {name: {speed.work: speed.ns} for name, speed in speeds.items()}
+        evidence["follows"] = {name: {"share": speed.share.value, "unknown": speed.share.unknown} for name, speed in speeds.items()}
         evidence["measured_on"] = costs.table.header.identity
     runtime = costs.table.header.runtime if costs else "not measured"
     return export_package(

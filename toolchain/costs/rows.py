@@ -145,6 +145,35 @@ class ModelMemoryRow:
 
 
 @dataclass(frozen=True)
+class SessionRow:
+    """What one process saw of a model's phase under one policy, and of the references beside it: as it was, at the speed it had.
+
+    latency_ms, reference_ns (by kind of work): medians of the process's windows. session: which of the processes of a profile; the rows
+    of one session are of one process. valid: others left it the CPUs.
+    """
+
+    model: str
+    phase: str
+    batch: int
+    tokens: int
+    past: int
+    layers: int
+    policy: str
+    session: int
+    latency_ms: float
+    reference_ns: Mapping[str, float]
+    valid: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.latency_ms > 0 or not self.reference_ns:
+            raise ValueError(f"latency_ms {self.latency_ms!r} beside references {self.reference_ns!r}")
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return ("session", self.model, self.phase, self.batch, self.tokens, self.past, self.layers, self.policy, self.session)
+
+
+@dataclass(frozen=True)
 class ModelShapeRow:
     """What a measured model is made of: without it, its rows say nothing about models of other sizes (`borrowed.py`).
 
@@ -242,12 +271,13 @@ class ModelEnergyRow(Energy):
         return ("model energy", self.model, self.phase, self.batch, self.tokens, self.past, self.layers, self.policy)
 
 
-Row = UnitRow | MemoryRow | ModelRow | ModelMemoryRow | ModelShapeRow | UnitEnergyRow | ModelEnergyRow
+Row = UnitRow | MemoryRow | ModelRow | ModelMemoryRow | SessionRow | ModelShapeRow | UnitEnergyRow | ModelEnergyRow
 KINDS: dict[str, type[Row]] = {
     "unit": UnitRow,
     "memory": MemoryRow,
     "model": ModelRow,
     "model memory": ModelMemoryRow,
+    "session": SessionRow,
     "model shape": ModelShapeRow,
     "unit energy": UnitEnergyRow,
     "model energy": ModelEnergyRow,

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from toolchain.blocks import PRIOR, Share, Speed
 from toolchain.errors import DamagedFileError, InputError
 from toolchain.files import inside, sha256, write_atomic
 from toolchain.kernels import CATALOGUE
@@ -78,9 +79,10 @@ class Package:
         return dict(found)
 
     @property
-    def reference_ns(self) -> dict[str, tuple[str, float]]:
-        """Latency → (the kind of work that bounds it, its reference's time when the cost table was measured); empty without a table."""
-        found = self.data.get("reference_ns") or {}
+    def speeds(self) -> dict[str, Speed]:
+        """Latency → the machine's speed when the cost table was measured, by the kind of work that bounds it, and how the package follows
+        it, as far as the table tells; empty without a table."""
+        found, follows = self.data.get("reference_ns") or {}, self.data.get("follows") or {}
         try:
             times = {name: (work, float(time)) for name, times in found.items() for work, time in times.items()}
             right = all(work in (*WORKS, *FINER.values()) and 0 < time < math.inf for work, time in times.values())
@@ -88,7 +90,14 @@ class Package:
             right = False
         if not right:
             raise ValueError(f"reference_ns {found!r} instead of a positive time for a kind of work ({', '.join(WORKS)})")
-        return times
+        try:
+            shares = {str(name): Share(float(share["share"]), float(share["unknown"])) for name, share in follows.items()}
+            right = all(0 < share.value < 4 and 0 < share.unknown < 1 for share in shares.values())
+        except (AttributeError, TypeError, ValueError, KeyError):
+            right = False
+        if not right:
+            raise ValueError(f"follows {follows!r} instead of a share and what is unknown of it, for a latency")
+        return {name: Speed(*speed, shares.get(name, PRIOR)) for name, speed in times.items()}
 
     @property
     def kind(self) -> str:
@@ -164,7 +173,7 @@ def open_package(directory: Path, verify: bool = True) -> Package:
             package.vocabulary,
             package.context,
             package.predicted,
-            package.reference_ns,
+            package.speeds,
             package.units,
         )
         files = {str(name): str(digest) for name, digest in package.data["files"].items()}

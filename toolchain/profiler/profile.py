@@ -1,8 +1,10 @@
 """MODEL on a device → its cost table: what is missing is measured, and saved shape by shape, so a killed run resumes.
 
-Four kinds of rows: the time of each unit shape and kernel, their memory (`unit_rows`), a few whole models (`model_rows`), whose
-difference from the sum of their units is the remainder (attention, norms, cache, per-run overhead), and the energy of both where a meter
-works (`energy_rows`). Times are scaled to the speed the machine had when the table began, by the reference for their kind of work.
+Five kinds of rows: the time of each unit shape and kernel, their memory (`unit_rows`), a few whole models (`model_rows`), whose
+difference from the sum of their units is the remainder (attention, norms, cache, per-run overhead), single processes spread over the
+profile, which tell how a model follows the machine's speed (`following`), and the energy of units and models where a meter works
+(`energy_rows`). Times but those of single processes are scaled to the speed the machine had when the table began, by the reference for
+their kind of work.
 Refuses to know budgets and training.
 """
 
@@ -22,7 +24,7 @@ from toolchain.errors import InputError, MeterError
 from toolchain.files import scratch
 from toolchain.graph.assemble import check_float_type
 from toolchain.graph.model import Graph
-from toolchain.profiler import energy_rows, model_rows, unit_rows
+from toolchain.profiler import energy_rows, following, model_rows, unit_rows
 from toolchain.profiler.ask import Host, References
 from toolchain.profiler.energy import WARM_S
 from toolchain.profiler.meters import LEAST_WINDOW_S
@@ -74,10 +76,13 @@ def check_workload(graph: Graph, workload: Workload) -> None:
         raise InputError(f"expected at most {graph.context} tokens, the model's context, got {workload}")
 
 
-def profile(graph: Graph, header: Header, host: Host, workload: Workload, path: Path, renew: bool = False) -> CostTable:
+def profile(
+    graph: Graph, header: Header, host: Host, workload: Workload, path: Path, renew: bool = False, follow: bool = False
+) -> CostTable:
     """Measure what the table at `path` lacks for this model and workload, and return the whole table.
 
     header: `header_of` the host, the machine as it is now. renew: start over instead of refusing a stale table.
+    follow: more of how the model follows the machine's speed, although nothing lacks.
     Raises StaleTableError, DamagedFileError, InputError.
     """
     check_workload(graph, workload)
@@ -88,7 +93,9 @@ def profile(graph: Graph, header: Header, host: Host, workload: Workload, path: 
         refuse_if_stale(table, header)
     with scratch() as folder:
         packages = model_rows.Packages(graph, folder)
-        jobs = list(_jobs(graph, host, workload, table, packages))
+        jobs = _spread(
+            list(_jobs(graph, host, workload, table, packages)), list(_sessions(graph, host, workload, table, packages, follow))
+        )
         meter, said, gone = header.meter.partition(":")[0], "", ""
         if meter not in ("", "none"):
             table = replace(table, header=replace(table.header, meter=header.meter))
@@ -134,14 +141,34 @@ def _jobs(graph: Graph, host: Host, workload: Workload, table: CostTable, packag
             yield _Job(partial(_one_batch, unit_rows.measure, host, unit, times, memory), unit)
     lacking = model_rows.missing(graph, workload, table)
     timed, weighed = ([item for item in lacking if getattr(item, what)] for what in ("times", "memory"))
-    sessions = model_rows.Sessions(host, graph, table.header.cache_bytes, timed, packages)
+    anchors = model_rows.Sessions(host, graph, table.header.cache_bytes, timed, packages)
     for turn in range(model_rows.SESSIONS):
         if timed:
-            yield _Job(partial(_one_batch, sessions.time))
+            yield _Job(partial(_one_batch, anchors.time))
         for item in weighed[turn :: model_rows.SESSIONS]:
             yield _Job(partial(_weigh, host, graph, workload, item, packages))
     if (shape := describe(graph)).key not in table.rows:
         yield _Job(lambda: [([shape], {})])
+
+
+def _sessions(
+    graph: Graph, host: Host, workload: Workload, table: CostTable, packages: model_rows.Packages, more: bool
+) -> Iterator[_Job]:
+    """One job per process that tells how the model follows the machine's speed."""
+
+    def one(session: int) -> list[tuple[list[Row], References]]:
+        return [(following.measure(host, graph, workload, session, table, packages), {})]
+
+    for session in following.missing(graph, workload, table, more):
+        yield _Job(partial(one, session))
+
+
+def _spread(jobs: list[_Job], between: list[_Job]) -> list[_Job]:
+    """The jobs in their order, those `between` at even distances among them, the last one at the end."""
+    made = list(jobs)
+    for place, job in reversed(list(enumerate(between, 1))):
+        made.insert(len(jobs) * place // len(between), job)
+    return made
 
 
 def _energy_jobs(
