@@ -136,8 +136,15 @@ def head(costs: CostModel, jobs: Sequence[Any], cells: Sequence[Any], measured: 
     yield f"{costs.device}, {costs.workload}; {said} (tight: a limit of ours, {TIGHT:.0%} of the way from least to most memory)"
     full = [row for row in measured if set(row["policy"].values()) == {FULL}]
     took = f", {full[0]['peak_memory_bytes'] / 1e6:.1f} MB, {full[0]['latency_ms']:.3f} ms" if full else ""
+    how = {name: ", ".join(sorted({str(job["setup"][name]) for job in jobs})) for name in ("steps", "batch", "precision", "lr")}
+    most = ", ".join(sorted({str(job["setup"]["examples"]) for job in jobs}))
+    yield (
+        f"S = {how['steps']} policy-steps of {how['batch']} sentences, {how['precision']}, learning rate {how['lr']}; "
+        f"{'all' if most == '0' else f'at most {most}'} examples of each task's evaluation file"
+    )
     scores = {task: spread([100 * job["fp32"] for job in jobs if job["task"] == task], 1) for task in dict.fromkeys(_tasks(jobs))}
-    yield f"fp32: {', '.join(f'{task} {score}' for task, score in scores.items())}; mean {_over_tasks(jobs, 'fp32')}{took}"
+    mean_of = f"; mean {_over_tasks(jobs, 'fp32')}" if len(scores) > 1 else ""
+    yield f"fp32: {', '.join(f'{task} {score}' for task, score in scores.items())}{mean_of}{took}"
     yield "; ".join(sorted({f"{cell['device']}, commit {cell['commit']}" for _, _, cell in cells}))
 
 
@@ -147,27 +154,31 @@ def tables(
     """(title, rows): means over tasks, each task, and what the packages cost."""
     methods, names = dict.fromkeys(method for method, _, _ in cells), tuple(columns(costs))
     of = {(m, b): [cell for method, budget, cell in cells if (method, budget) == (m, b)] for m in methods for b in names}
-    rows, costing = [], []
-    for method in methods:
+
+    def beside(method: str) -> dict[str, str]:
+        """What a method's scores took, and how many of its packages were measured."""
         mine = [cell for name in names for cell in of[method, name]]
-        row = {"method": method, **{name: _over_tasks(of[method, name], "headline", jobs) for name in names}}
         checked = [cell["measured"]["verdict"] for cell in mine if cell["measured"]["verdict"]]
-        row["within, of measured"] = f"{checked.count('within')} of {len(checked)}"
-        rows.append(row | {f"{what} s": f"{mean(cell[what] for cell in mine):.0f}" for what in ("training", "choosing")})
-    yield "Mean over GLUE's tasks (each the mean of its metrics, in hundredths), the seeds ± half their range", rows
-    if any(job["task"] == SQUAD for job in jobs):
+        found = {"within, of measured": f"{checked.count('within')} of {len(checked)}"} if measured else {}
+        return found | {f"{what} s": f"{mean(cell[what] for cell in mine):.0f}" for what in ("training", "choosing")}
+
+    if glue := [task for task in dict.fromkeys(_tasks(jobs)) if task != SQUAD]:
+        title = "Mean over GLUE's tasks (each the mean of its metrics, in hundredths), the seeds ± half their range"
+        scored = {m: {name: _over_tasks(of[m, name], "headline", jobs) for name in names} for m in methods}
+        yield title, [{"method": m, **scored[m], **beside(m)} for m in methods]
+    if SQUAD in _tasks(jobs):
         asked = {key: [cell for cell in row if cell["task"] == SQUAD] for key, row in of.items()}
-        yield "SQuAD, F1 / exact match", [{"method": m, **{name: f1_em(asked[m, name]) for name in names}} for m in methods]
-    for name in names:
+        scored = {m: {name: f1_em(asked[m, name]) for name in names} for m in methods}
+        title = "SQuAD, F1 / exact match (in hundredths), the seeds ± half their range"
+        yield title, [{"method": m, **scored[m], **beside(m)} for m in methods]
+        bits = {m: {name: spread([cell["mean_bits"] for cell in asked[m, name]]) for name in names} for m in methods}
+        yield "SQuAD, mean bits", [{"method": m, **bits[m]} for m in methods]
+    for name in names if glue else ():
         yield (
             f"{name}, by task",
             [
                 {"method": method}
-                | {
-                    task: spread([100 * cell["headline"] for cell in of[method, name] if cell["task"] == task], 1)
-                    for task in dict.fromkeys(_tasks(jobs))
-                    if task != SQUAD
-                }
+                | {task: spread([100 * cell["headline"] for cell in of[method, name] if cell["task"] == task], 1) for task in glue}
                 | {"mean bits": spread([cell["mean_bits"] for cell in of[method, name]])}
                 for method in methods
                 if of[method, name]
@@ -175,6 +186,7 @@ def tables(
         )
     if not (full := next((row for row in measured if set(row["policy"].values()) == {FULL}), None)):
         return
+    costing = []
     for method in methods:
         row = {"method": method}
         for name in names:

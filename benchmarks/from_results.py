@@ -1,0 +1,186 @@
+"""What is drawn from results that are there already: the second source's ablation table, the third study's radar. Measures nothing.
+
+    python benchmarks/from_results.py ablation [--results results]
+    python benchmarks/from_results.py radar --graph GRAPH --table TABLE [--results results]
+
+ablation: ablation.md. The meta-network system and what it loses without each part, beside the systems that the source's table names, as far
+as they are methods here: on text at the same mean bits, on tasks at a device's budgets.
+radar: radar.svg and radar.md (arXiv:2411.06084, figure 2). GRAPH: the embedded model's; TABLE: a device's, where the model was measured.
+
+    accuracy retention   perplexity of full precision over the method's      perplexity_at_bits.json
+    size reduction       1 − bytes of the package over full precision's      counted, not measured
+    latency reduction    1 − ms per token over full precision's              the table's rows of the whole model, as they were measured
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from post_training import spread
+
+from toolchain.costs.rows import ModelRow
+from toolchain.costs.table import open_table
+from toolchain.files import write_atomic
+from toolchain.graph.assemble import package_bytes
+from toolchain.graph.model import Graph
+from toolchain.kernels import uniform
+from toolchain.report import table
+
+ABLATED = {
+    "MetaQuantLLM": "all of it",
+    "MetaQuantLLM, fixed policy": "a uniform policy instead of the meta-network's",
+    "MetaQuantLLM, MSE": "MSE instead of the interference-aware loss",
+    "MetaQuantLLM, uniform sampling": "uniform instead of balanced sampling",
+    "uniform OFA": "shared weights, uniform sampling, a search",
+    "Q-BERT": "bits by the Hessian, groups of 32, trained per budget",
+    "Q8BERT": "8 bits, embeddings too, trained",
+    "half depth": "distillation instead of fewer bits: every other block",
+}
+TEXT, TASKS, SQUAD = "perplexity_at_bits.json", "tasks_at_budget.json", "squad_at_budget.json"
+BITS, BUDGETS = (2.0, 3.0, 4.0, 8.0), ("tight", "low", "medium", "high")
+SHOWN = (
+    ("fp32", "fp32", 32.0),
+    ("PTQ, min-max", "w8g32", 8.0),
+    ("PTQ, min-max, and γ", "w8g32", 8.0),
+    ("PTQ, min-max", "w4g32", 4.0),
+    ("PTQ, min-max, and γ", "w4g32", 4.0),
+    ("QAT, uniform", "w4g32", 4.0),
+    ("PTQ, min-max, and γ", "w2g32", 2.0),
+    ("QAT, uniform", "w2g32", 2.0),
+)
+"""(method, its kernel, bits) of the radar's shapes."""
+AXES = ("accuracy retention", "size reduction", "latency reduction")
+_LABELS = ((0.5, 1.04, "bottom"), (0.0, 0.0, "top"), (1.0, 0.0, "top"))
+"""Where the axes' names stand beside a shape."""
+
+
+def cells_of(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise SystemExit(f"expected {path}, found none: its own benchmark makes it, see {path.parent / 'README.md'}")
+    found = json.loads(path.read_text())["cells"]
+    assert isinstance(found, list)
+    return found
+
+
+def ablation(arguments: argparse.Namespace) -> None:
+    text, tasks, squad = (cells_of(arguments.results / name) for name in (TEXT, TASKS, SQUAD))
+    wanted = len({(cell["task"], cell["seed"]) for cell in tasks})
+    rows = []
+    for method, what in ABLATED.items():
+        row = {"method": method, "is": what}
+        for bits in BITS:
+            row[f"{bits:g} bits"] = spread(
+                [cell["perplexity"] for cell in text if (cell["method"], cell["column"]) == (method, f"{bits:g}")]
+            )
+        for name in BUDGETS:
+            seen = [cell for cell in tasks if (cell["method"], cell["budget"]) == (method, name)]
+            row[f"GLUE, {name}"] = spread(by_seed(seen), 1) if len(seen) == wanted else "–"
+        for name in BUDGETS:
+            answered = [cell["scores"]["f1"] for cell in squad if (cell["method"], cell["budget"]) == (method, name)]
+            row[f"SQuAD, {name}"] = spread([100 * f1 for f1 in answered], 1)
+        for place, cells in (("text", text), ("tasks", tasks)):
+            spent = [cell["training"] + cell["choosing"] for cell in cells if cell["method"] == method]
+            row[f"{place} s"] = f"{mean(spent):.0f}" if spent else "–"
+        rows.append(row)
+    said = (
+        f"Perplexity on text (`{TEXT}`), GLUE's mean (`{TASKS}`) and SQuAD's F1 (`{SQUAD}`), in hundredths; s: of training and choosing "
+        "together, of a run. – : no policy of the method keeps the budget, or the method is not of that table"
+    )
+    write_atomic(arguments.results / "ablation.md", f"{said}\n\n{table(rows, list(rows[0]), markdown=True)}\n")
+
+
+def by_seed(cells: Iterable[Mapping[str, Any]]) -> list[float]:
+    """Means over tasks, in hundredths."""
+    found: dict[int, list[float]] = {}
+    for cell in cells:
+        found.setdefault(cell["seed"], []).append(100 * cell["headline"])
+    return [mean(values) for values in found.values()]
+
+
+def radar(arguments: argparse.Namespace) -> None:
+    graph, costs = Graph.open(arguments.graph), open_table(arguments.table)
+    cells = cells_of(arguments.results / TEXT)
+    measured = {row.policy: row for row in costs.of(ModelRow) if row.model == graph.fingerprint and row.phase == "decode"}
+    if missing := [kernel for _, kernel, _ in SHOWN if kernel not in measured]:
+        raise SystemExit(
+            f"expected the model of {arguments.graph} with {missing[0]} on all units in {arguments.table}, found no row"
+        )
+    sizes = {kernel: package_bytes(graph, uniform(kernel, graph.units)) for _, kernel, _ in SHOWN}
+    full = mean(cell["perplexity"] for cell in cells if cell["method"] == "fp32")
+    shapes = []
+    for method, kernel, bits in SHOWN:
+        seen = [
+            cell["perplexity"] for cell in cells if cell["method"] == method and (method == "fp32" or cell["column"] == f"{bits:g}")
+        ]
+        values = (
+            full / mean(seen),
+            1 - sizes[kernel] / sizes["fp32"],
+            1 - measured[kernel].latency_ms / measured["fp32"].latency_ms,
+        )
+        shapes.append((method if method == "fp32" else f"{method}, {bits:g} bits", kernel, values))
+    rows = [
+        {"configuration": name, "kernel": kernel, **{axis: f"{value:.1%}" for axis, value in zip(AXES, values, strict=True)}}
+        for name, kernel, values in shapes
+    ]
+    about = costs.header
+    said = (
+        f"{graph.source} against full precision: perplexity of `{TEXT}`, bytes of the package (counted), ms per token as measured in one "
+        f"rotation on {about.device} ({about.cpu}, {about.runtime})"
+    )
+    picture = draw([(name, values) for name, _, values in shapes])
+    write_atomic(arguments.results / "radar.svg", picture)
+    text = f"{said}\n\n![Radar: the table below, drawn](radar.svg)\n\n{table(rows, list(rows[0]), markdown=True)}\n"
+    write_atomic(arguments.results / "radar.md", text)
+
+
+def draw(shapes: Sequence[tuple[str, Sequence[float]]]) -> bytes:
+    """One small radar each, side by side: eight shapes on one would hide one another. Values below 0 are drawn in the middle."""
+    angles = np.pi / 2 + np.arange(len(AXES)) * 2 * np.pi / len(AXES)
+    figure = Figure(figsize=(11, 6), facecolor="white")
+    FigureCanvasSVG(figure)
+    for place, (name, values) in enumerate(shapes, 1):
+        axes = figure.add_subplot(2, 4, place, polar=True)
+        axes.set_ylim(0, 1)
+        axes.set_yticks([0.25, 0.5, 0.75, 1.0], labels=[])
+        axes.set_xticks(angles, labels=[""] * len(AXES))
+        for (x, y, va), axis, value in zip(_LABELS, AXES, values, strict=True):
+            axes.text(x, y, f"{axis}\n{value:.0%}", transform=axes.transAxes, fontsize=9, ha="center", va=va)
+        corners = np.clip([*values, values[0]], 0, 1)
+        axes.plot([*angles, angles[0]], corners, color="#1f5fa8", linewidth=1.6, marker="o", markersize=3.5)
+        axes.fill([*angles, angles[0]], corners, color="#1f5fa8", alpha=0.2)
+        axes.set_title(name, fontsize=10, fontweight="bold", pad=34)
+    figure.subplots_adjust(left=0.08, right=0.92, bottom=0.08, top=0.86, wspace=0.8, hspace=0.75)
+    made = io.BytesIO()
+    with mpl.rc_context(
+        {"svg.hashsalt": "bittailor", "svg.fonttype": "none"}
+    ):  # the same picture twice is the same bytes; text is text
+        figure.savefig(made, format="svg", metadata={"Date": None})
+    return made.getvalue()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    for act in (ablation, radar):
+        sub = commands.add_parser(act.__name__)
+        sub.set_defaults(act=act)
+        sub.add_argument("--results", type=Path, default=Path("results"))
+        if act is radar:
+            sub.add_argument("--graph", type=Path, required=True)
+            sub.add_argument("--table", type=Path, required=True)
+    arguments = parser.parse_args()
+    arguments.act(arguments)
+
+
+if __name__ == "__main__":
+    main()
