@@ -1,15 +1,15 @@
-"""What is drawn from results that are there already: the second source's ablation table, the third study's radar. Measures nothing.
+"""What is drawn from results that are there already: the second source's ablation table, the PTQ/QAT study's radar. Measures nothing.
 
     python benchmarks/from_results.py ablation [--results results]
     python benchmarks/from_results.py radar --graph GRAPH --table TABLE [--results results]
 
 ablation: ablation.md. The meta-network system and what it loses without each part, beside the systems that the source's table names, as far
-as they are methods here: on text at the same mean bits, on tasks at a device's budgets.
+as they are methods here: on text at a mean of so many bits, on tasks at a device's budgets.
 radar: radar.svg and radar.md (arXiv:2411.06084, figure 2). GRAPH: the embedded model's; TABLE: a device's, where the model was measured.
 
     accuracy retention   perplexity of full precision over the method's      perplexity_at_bits.json
     size reduction       1 − bytes of the package over full precision's      counted, not measured
-    latency reduction    1 − ms per token over full precision's              the table's rows of the whole model, as they were measured
+    latency reduction    1 − ms per token over full precision's              the table's rows of the whole model, measured
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from toolchain.files import write_atomic
 from toolchain.graph.assemble import package_bytes
 from toolchain.graph.model import Graph
 from toolchain.kernels import uniform
+from toolchain.profiler.profile import default_workload
 from toolchain.report import table
 
 ABLATED = {
@@ -47,6 +48,7 @@ ABLATED = {
     "half depth": "distillation instead of fewer bits: every other block",
 }
 TEXT, TASKS, SQUAD = "perplexity_at_bits.json", "tasks_at_budget.json", "squad_at_budget.json"
+OFF = 0.01  # of mean bits
 BITS, BUDGETS = (2.0, 3.0, 4.0, 8.0), ("tight", "low", "medium", "high")
 SHOWN = (
     ("fp32", "fp32", 32.0),
@@ -79,12 +81,14 @@ def ablation(arguments: argparse.Namespace) -> None:
     for method, what in ABLATED.items():
         row = {"method": method, "is": what}
         for bits in BITS:
-            row[f"{bits:g} bits"] = spread(
-                [cell["perplexity"] for cell in text if (cell["method"], cell["column"]) == (method, f"{bits:g}")]
-            )
+            there = [cell for cell in text if (cell["method"], cell["column"]) == (method, f"{bits:g}")]
+            row[f"{bits:g} bits"] = spread([cell["perplexity"] for cell in there])
+            if there and abs((reached := mean(cell["bits"] for cell in there)) - bits) > OFF:
+                row[f"{bits:g} bits"] += f" ({reached:.2f})"
         for name in BUDGETS:
             seen = [cell for cell in tasks if (cell["method"], cell["budget"]) == (method, name)]
-            row[f"GLUE, {name}"] = spread(by_seed(seen), 1) if len(seen) == wanted else "–"
+            some = f"{len(seen)} of {wanted} models" if seen else "–"
+            row[f"GLUE, {name}"] = spread(by_seed(seen), 1) if len(seen) == wanted else some
         for name in BUDGETS:
             answered = [cell["scores"]["f1"] for cell in squad if (cell["method"], cell["budget"]) == (method, name)]
             row[f"SQuAD, {name}"] = spread([100 * f1 for f1 in answered], 1)
@@ -93,8 +97,10 @@ def ablation(arguments: argparse.Namespace) -> None:
             row[f"{place} s"] = f"{mean(spent):.0f}" if spent else "–"
         rows.append(row)
     said = (
-        f"Perplexity on text (`{TEXT}`), GLUE's mean (`{TASKS}`) and SQuAD's F1 (`{SQUAD}`), in hundredths; s: of training and choosing "
-        "together, of a run. – : no policy of the method keeps the budget, or the method is not of that table"
+        f"Perplexity on text at a mean of so many bits (`{TEXT}`; in brackets the mean that was reached where it is another); GLUE's mean "
+        f"(`{TASKS}`) and SQuAD's F1 (`{SQUAD}`), both in hundredths, at a device's budgets. s: training and choosing together, of one "
+        "run; MetaQuantLLM and OFA serve all columns by one, the others need one for each. –: not of that table, or no policy of the "
+        "method keeps the budget"
     )
     write_atomic(arguments.results / "ablation.md", f"{said}\n\n{table(rows, list(rows[0]), markdown=True)}\n")
 
@@ -110,7 +116,10 @@ def by_seed(cells: Iterable[Mapping[str, Any]]) -> list[float]:
 def radar(arguments: argparse.Namespace) -> None:
     graph, costs = Graph.open(arguments.graph), open_table(arguments.table)
     cells = cells_of(arguments.results / TEXT)
-    measured = {row.policy: row for row in costs.of(ModelRow) if row.model == graph.fingerprint and row.phase == "decode"}
+    phase = default_workload(graph).phases[-1]
+    at = (graph.fingerprint, phase.name, phase.tokens, phase.past, graph.layers)
+    rows_of_it = [row for row in costs.of(ModelRow) if (row.model, row.phase, row.tokens, row.past, row.layers) == at and row.valid]
+    measured = {row.policy: row for row in rows_of_it}
     if missing := [kernel for _, kernel, _ in SHOWN if kernel not in measured]:
         raise SystemExit(
             f"expected the model of {arguments.graph} with {missing[0]} on all units in {arguments.table}, found no row"
@@ -129,13 +138,15 @@ def radar(arguments: argparse.Namespace) -> None:
         )
         shapes.append((method if method == "fp32" else f"{method}, {bits:g} bits", kernel, values))
     rows = [
-        {"configuration": name, "kernel": kernel, **{axis: f"{value:.1%}" for axis, value in zip(AXES, values, strict=True)}}
+        {"configuration": name, "kernel": kernel}
+        | {axis: f"{value:.1%}" for axis, value in zip(AXES, values, strict=True)}
+        | {"ms per token": f"{measured[kernel].latency_ms:.3f} ± {measured[kernel].spread_ms:.3f}"}
         for name, kernel, values in shapes
     ]
     about = costs.header
     said = (
-        f"{graph.source} against full precision: perplexity of `{TEXT}`, bytes of the package (counted), ms per token as measured in one "
-        f"rotation on {about.device} ({about.cpu}, {about.runtime})"
+        f"{graph.source} against full precision: perplexity of `{TEXT}`, bytes of the package (counted), ms per token in rotation in three "
+        f"processes at the table's speed, on {about.device} ({about.cpu}, {about.runtime}); ±: half from the 10th to the 90th percentile"
     )
     picture = draw([(name, values) for name, _, values in shapes])
     write_atomic(arguments.results / "radar.svg", picture)

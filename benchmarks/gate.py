@@ -27,6 +27,7 @@ import contextlib
 import io
 import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -36,7 +37,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
+from statistics import fmean, linear_regression, median
 from typing import Any
 
 from toolchain import hardware
@@ -110,8 +111,15 @@ class Bench:
         path = self.work / "speed.json"
         if not path.is_file():
             write_atomic(path, json.dumps(median(median(self.undisturbed().reference_ns[self.bound]) for _ in range(ANCHORS))))
+        known = self.follows().get("latency_ms")
+        share = Share(known["share"], known["unknown"]) if known else PRIOR
+        return Speed(self.bound, float(json.loads(path.read_text())), share)
+
+    def follows(self) -> dict[str, Any]:
+        """What the package says of that kind of work, as its manifest says it."""
         known = self.package.speeds.get("latency_ms")
-        return Speed(self.bound, float(json.loads(path.read_text())), known.share if known and known.work == self.bound else PRIOR)
+        found = self.package.data.get("follows") or {}
+        return {"latency_ms": found["latency_ms"]} if known and known.work == self.bound and "latency_ms" in found else {}
 
 
 @contextmanager
@@ -174,7 +182,8 @@ def curve(arguments: argparse.Namespace) -> None:
         truth = level_of(rows_of(anchors)[-ANCHORS:], speed)
         budget = {"name": "promise", "latency_ms": truth / (1 + distance / 100)}
         reference = {"latency_ms": {speed.work: speed.ns}}
-        package = copy_of(bench.package, arguments.work / "copy", budget=budget, reference_ns=reference, measured_on=machine)
+        changes = {"budget": budget, "reference_ns": reference, "follows": bench.follows(), "measured_on": machine}
+        package = copy_of(bench.package, arguments.work / "copy", **changes)
         start = time.time()
         with loaded(bool(turn % 2)):
             said, seconds = checked(package, "--most-seconds", str(arguments.most_seconds))
@@ -317,7 +326,7 @@ def replay(arguments: argparse.Namespace) -> None:
     bench = Bench(arguments.package, arguments.work)
     speed = bench.speed()
     rows, rng = rows_of(arguments.work / "processes.jsonl"), random.Random(0)
-    truth = middle([block.level_ms("latency_ms", speed.work, speed.ns) for block in map(Block.from_json, rows) if block.valid])
+    truth = middle(at_speed([block for block in map(Block.from_json, rows) if block.valid], "latency_ms", speed)[0])
     path = arguments.work / "replay.jsonl"
     path.unlink(missing_ok=True)
     for distance in arguments.distances:
@@ -342,9 +351,13 @@ def report(arguments: argparse.Namespace) -> None:
         for row in rows:
             before = [one for one in anchors if one["t"] < row["t"]][-ANCHORS // 2 :]
             after = [one for one in anchors if one["t"] > row["t"]][: ANCHORS // 2]
-            speed = Speed(row["work"], row["speed_ns"], Share(*row["share"]))
+            speed = Speed(row["work"], row["speed_ns"], Share(*row.get("share", ())))
             row["true_distance"] = 100 * (level_of([*before, *after], speed) / row["limit"] - 1)
         found["real checks"] = summary(rows)
+        found["what they say, by the machine's speed (a slope of 0: the share is right)"] = [
+            left_of_speed("idle", [row for row in rows if not row["load"]]),
+            left_of_speed("beside a load", [row for row in rows if row["load"]]),
+        ]
     if rows := rows_of(work / "replay.jsonl"):
         found["replayed, not real checks"] = summary([{**row, "true_distance": row["distance"]} for row in rows])
     if rows := rows_of(work / "baseline.jsonl"):
@@ -363,6 +376,22 @@ def report(arguments: argparse.Namespace) -> None:
         return
     for title, lines in found.items():
         print(f"{title}\n\n{table(lines, list(lines[0]), markdown=True)}\n")
+
+
+def left_of_speed(name: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The slope of log (what a check says at the table's speed) over log (how slow the machine was meanwhile), with its standard error."""
+    x, y = ([math.log(row[what]) for row in rows] for what in ("slowness", "measured"))
+    if len(rows) < 3 or len(set(x)) == 1:
+        return {"runs": name, "slowness": "–", "slope": None, "±": None}
+    slope, level = linear_regression(x, y)
+    left = math.fsum((each - slope * at - level) ** 2 for at, each in zip(x, y, strict=True)) / (len(x) - 2)
+    apart = math.fsum((at - fmean(x)) ** 2 for at in x)
+    return {
+        "runs": name,
+        "slowness": f"{math.exp(min(x)):.2f} to {math.exp(max(x)):.2f}",
+        "slope": slope,
+        "±": math.sqrt(left / apart),
+    }
 
 
 def counts(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

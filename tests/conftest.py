@@ -180,10 +180,11 @@ def made_up_table(tmp_path: Path) -> Callable[[Graph], Path]:
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> FastHost:
     """No agent is started but to say who it is: measurements are made up (`fast_host.py`)."""
-    from toolchain.profiler import model_rows
+    from toolchain.profiler import following, model_rows
 
     made = FastHost()
     monkeypatch.setattr(model_rows, "MIXED", FEWER_MIXED)  # the policies of `profiled`
+    monkeypatch.setattr(following, "FOLLOWED", FEWER_FOLLOWED)
     monkeypatch.setattr(Host, "time", lambda self, *words: made.time(self, *words))
     monkeypatch.setattr(Host, "identify", _once)
     monkeypatch.setattr(Host, "peak", lambda self, subject: made.peak(self, subject))
@@ -245,6 +246,8 @@ class Profiled:
 
 FEWER_MIXED = 2
 """Mixed policies measured in tests: each is another process to start."""
+FEWER_FOLLOWED = 2
+"""Processes that follow the machine's speed in tests."""
 FEWER_WINDOWS = 5
 """Trials per row in tests: the fewest that the protocol calls valid. On a busy machine every one saved is seconds."""
 FEWER_PROCESSES = (3,)
@@ -254,7 +257,7 @@ FEWER_PROCESSES = (3,)
 @pytest.fixture(scope="session")
 def profiled(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Profiled:
     from toolchain.cli import main
-    from toolchain.profiler import model_rows, unit_rows
+    from toolchain.profiler import following, model_rows, unit_rows
 
     folder = tmp_path_factory.mktemp("profiled") / "profiles"
     out, err = io.StringIO(), io.StringIO()
@@ -262,6 +265,7 @@ def profiled(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Profi
         patch.setattr(unit_rows, "WINDOWS", FEWER_WINDOWS)
         patch.setattr(model_rows, "WINDOWS", FEWER_WINDOWS)
         patch.setattr(model_rows, "SESSIONS", 1)
+        patch.setattr(following, "FOLLOWED", FEWER_FOLLOWED)
         patch.setattr(model_rows, "MIXED", FEWER_MIXED)
         code = main(["profile", str(tiny_bert), "--profiles", str(folder), "--json"])
     return Profiled(tiny_bert, folder, Result(code, out.getvalue(), err.getvalue()))

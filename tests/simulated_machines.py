@@ -34,9 +34,10 @@ class Machine:
 
 class TwoSpeeds:
     """As two cores of README's machine, which have two speeds, each for some processes on end. At one the reference takes 1.9 times as
-    long, the package 1.9^0.75 times: it follows by a share of its own."""
+    long, the package 1.9^0.75 times: it follows by a share of its own. slow: another factor than 1.9."""
 
-    def __init__(self, seed: int, level_ms: float, sharing: float, lasting: float = 0.8) -> None:
+    def __init__(self, seed: int, level_ms: float, sharing: float, lasting: float = 0.8, slow: float = 1.9) -> None:
+        self._slow = slow
         self._rng, self._level, self._sharing, self._lasting = np.random.default_rng(seed), level_ms, sharing, lasting
         self._shared, self.now = self._rng.random() < sharing, 0.0
 
@@ -45,7 +46,9 @@ class TwoSpeeds:
         self.now += 2.0
         if rng.random() > self._lasting:
             self._shared = rng.random() < self._sharing
-        reference = 46.0 * (1.9 if self._shared else 1.0) * np.exp(0.01 * rng.standard_normal() + 0.02 * rng.standard_normal(5))
+        reference = (
+            46.0 * (self._slow if self._shared else 1.0) * np.exp(0.01 * rng.standard_normal() + 0.02 * rng.standard_normal(5))
+        )
         times = self._level * (reference / 46.0) ** 0.75 * np.exp(0.02 * rng.standard_normal() + 0.02 * rng.standard_normal(5))
         return Block({"latency_ms": tuple(times)}, {"model token": tuple(reference)})
 

@@ -10,7 +10,17 @@ from typing import Any
 
 from toolchain.costs.borrowed import describe
 from toolchain.costs.operations import tokens_in_flight, working_set, working_set_of
-from toolchain.costs.rows import Header, MemoryRow, ModelEnergyRow, ModelMemoryRow, ModelRow, SessionRow, UnitEnergyRow, UnitRow
+from toolchain.costs.rows import (
+    Header,
+    MemoryRow,
+    ModelEnergyRow,
+    ModelMemoryRow,
+    ModelRow,
+    SessionRow,
+    UnitEnergyRow,
+    UnitRow,
+    work,
+)
 from toolchain.costs.table import CostTable
 from toolchain.graph.layers import units_within
 from toolchain.graph.model import Graph
@@ -71,21 +81,33 @@ def complete_table(graph: Graph, workload: Workload | None = None, header: Heade
             peak = OVERHEAD_BYTES + BYTES_PER_TOKEN * tokens + 1.5 * weight + anchor.layers * graph.cache_bytes_per_layer(capacity)
             key_ = (graph.fingerprint, workload.batch, tokens, capacity, anchor.layers, anchor.name)
             table = table.adding([ModelMemoryRow(*key_, dict(anchor.policy), peak, peak)])
-    return table.adding(session_rows(graph, table, workload, dict.fromkeys(range(following.SESSIONS), 1.0), 1.0))
+    return table.adding(session_rows(graph, table, workload, dict.fromkeys(range(following.FOLLOWED), 1.0), 1.0))
 
 
 def session_rows(
     graph: Graph, table: CostTable, workload: Workload, slowness: Mapping[int, float], share: float, noise: Sequence[float] = ()
 ) -> list[SessionRow]:
     """Of every session: all models follow the references by `share`, each at a level of its own. noise: by session, in logs."""
+    return unlike_session_rows(graph, table, workload, slowness, (share, share, share), noise)
+
+
+def unlike_session_rows(
+    graph: Graph,
+    table: CostTable,
+    workload: Workload,
+    slowness: Mapping[int, float],
+    shares: Sequence[float],
+    noise: Sequence[float] = (),
+) -> list[SessionRow]:
+    """The same, each model by a share of its own."""
     made = []
     for place, anchor in enumerate(following.followed(graph, table)):
         for phase in workload.phases:
             about = (graph.fingerprint, phase.name, phase.batch, phase.tokens, phase.past, anchor.layers, anchor.name)
             for session, slow in slowness.items():
-                latency = (1 + place) * slow**share * math.exp(noise[session] if noise else 0.0)
-                references = {work: slow * time for work, time in table.header.reference_ns.items()}
-                made.append(SessionRow(*about, session, latency, references))
+                latency = (1 + place) * slow ** shares[place] * math.exp(noise[session] if noise else 0.0)
+                references = {name: slow * time for name, time in table.header.reference_ns.items()}
+                made.append(SessionRow(*about, session, latency, references, work(phase.name == "decode", "cached"), True))
     return made
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Profiled, copied
+from conftest import FEWER_FOLLOWED, Profiled, copied
 from constructed_sysfs import advancing, package, write
 from fast_host import FastHost
 from small_board import GRAPH, HEADER, UNITS, WORKLOAD, board_model, board_table
@@ -256,12 +256,13 @@ def test_profile_and_check_by_a_constructed_counter(
 ) -> None:
     """No machine of ours has RAPL. The tree is constructed, and a thread advances its counter by 30 W whatever runs; the agent, its
     windows and all arithmetic are real. So every row must say 30 W times its own run's time, and nothing above idle."""
-    from toolchain.profiler import model_rows, profile, unit_rows
+    from toolchain.profiler import following, model_rows, profile, unit_rows
 
     monkeypatch.setattr(profile, "working_kernels_of", lambda host: ("fp32", "w8g32", "w4g32"))
     for module, name, few in ((unit_rows, "WINDOWS", 5), (model_rows, "WINDOWS", 5), (model_rows, "SESSIONS", 1)):
         monkeypatch.setattr(module, name, few)
     monkeypatch.setattr(model_rows, "MIXED", 2)
+    monkeypatch.setattr(following, "FOLLOWED", FEWER_FOLLOWED)
     profiles, out = tmp_path / "profiles", tmp_path / "package"
     with advancing(tmp_path / "sys", watts=30.0) as tree:
         monkeypatch.setattr(ask, "SYSFS", str(tree))

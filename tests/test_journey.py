@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FEWER_MIXED, FEWER_PROCESSES, FEWER_WINDOWS, Profiled
+from conftest import FEWER_FOLLOWED, FEWER_MIXED, FEWER_PROCESSES, FEWER_WINDOWS, Profiled
 from random_models import CONTEXT, VOCABULARY
 
 from toolchain.commands import deciding
 from toolchain.package.manifest import open_package
-from toolchain.profiler import model_rows, unit_rows
+from toolchain.profiler import following, model_rows, unit_rows
 
 Cli = Callable[..., Any]
 ESTIMATES = ("latency_ms", "first_token_ms", "peak_memory_bytes", "package_bytes", "compute_flop", "energy_mj")
@@ -24,6 +24,7 @@ def few_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unit_rows, "WINDOWS", FEWER_WINDOWS)
     monkeypatch.setattr(model_rows, "WINDOWS", FEWER_WINDOWS)
     monkeypatch.setattr(model_rows, "SESSIONS", 1)
+    monkeypatch.setattr(following, "FOLLOWED", FEWER_FOLLOWED)
     monkeypatch.setattr(model_rows, "MIXED", FEWER_MIXED)
     monkeypatch.setattr(deciding, "LOOKS", FEWER_PROCESSES)
 

@@ -210,7 +210,15 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         "follows",
     ),
     "a share that nobody doubts": (
-        lambda folder: _edit(folder, lambda data: {**data, "follows": {"latency_ms": {"share": 1.0, "unknown": 0.0}}}),
+        lambda folder: _edit(folder, lambda data: {**data, "follows": {"latency_ms": {"share": 1.0, "unknown": 1e-200}}}),
+        "follows",
+    ),
+    "a share as no machine shows it": (
+        lambda folder: _edit(folder, lambda data: {**data, "follows": {"latency_ms": {"share": 3.9, "unknown": 0.1}}}),
+        "follows",
+    ),
+    "a share of no reference": (
+        lambda folder: _edit(folder, lambda data: {**data, "follows": {"latency": {"share": 1.0, "unknown": 0.1}}}),
         "follows",
     ),
     "a reference of words": (lambda folder: _edit(folder, lambda data: {**data, "reference_ns": "fast"}), "reference_ns"),

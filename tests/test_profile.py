@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Profiled, copied, environment, listing
+from conftest import FEWER_FOLLOWED, Profiled, copied, environment, listing
 from fast_host import FastHost
 
 from toolchain.costs.rows import MemoryRow, ModelMemoryRow, ModelRow, Row, SessionRow, UnitRow
@@ -22,7 +22,6 @@ from toolchain.hardware import load
 from toolchain.kernels import candidates, offered, runs_as
 from toolchain.profiler import model_rows
 from toolchain.profiler.ask import Host
-from toolchain.profiler.following import SESSIONS
 from toolchain.profiler.measure import summarise
 from toolchain.profiler.profile import _adding, current_header
 from toolchain.spec import FINER, TOKENS, WORKS, Unit, Workload
@@ -69,9 +68,9 @@ def test_profile_fills_the_table(profiled: Profiled) -> None:
     said = profiled.result.json
     assert said["rows"] == len(table.rows)
     sessions = table.of(SessionRow)
-    assert {row.session for row in sessions} == set(range(SESSIONS))
+    assert {row.session for row in sessions} == set(range(FEWER_FOLLOWED))
     assert len({row.policy for row in sessions}) == 3
-    invalid = sum(not row.valid for row in [*table.of(UnitRow), *table.of(ModelRow)])
+    invalid = sum(not row.valid for row in [*table.of(UnitRow), *table.of(ModelRow), *sessions])
     assert said["invalid"] == invalid
     assert profiled.result.code == (3 if invalid else 0)
     # The measure of all later rows is taken from an undisturbed job only: on a machine that was never quiet there is none yet.
@@ -124,9 +123,11 @@ def test_a_machine_is_followed_on_where_that_is_asked_for(profiled: Profiled, tm
     path = folder / "local" / "table.jsonl"
     table = _all_valid(path)
     table.save(path)
-    assert cli("profile", profiled.model, "--profiles", folder, "--follow").code == 0
+    result = cli("profile", profiled.model, "--profiles", folder, "--follow", "--json")
+    assert result.code == 0
+    assert result.json["follows"]["latency_ms"]["work"] in FINER.values()
     after = open_table(path)
-    assert {row.session for row in after.of(SessionRow)} == set(range(2 * SESSIONS))
+    assert {row.session for row in after.of(SessionRow)} == set(range(2 * FEWER_FOLLOWED))
     assert all(after.rows[key] == row for key, row in table.rows.items())
 
 

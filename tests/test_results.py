@@ -1,4 +1,4 @@
-"""What results/ says in tables is what its JSON says: nobody typed a figure."""
+"""The ablation table of results/ is made from the JSON beside it: nobody typed a figure."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT, environment
 
 pytest.importorskip("matplotlib")
+pytest.importorskip("torch")
 
 
 def test_the_ablation_table_is_made_from_the_results(tmp_path: Path) -> None:

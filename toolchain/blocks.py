@@ -31,6 +31,9 @@ BETWEEN = 0.02
 SHARE = 0.15
 """Standard deviation of the share by which a latency follows its reference, about 1, where neither a process nor a cost table tells."""
 
+SHARES, LEAST_UNKNOWN = (0.25, 2.5), 0.02
+"""Shares that may be, and the least that stays unknown of one."""
+
 REFERENCE_NOISE = 0.03
 """Of a process's reference itself, relative, at most: variation of that size says nothing of a share. Taken for the machine's speed it
 would pull every share towards 0 (regression dilution)."""
@@ -47,10 +50,16 @@ _MANY = 1000
 
 @dataclass(frozen=True)
 class Share:
-    """By how much a latency follows a reference: latency ∝ reference^value. unknown: the standard deviation of what is not known of it."""
+    """By how much a latency follows a reference: latency ∝ reference^value. unknown: the standard deviation of what is not known of it.
+
+    Raises ValueError for one that no machine shows, and for one that would make a check deaf to its own processes."""
 
     value: float = 1.0
     unknown: float = SHARE
+
+    def __post_init__(self) -> None:
+        if not SHARES[0] <= self.value <= SHARES[1] or not LEAST_UNKNOWN <= self.unknown <= SHARE:
+            raise ValueError(f"a share of {self.value!r} ± {self.unknown!r}")
 
 
 PRIOR = Share()
@@ -188,7 +197,7 @@ def at_speed(blocks: Sequence[Block], name: str, speed: Speed) -> tuple[list[flo
     unknown counts as far as their speed and that one lie apart. That it is fitted to the levels themselves the bounds do not count: looks
     that share what may err leave more room than that takes (tried at the limit itself in the tests)."""
     now = [math.log(median(block.reference_ns[speed.work])) for block in blocks]
-    found = fitted([[(x, math.log(block.level_ms(name))) for x, block in zip(now, blocks, strict=True)]], speed.share)
+    found = fitted([(x, math.log(block.level_ms(name))) for x, block in zip(now, blocks, strict=True)], speed.share)
     levels = [block.level_ms(name, speed.work, speed.ns, found.value) for block in blocks]
     return levels, abs(fmean(now) - math.log(speed.ns)) * found.unknown
 
@@ -251,16 +260,14 @@ def compared(now: Sequence[Block], then: Sequence[Block], name: str, below: floa
     return Ratio(ratio, ratio * math.exp(-low), ratio * math.exp(high), (len(pairs), len(matched)))
 
 
-def fitted(groups: Sequence[Sequence[tuple[float, float]]], prior: Share = PRIOR) -> Share:
-    """The slope of log latency over log reference, one for all groups of processes, each of a level of its own: (x, y) of each process.
+def fitted(points: Sequence[tuple[float, float]], prior: Share = PRIOR) -> Share:
+    """The slope of log latency over log reference: (x, y) of each process, one at least.
 
     prior: what was known of it before; processes that all found the machine at one speed add nothing."""
-    apart: list[tuple[float, float]] = []
-    for points in filter(None, groups):
-        mean_x, mean_y = (fmean(point[axis] for point in points) for axis in (0, 1))
-        apart += [(x - mean_x, y - mean_y) for x, y in points]
+    mean_x, mean_y = (fmean(point[axis] for point in points) for axis in (0, 1))
+    apart = [(x - mean_x, y - mean_y) for x, y in points]
     squares, products = math.fsum(x * x for x, _ in apart), math.fsum(x * y for x, y in apart)
-    freedom = len(apart) - sum(map(bool, groups))
+    freedom = len(apart) - 1
     # How much of the reference's variation is the machine's.
     real = max(0.0, 1 - freedom * REFERENCE_NOISE**2 / squares) if squares else 0.0
     slope = products / (squares * real) if real else prior.value
@@ -271,4 +278,7 @@ def fitted(groups: Sequence[Sequence[tuple[float, float]]], prior: Share = PRIOR
         share = told * slope + (1 - told) * prior.value
         left = math.fsum((y - share * x) ** 2 for x, y in apart) / max(freedom - 1, 1)
     # What is left of the prior's doubt, and what is not known of the reference's noise.
-    return Share(share, math.sqrt((1 - told) * prior.unknown**2 + (told * (1 - real) * slope) ** 2))
+    unknown = math.sqrt((1 - told) * prior.unknown**2 + (told * (1 - real) * slope) ** 2)
+    if unknown >= prior.unknown or not SHARES[0] <= share <= SHARES[1]:  # the processes tell less than was known
+        return prior
+    return Share(share, max(unknown, LEAST_UNKNOWN))

@@ -87,7 +87,10 @@ def hold_latency(name: str, limit: float, blocks: Sequence[Block], look: int, sp
     reason = f"the limit lies between the bounds of {len(used)} processes; leave more room, or measure longer: --most-seconds"
     near_low, near_high = bounds(levels, spent(ALPHA, look))
     if not near_low <= limit < near_high:
-        reason = "how far the package follows the machine's speed is not known so well: bittailor profile MODEL --follow, and export anew"
+        reason = (
+            "how far the package follows the machine's speed is not known so well: bittailor profile MODEL --follow, now and while it "
+            "is as fast as then, or --renew; and export anew"
+        )
     return Verdict(name, limit, middle(levels), low, high, COULD_NOT_TELL, reason)
 
 

@@ -107,11 +107,14 @@ def profile(arguments: Namespace) -> Answer:
 
 
 def _profiled(costs: Any, fingerprint: str) -> Answer:
-    from toolchain.costs.rows import Energy, ModelRow, UnitRow
+    from toolchain.costs.following import told
+    from toolchain.costs.rows import Energy, ModelRow, SessionRow, UnitRow
     from toolchain.report import table
 
     rows = [row for row in costs.table.of(ModelRow) if row.model == fingerprint]
-    timed = [*costs.table.of(UnitRow), *rows, *costs.table.of(Energy)]
+    sessions = [row for row in costs.table.of(SessionRow) if row.model == fingerprint]
+    timed = [*costs.table.of(UnitRow), *rows, *sessions, *costs.table.of(Energy)]
+    follows = told(costs.table, fingerprint, costs.model.workload.phases)
     invalid = sum(not row.valid for row in timed)
     columns = ("phase", "batch", "tokens", "past", "layers", "policy", "latency_ms", "spread_ms", "valid")
     shown = [{name: getattr(row, name) for name in columns} for row in rows]
@@ -121,8 +124,13 @@ def _profiled(costs: Any, fingerprint: str) -> Answer:
         "invalid": invalid,
         "workload": str(costs.model.workload),
         "measured": shown,
+        "follows": {
+            name: {"work": work, "share": share.value, "unknown": share.unknown} for name, (work, share) in follows.items()
+        },
     }
     text = f"{costs.path}: {len(costs.table.rows)} rows, measured models:\n{table(shown, columns)}"
+    for name, (work, share) in follows.items():
+        text += f"\n{name} follows the reference {work!r} by {share.value:.2f} ± {share.unknown:.2f}"
     if invalid:
         text += f"\n{invalid} rows are not valid: others used the CPU meanwhile. Type the same command again to repeat them."
     return Answer(data, text, 3 if invalid else 0)

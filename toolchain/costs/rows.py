@@ -144,12 +144,15 @@ class ModelMemoryRow:
         return ("model memory", self.model, self.batch, self.tokens, self.capacity, self.layers, self.policy)
 
 
+MOST_SESSIONS = 1000
+
+
 @dataclass(frozen=True)
 class SessionRow:
     """What one process saw of a model's phase under one policy, and of the references beside it: as it was, at the speed it had.
 
-    latency_ms, reference_ns (by kind of work): medians of the process's windows. session: which of the processes of a profile; the rows
-    of one session are of one process. valid: others left it the CPUs.
+    latency_ms, reference_ns (by kind of work): medians of the process's windows. session: which of the processes that followed this phase;
+    its rows, one a policy, are of one process. bound: the kind of work, as a model's row has it. valid: others left it the CPUs.
     """
 
     model: str
@@ -162,11 +165,14 @@ class SessionRow:
     session: int
     latency_ms: float
     reference_ns: Mapping[str, float]
-    valid: bool = True
+    bound: str
+    valid: bool
 
     def __post_init__(self) -> None:
         if not self.latency_ms > 0 or not self.reference_ns:
             raise ValueError(f"latency_ms {self.latency_ms!r} beside references {self.reference_ns!r}")
+        if not self.session < MOST_SESSIONS:
+            raise ValueError(f"session {self.session!r} instead of one below {MOST_SESSIONS}")
 
     @property
     def key(self) -> tuple[Any, ...]:

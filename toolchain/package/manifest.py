@@ -91,12 +91,12 @@ class Package:
         if not right:
             raise ValueError(f"reference_ns {found!r} instead of a positive time for a kind of work ({', '.join(WORKS)})")
         try:
-            shares = {str(name): Share(float(share["share"]), float(share["unknown"])) for name, share in follows.items()}
-            right = all(0 < share.value < 4 and 0 < share.unknown < 1 for share in shares.values())
+            shares = {name: Share(*(_number(share[part]) for part in ("share", "unknown"))) for name, share in follows.items()}
+            right = set(shares) <= set(times)
         except (AttributeError, TypeError, ValueError, KeyError):
             right = False
         if not right:
-            raise ValueError(f"follows {follows!r} instead of a share and what is unknown of it, for a latency")
+            raise ValueError(f"follows {follows!r} instead of a share and what is unknown of it, for latencies in reference_ns")
         return {name: Speed(*speed, shares.get(name, PRIOR)) for name, speed in times.items()}
 
     @property
@@ -126,6 +126,12 @@ class Package:
         if type(found) is not int or not 0 < found < 1 << 31:
             raise ValueError(f"{name} {found!r} instead of a whole number from 1")
         return found
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{value!r} instead of a number")
+    return float(value)
 
 
 def write_manifest(directory: Path, data: Mapping[str, Any], units: Sequence[Unit]) -> None:
