@@ -72,6 +72,9 @@ def main() -> None:
         sub.add_argument("--out", type=Path, required=True)
         if act is tasks_measured.measure:
             sub.add_argument("--most-seconds", type=float, default=10.0, help="of timing one package")
+            sub.add_argument(
+                "--part", default="1/1", metavar="I/N", help="the I-th of N: on N machines of one kind, or N sets of cores"
+            )
             sub.add_argument("--packages", type=int, default=0, help="measure at most so many more (0: all)")
         if act is tasks_measured.report:
             sub.add_argument("--results", type=Path, default=Path("results"))

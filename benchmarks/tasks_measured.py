@@ -44,19 +44,21 @@ def columns(costs: CostModel) -> dict[str, Budget]:
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    """OUT/measured.jsonl: a line for each budget and distinct policy that some method has for it, and one of fp32."""
+    """OUT/measured-PART.jsonl: a line for each budget and distinct policy that some method has for it, and one of fp32."""
     device = hardware.load(arguments.device)
     graph = Graph.open(arguments.graph)
     costs = find_costs(graph, device, [arguments.profiles], None)
     limits = columns(costs.model)
-    path = arguments.out / "measured.jsonl"
-    done = {(row["budget"], key(row["policy"])) for row in rows_of(path) if row["limit"] == limits[row["budget"]].to_json()}
+    part, _, parts = arguments.part.partition("/")
+    path = arguments.out / f"measured-{int(part)}.jsonl"
+    kept = measured_of(arguments.out)
+    done = {(row["budget"], key(row["policy"])) for row in kept if row["limit"] == limits[row["budget"]].to_json()}
     wanted = {("high", key(full := dict(uniform(FULL, graph.units).items()))): (full, FULL)}
     for method, budget, cell in cells_of(arguments.out):
         if method == NO_PACKAGE:
             continue
         wanted.setdefault((budget, key(cell["policy"])), (cell["policy"], method))
-    left = [one for one in wanted if one not in done][: arguments.packages or None]
+    left = [one for one in [*wanted][int(part) - 1 :: int(parts)] if one not in done][: arguments.packages or None]
     for budget, name in track(left, len(left), "packages"):
         policy, method = wanted[budget, name]
         with scratch() as folder:
@@ -84,6 +86,11 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
+def measured_of(out: Path) -> list[dict[str, Any]]:
+    """What all parts have measured."""
+    return [row for path in sorted(out.glob("measured-*.jsonl")) for row in rows_of(path)]
+
+
 def jobs_of(out: Path) -> list[dict[str, Any]]:
     """The jobs that are done: by seed, then by task."""
     found = [json.loads(path.read_text()) for path in sorted(out.glob("*-[0-9].json"))]
@@ -102,7 +109,7 @@ def report(arguments: argparse.Namespace) -> None:
     """NAME.md and NAME.json in --results."""
     device = hardware.load(arguments.device)
     costs = find_costs(Graph.open(arguments.graph), device, [arguments.profiles], None).model
-    cells, jobs, measured = [*cells_of(arguments.out)], jobs_of(arguments.out), rows_of(arguments.out / "measured.jsonl")
+    cells, jobs, measured = [*cells_of(arguments.out)], jobs_of(arguments.out), measured_of(arguments.out)
     if not cells:
         raise SystemExit(
             f"expected results of a job in {arguments.out}, found none; type: python benchmarks/tasks_at_budget.py run ..."
