@@ -79,7 +79,7 @@ def test_devices_are_profiled_at_once_and_one_that_fails_stops_no_other(
 def test_ctrl_c_does_not_wait_for_the_devices(tiny_bert: Path, tmp_path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for_ever = threading.Event()
 
-    def interrupted(graph: object, device: Device, *words: object) -> None:
+    def interrupted(graph: object, device: Device, *words: object, **more: object) -> None:
         if device.name == "two":
             _thread.interrupt_main()
         for_ever.wait(60)
