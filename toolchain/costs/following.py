@@ -4,8 +4,9 @@ A machine that is busy elsewhere, or cooler, or clocked down, slows a package by
 share, about 1, is each model's own (`blocks.fitted`). A profile lies minutes apart from end to end, and the machine moves meanwhile; what
 it then says of the share, a check of a few seconds need not find out anew. Where the machine stood still all the while, nothing is known.
 
-One share for all that slows a machine is a simplification: where a table said 0.93, the package followed by 0.95 on the idle machine and by
-0.99 beside another process (`benchmarks/gate.py`). LEAST is what that leaves unknown however many processes there are.
+One share for all that slows a machine is a simplification: an encoder was seen to follow by 1.28 on slow cores and by 0.5 beside another
+process (`blocks.compared`). LEAST is what stays unknown however many processes there are; where a table said 0.93, two hundred checks
+said 0.95 (README, "How often `check` errs").
 """
 
 from __future__ import annotations
