@@ -6,6 +6,7 @@
                                              [--steps 150] [--seeds 3] [--workers 1] [--on cuda] [--precision bf16]
     python benchmarks/tasks_at_budget.py measure --graph GRAPH --device DEVICE --profiles PROFILES --out DIR          on the device
     python benchmarks/tasks_at_budget.py report --graph GRAPH --device DEVICE --profiles PROFILES --out DIR [--results results]
+    python benchmarks/tasks_at_budget.py restore --out DIR [--results results]        DIR as `report` kept it, to measure without training
 
 Policies are chosen under the device's low, medium and high, and under a tight limit on memory alone, a twentieth of the way from the least
 to the most that quantised policies take; less the room that `export` keeps. All methods have the same kernels to choose from.
@@ -63,20 +64,21 @@ ANCHOR = 4
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    for act in (run, tasks_measured.measure, tasks_measured.report):
+    for act in (run, tasks_measured.measure, tasks_measured.report, tasks_measured.restore):
         sub = commands.add_parser(act.__name__)
         sub.set_defaults(act=act)
-        sub.add_argument("--graph", type=Path, required=True)
-        sub.add_argument("--device", required=True)
-        sub.add_argument("--profiles", type=Path, required=True)
         sub.add_argument("--out", type=Path, required=True)
+        if act is not tasks_measured.restore:
+            sub.add_argument("--graph", type=Path, required=True)
+            sub.add_argument("--device", required=True)
+            sub.add_argument("--profiles", type=Path, required=True)
         if act is tasks_measured.measure:
             sub.add_argument("--most-seconds", type=float, default=10.0, help="of timing one package")
             sub.add_argument(
                 "--part", default="1/1", metavar="I/N", help="the I-th of N: on N machines of one kind, or N sets of cores"
             )
             sub.add_argument("--packages", type=int, default=0, help="measure at most so many more (0: all)")
-        if act is tasks_measured.report:
+        if act in (tasks_measured.report, tasks_measured.restore):
             sub.add_argument("--results", type=Path, default=Path("results"))
             sub.add_argument("--name", default="tasks_at_budget", help="of the files in --results")
         if act is not run:

@@ -31,6 +31,9 @@ TIGHT = 0.05
 NO_PACKAGE = "QA-LoRA"
 """Its zero points are fractions: no integer codes hold them, so there is nothing to measure."""
 RESOURCES = ("peak_memory_bytes", "latency_ms")
+HOW = ("steps", "batch", "precision", "lr", "examples")
+"""What a report says of a job's set-up."""
+PLACE = ("method", "budget", "task", "seed", "measured")
 
 
 def columns(costs: CostModel) -> dict[str, Budget]:
@@ -76,6 +79,21 @@ def measure(arguments: argparse.Namespace) -> None:
         }
         row |= {resource: said["measured"][resource]["value"] for resource in RESOURCES} | {"slowness": said["slowness"]}
         write_atomic(path, "".join(json.dumps(one) + "\n" for one in [*rows_of(path), row]))
+
+
+def restore(arguments: argparse.Namespace) -> None:
+    """OUT's jobs and measurements as --results holds them: packages can then be measured where nobody trained."""
+    kept = json.loads((arguments.results / f"{arguments.name}.json").read_text())
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for job in kept["fp32"]:
+        ours = [cell for cell in kept["cells"] if (cell["task"], cell["seed"]) == (job["task"], job["seed"])]
+        cells: dict[str, dict[str, Any]] = {FULL: {"": {"headline": job["fp32"]}}}
+        for cell in ours:
+            row = {name: value for name, value in cell.items() if name not in PLACE} | {"policy": kept["policies"][cell["policy"]]}
+            cells.setdefault(cell["method"], {})[cell["budget"]] = row
+        write_atomic(arguments.out / f"{job['task']}-{job['seed']}.json", json.dumps({**job, "cells": cells}, indent=1) + "\n")
+    if kept["measured"]:
+        write_atomic(arguments.out / "measured-0.jsonl", "".join(json.dumps(row) + "\n" for row in kept["measured"]))
 
 
 def key(policy: dict[str, str]) -> str:
@@ -127,7 +145,13 @@ def report(arguments: argparse.Namespace) -> None:
     policies = {name: place for place, name in enumerate(dict.fromkeys(cell["policy"] for cell in short))}
     for cell in short:
         cell["policy"] = policies[cell["policy"]]
-    data = {"fp32": [{name: job[name] for name in ("task", "seed", "fp32")} for job in jobs], "cells": short}
+    setups = [{name: str(job["setup"][name]) for name in HOW} for job in jobs]
+    data: dict[str, Any] = {
+        "fp32": [
+            {name: job[name] for name in ("task", "seed", "fp32")} | {"setup": how} for job, how in zip(jobs, setups, strict=True)
+        ]
+    }
+    data["cells"] = short
     data |= {"policies": [json.loads(name) for name in policies], "measured": measured}
     write_atomic(arguments.results / f"{arguments.name}.json", json.dumps(data, indent=1) + "\n")
     print(text)
@@ -143,11 +167,11 @@ def head(costs: CostModel, jobs: Sequence[Any], cells: Sequence[Any], measured: 
     yield f"{costs.device}, {costs.workload}; {said} (tight: a limit of ours, {TIGHT:.0%} of the way from least to most memory)"
     full = [row for row in measured if set(row["policy"].values()) == {FULL}]
     took = f", {full[0]['peak_memory_bytes'] / 1e6:.1f} MB, {full[0]['latency_ms']:.3f} ms" if full else ""
-    how = {name: ", ".join(sorted({str(job["setup"][name]) for job in jobs})) for name in ("steps", "batch", "precision", "lr")}
-    most = ", ".join(sorted({str(job["setup"]["examples"]) for job in jobs}))
+    how = {name: ", ".join(sorted({str(job["setup"][name]) for job in jobs})) for name in HOW}
+    most = "all" if how["examples"] == "0" else f"at most {how['examples']}"
     yield (
         f"S = {how['steps']} policy-steps of {how['batch']} sentences, {how['precision']}, learning rate {how['lr']}; "
-        f"{'all' if most == '0' else f'at most {most}'} examples of each task's evaluation file"
+        f"{most} examples of each task's evaluation file"
     )
     scores = {task: spread([100 * job["fp32"] for job in jobs if job["task"] == task], 1) for task in dict.fromkeys(_tasks(jobs))}
     mean_of = f"; mean {_over_tasks(jobs, 'fp32')}" if len(scores) > 1 else ""

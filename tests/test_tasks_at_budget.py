@@ -6,7 +6,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def test_every_method_keeps_every_budget_and_is_scored(
         )
     words = ["--graph", graph.directory, "--device", "local", "--profiles", tmp_path / "profiles", "--out", tmp_path / "out"]
 
-    def run(act: str, *more: object) -> str:
+    def run(act: str, *more: object, words: Sequence[object] = words) -> str:
         command = [sys.executable, ROOT / "benchmarks" / "tasks_at_budget.py", act, *words, *more]
         done = subprocess.run(list(map(str, command)), env=environment(), capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
@@ -93,3 +93,6 @@ def test_every_method_keeps_every_budget_and_is_scored(
     assert len(found["cells"]) == sum(len(row) for method, row in kept.items() if method != "fp32")
     assert "MetaQuantLLM, solver" in said
     assert "fraction of fp32" in said
+    run("restore", "--results", tmp_path / "results", words=["--out", tmp_path / "again"])
+    assert run("report", "--results", tmp_path / "anew", words=[*words[:-1], tmp_path / "again"]) == said
+    assert json.loads((tmp_path / "anew" / "tasks_at_budget.json").read_text()) == found
