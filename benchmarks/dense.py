@@ -24,6 +24,7 @@ import math
 import random
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def write(width: int, layers: int, kernel: Kernel, out: Path) -> None:
 
 
 def errors(width: int, layers: int, names: list[str]) -> dict[str, dict[str, float]]:
-    """kernel → {"error", "error_gamma", "bound"}; all kernels go through the layers together, so that each weight is drawn once."""
+    """kernel → {"error", "error_gamma", "bound"}. All kernels go through the layers together, each in a thread: a weight is drawn once."""
     rng = np.random.default_rng(7)
     exact, calibration = (rng.standard_normal((count, width), dtype=np.float32) for count in (TOKENS, CALIBRATION))
     plain, scaled = ({name: exact.copy() for name in names} for _ in range(2))
@@ -89,13 +90,17 @@ def errors(width: int, layers: int, names: list[str]) -> dict[str, dict[str, flo
         weight = layer(width, place)
         moments = torch.from_numpy(calibration.T @ calibration / len(calibration))
         norm = _spectral(weight)
-        for name in names:
+
+        def through(name: str, weight: np.ndarray = weight, moments: torch.Tensor = moments, norm: float = norm) -> None:
             kernel = CATALOGUE[name]
             made = dequantize(quantize(weight, kernel))
             grown[name] *= 1 + _spectral(weight - made) / norm
             factor = np.float32(gamma(torch.from_numpy(weight), torch.from_numpy(made), moments))
             plain[name] = np.maximum(quantize_activation(plain[name], kernel) @ made.T, 0)
             scaled[name] = np.maximum(factor * (quantize_activation(scaled[name], kernel) @ made.T), 0)
+
+        with ThreadPoolExecutor(len(names)) as pool:
+            list(pool.map(through, names))
         exact, calibration = (np.maximum(x @ weight.T, 0) for x in (exact, calibration))
     return {
         name: {"error": _distance(plain[name], exact), "error_gamma": _distance(scaled[name], exact), "bound": grown[name] - 1}

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 from post_training import spread
@@ -28,6 +28,8 @@ from toolchain.report import table
 from toolchain.spec import Budget, Policy
 
 TIGHT = 0.05
+EVERY = 24
+"""Packages between two measurements of fp32, whose middle all others are a fraction of."""
 NO_PACKAGE = "QA-LoRA"
 """Its zero points are fractions: no integer codes hold them, so there is nothing to measure."""
 RESOURCES = ("peak_memory_bytes", "latency_ms")
@@ -47,7 +49,7 @@ def columns(costs: CostModel) -> dict[str, Budget]:
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    """OUT/measured-PART.jsonl: a line for each budget and distinct policy that some method has for it, and one of fp32."""
+    """OUT/measured-PART.jsonl: a line for each budget and distinct policy that some method has for it, fp32 among them again and again."""
     device = hardware.load(arguments.device)
     graph = Graph.open(arguments.graph)
     costs = find_costs(graph, device, [arguments.profiles], None)
@@ -55,15 +57,23 @@ def measure(arguments: argparse.Namespace) -> None:
     part, _, parts = arguments.part.partition("/")
     path = arguments.out / f"measured-{int(part)}.jsonl"
     kept = measured_of(arguments.out)
-    done = {(row["budget"], key(row["policy"])) for row in kept if row["limit"] == limits[row["budget"]].to_json()}
-    wanted = {("high", key(full := dict(uniform(FULL, graph.units).items()))): (full, FULL)}
-    for method, budget, cell in cells_of(arguments.out):
-        if method == NO_PACKAGE:
-            continue
-        wanted.setdefault((budget, key(cell["policy"])), (cell["policy"], method))
+    done = {
+        (row["budget"], key(row["policy"]), row.get("turn", 0)) for row in kept if row["limit"] == limits[row["budget"]].to_json()
+    }
+    full = dict(uniform(FULL, graph.units).items())
+    packages = {
+        (budget, key(cell["policy"])): (cell["policy"], method)
+        for method, budget, cell in cells_of(arguments.out)
+        if method != NO_PACKAGE
+    }
+    wanted = {}
+    for place, (one, what) in enumerate(packages.items()):
+        if place % EVERY == 0:
+            wanted["high", key(full), place // EVERY] = (full, FULL)
+        wanted[*one, 0] = what
     left = [one for one in [*wanted][int(part) - 1 :: int(parts)] if one not in done][: arguments.packages or None]
-    for budget, name in track(left, len(left), "packages"):
-        policy, method = wanted[budget, name]
+    for budget, name, turn in track(left, len(left), "packages"):
+        policy, method = wanted[budget, name, turn]
         with scratch() as folder:
             package = folder / "package"
             choice = Choice(Policy.of(policy), method, None)
@@ -71,6 +81,7 @@ def measure(arguments: argparse.Namespace) -> None:
             said = check_package(package, device, {}, Patience(0, arguments.most_seconds)).to_json()
         row = {
             "budget": budget,
+            "turn": turn,
             "limit": limits[budget].to_json(),
             "policy": policy,
             "verdict": said["verdict"],
@@ -135,7 +146,7 @@ def report(arguments: argparse.Namespace) -> None:
     seen = {(row["budget"], key(row["policy"])): row for row in measured}
     for method, budget, cell in cells:
         found = seen.get((budget, key(cell["policy"])), {}) if method != NO_PACKAGE else {}
-        cell["measured"] = {name: found.get(name) for name in (*RESOURCES, "verdict")}
+        cell["measured"] = {name: found.get(name) for name in (*RESOURCES, "slowness", "verdict")}
     text = "\n".join(head(costs, jobs, cells, measured)) + "\n\n"
     for title, rows in tables(costs, jobs, cells, measured):
         text += f"{title}\n\n{table(rows, list(rows[0]), markdown=True)}\n\n"
@@ -165,8 +176,10 @@ def head(costs: CostModel, jobs: Sequence[Any], cells: Sequence[Any], measured: 
     }
     said = "; ".join(f"{name} {limit}" for name, limit in limits.items())
     yield f"{costs.device}, {costs.workload}; {said} (tight: a limit of ours, {TIGHT:.0%} of the way from least to most memory)"
-    full = [row for row in measured if set(row["policy"].values()) == {FULL}]
-    took = f", {full[0]['peak_memory_bytes'] / 1e6:.1f} MB, {full[0]['latency_ms']:.3f} ms" if full else ""
+    took = ""
+    if full := [row for row in measured if set(row["policy"].values()) == {FULL}]:
+        memory, times = ([at_table_speed(row, resource) for row in full] for resource in RESOURCES)
+        took = f", {median(memory) / 1e6:.1f} MB, {min(times):.2f} to {max(times):.2f} ms at the table's speed, measured {len(full)} times"
     how = {name: ", ".join(sorted({str(job["setup"][name]) for job in jobs})) for name in HOW}
     most = "all" if how["examples"] == "0" else f"at most {how['examples']}"
     yield (
@@ -215,17 +228,23 @@ def tables(
                 if of[method, name]
             ],
         )
-    if not (full := next((row for row in measured if set(row["policy"].values()) == {FULL}), None)):
+    if not (full := [row for row in measured if set(row["policy"].values()) == {FULL}]):
         return
+    whole = {resource: median(at_table_speed(row, resource) for row in full) for resource in RESOURCES}
     costing = []
     for method in methods:
         row = {"method": method}
         for name in names:
             known = [cell["measured"] for cell in of[method, name] if cell["measured"]["verdict"]]
-            parts = [[seen[resource] / full[resource] for seen in known] for resource in RESOURCES]
+            parts = [[at_table_speed(seen, resource) / whole[resource] for seen in known] for resource in RESOURCES]
             row[name] = ", ".join(f"{mean(part):.2f}" for part in parts) if known else "–"
         costing.append(row)
-    yield "Measured memory, latency of the packages as a fraction of fp32's", costing
+    yield "Measured memory, latency at the table's speed, of the packages as a fraction of fp32's", costing
+
+
+def at_table_speed(row: dict[str, Any], resource: str) -> float:
+    """What was measured, over how slow the machine's reference was then."""
+    return float(row[resource]) / float((row["slowness"] or {}).get(resource, 1.0))
 
 
 def f1_em(cells: Sequence[Any]) -> str:
