@@ -1,6 +1,6 @@
 """Summaries of CNN/DailyMail by a small T5 that is trained on the spot: ROUGE of every method's packages.
 
-    python benchmarks/summaries.py run --articles FILE --out DIR [--seeds 3] [--epochs 60] [--steps 150] [--heldout 100] [--on cuda]
+    python benchmarks/summaries.py run --articles FILE --out DIR [--seeds 0 1 2] [--epochs 60] [--steps 150] [--heldout 100] [--on cuda]
     python benchmarks/summaries.py report --out DIR [--results results]
 
 FILE: json lines with "article" and "highlights"; the last of them are for scoring. No pretrained T5 can be had here, and a few hundred
@@ -183,7 +183,7 @@ def one_seed(arguments: argparse.Namespace, seed: int, folder: Path) -> list[dic
 
 def run(arguments: argparse.Namespace) -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
-    for seed in range(arguments.seeds):
+    for seed in arguments.seeds:
         path = arguments.out / f"seed-{seed}.json"
         if not path.is_file():
             with scratch() as folder:
@@ -241,7 +241,7 @@ def main() -> None:
             sub.add_argument("--results", type=Path, default=Path("results"))
             continue
         sub.add_argument("--articles", type=Path, required=True)
-        sub.add_argument("--seeds", type=int, default=3)
+        sub.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
         sub.add_argument("--epochs", type=int, default=60)
         sub.add_argument("--steps", type=int, default=150, help="S, policy-steps of QAT")
         sub.add_argument("--heldout", type=int, default=100, help="articles that nothing is trained on")
