@@ -137,7 +137,7 @@ class Bench:
             )
             for path in self.graph.companions():
                 shutil.copyfile(path, folder / path.name)
-            return rouge((generate(folder, prompt, WRITTEN).text for prompt in self.asked), self.wanted)
+            return rouge((generate(folder, prompt, WRITTEN, self.arguments.threads).text for prompt in self.asked), self.wanted)
 
     @staticmethod
     def _none(unit: Any) -> Any:
@@ -245,6 +245,7 @@ def main() -> None:
         sub.add_argument("--epochs", type=int, default=60)
         sub.add_argument("--steps", type=int, default=150, help="S, policy-steps of QAT")
         sub.add_argument("--heldout", type=int, default=100, help="articles that nothing is trained on")
+        sub.add_argument("--threads", type=int, default=0, help="of onnxruntime while a package writes (0: its own choice)")
         sub.add_argument("--on", default="auto")
     arguments = parser.parse_args()
     arguments.act(arguments)
