@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean, median, quantiles
 from typing import Any
 
 from post_training import spread
@@ -103,8 +103,8 @@ def restore(arguments: argparse.Namespace) -> None:
             row = {name: value for name, value in cell.items() if name not in PLACE} | {"policy": kept["policies"][cell["policy"]]}
             cells.setdefault(cell["method"], {})[cell["budget"]] = row
         write_atomic(arguments.out / f"{job['task']}-{job['seed']}.json", json.dumps({**job, "cells": cells}, indent=1) + "\n")
-    if kept["measured"]:
-        write_atomic(arguments.out / "measured-0.jsonl", "".join(json.dumps(row) + "\n" for row in kept["measured"]))
+    if measured := [{**row, "policy": kept["policies"][row["policy"]]} for row in kept["measured"]]:
+        write_atomic(arguments.out / "measured-0.jsonl", "".join(json.dumps(row) + "\n" for row in measured))
 
 
 def key(policy: dict[str, str]) -> str:
@@ -153,9 +153,10 @@ def report(arguments: argparse.Namespace) -> None:
     arguments.results.mkdir(exist_ok=True)
     write_atomic(arguments.results / f"{arguments.name}.md", text)
     short = [{"method": method, "budget": budget, **{**cell, "policy": key(cell["policy"])}} for method, budget, cell in cells]
-    policies = {name: place for place, name in enumerate(dict.fromkeys(cell["policy"] for cell in short))}
-    for cell in short:
-        cell["policy"] = policies[cell["policy"]]
+    kept = [{**row, "policy": key(row["policy"])} for row in measured]
+    policies = {name: place for place, name in enumerate(dict.fromkeys(row["policy"] for row in (*short, *kept)))}
+    for row in (*short, *kept):
+        row["policy"] = policies[row["policy"]]
     setups = [{name: str(job["setup"][name]) for name in HOW} for job in jobs]
     data: dict[str, Any] = {
         "fp32": [
@@ -163,7 +164,7 @@ def report(arguments: argparse.Namespace) -> None:
         ]
     }
     data["cells"] = short
-    data |= {"policies": [json.loads(name) for name in policies], "measured": measured}
+    data |= {"policies": [json.loads(name) for name in policies], "measured": kept}
     write_atomic(arguments.results / f"{arguments.name}.json", json.dumps(data, indent=1) + "\n")
     print(text)
 
@@ -190,6 +191,16 @@ def head(costs: CostModel, jobs: Sequence[Any], cells: Sequence[Any], measured: 
     mean_of = f"; mean {_over_tasks(jobs, 'fp32')}" if len(scores) > 1 else ""
     yield f"fp32: {', '.join(f'{task} {score}' for task, score in scores.items())}{mean_of}{took}"
     yield "; ".join(sorted({f"{cell['device']}, commit {cell['commit']}" for _, _, cell in cells}))
+    if packages := {(budget, key(cell["policy"])): cell for _, budget, cell in cells if (cell["measured"]["verdict"])}:
+        ratios = (
+            [at_table_speed(cell["measured"], name) / cell["predicted"][name] for cell in packages.values()] for name in RESOURCES
+        )
+        memory, latency = (f"{low:.2f} to {high:.2f}" for low, *_, high in (quantiles(row, n=20) for row in ratios))
+        machine = measured[0]["machine"]
+        yield (
+            f"{len(packages)} distinct packages measured on {machine['cpu']}, {machine['runtime']}, {machine['threads']} threads; "
+            f"over their predictions, nine of ten: memory {memory}, latency at the table's speed {latency}"
+        )
 
 
 def tables(
