@@ -25,6 +25,7 @@ import random
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper
-from scipy.sparse.linalg import svds
+from scipy.sparse.linalg import LinearOperator, svds
 
 from toolchain import hardware
 from toolchain.files import scratch, write_atomic
@@ -42,10 +43,12 @@ from toolchain.kernels import CATALOGUE
 from toolchain.profiler.ask import Host
 from toolchain.profiler.measure import levelled, summarise
 from toolchain.progress import track
-from toolchain.quantize.affine import dequantize, quantize, quantize_activation
+from toolchain.quantize.affine import quantize
+from toolchain.quantize.fake import fake_quantise, fake_quantise_activation
 from toolchain.quantize.post_training import gamma
 from toolchain.report import table
 from toolchain.spec import Kernel, Unit
+from toolchain.train.team import Team
 
 MODELS = {"10M": (10, 1024), "100M": (24, 2048), "1B": (60, 4096)}
 """Name → (layers, width)."""
@@ -81,39 +84,45 @@ def write(width: int, layers: int, kernel: Kernel, out: Path) -> None:
 
 
 def errors(width: int, layers: int, names: list[str]) -> dict[str, dict[str, float]]:
-    """kernel → {"error", "error_gamma", "bound"}. All kernels go through the layers together, each in a thread: a weight is drawn once."""
+    """kernel → {"error", "error_gamma", "bound"}. All kernels go through the layers together, so that each weight is drawn once."""
+    device = Team("auto").device
     rng = np.random.default_rng(7)
-    exact, calibration = (rng.standard_normal((count, width), dtype=np.float32) for count in (TOKENS, CALIBRATION))
-    plain, scaled = ({name: exact.copy() for name in names} for _ in range(2))
+    exact, calibration = (
+        torch.from_numpy(rng.standard_normal((count, width), dtype=np.float32)).to(device) for count in (TOKENS, CALIBRATION)
+    )
+    plain, scaled = ({name: exact.clone() for name in names} for _ in range(2))
     grown = dict.fromkeys(names, 1.0)
     for place in track(range(layers), layers, f"errors of {layers} layers"):
-        weight = layer(width, place)
-        moments = torch.from_numpy(calibration.T @ calibration / len(calibration))
+        weight = torch.from_numpy(layer(width, place)).to(device)
+        moments = calibration.T @ calibration / len(calibration)
         norm = _spectral(weight)
-
-        def through(name: str, weight: np.ndarray = weight, moments: torch.Tensor = moments, norm: float = norm) -> None:
+        for name in names:
             kernel = CATALOGUE[name]
-            made = dequantize(quantize(weight, kernel))
+            made = fake_quantise(weight, kernel)
             grown[name] *= 1 + _spectral(weight - made) / norm
-            factor = np.float32(gamma(torch.from_numpy(weight), torch.from_numpy(made), moments))
-            plain[name] = np.maximum(quantize_activation(plain[name], kernel) @ made.T, 0)
-            scaled[name] = np.maximum(factor * (quantize_activation(scaled[name], kernel) @ made.T), 0)
-
-        with ThreadPoolExecutor(len(names)) as pool:
-            list(pool.map(through, names))
-        exact, calibration = (np.maximum(x @ weight.T, 0) for x in (exact, calibration))
+            factor = gamma(weight, made, moments)
+            plain[name] = (fake_quantise_activation(plain[name], kernel) @ made.T).relu()
+            scaled[name] = (factor * (fake_quantise_activation(scaled[name], kernel) @ made.T)).relu()
+        exact, calibration = ((x @ weight.T).relu() for x in (exact, calibration))
     return {
         name: {"error": _distance(plain[name], exact), "error_gamma": _distance(scaled[name], exact), "bound": grown[name] - 1}
         for name in names
     }
 
 
-def _spectral(matrix: np.ndarray) -> float:
-    return float(svds(matrix, 1, return_singular_vectors=False, random_state=0)[0])
+def _spectral(matrix: torch.Tensor) -> float:
+    """Largest singular value, by Lanczos' iteration; the products where the matrix is."""
+
+    def times(by: torch.Tensor, vector: np.ndarray) -> np.ndarray:
+        made = by @ torch.from_numpy(vector.astype(np.float32).ravel()).to(by.device)
+        return made.cpu().numpy()
+
+    shown = LinearOperator(matrix.shape, partial(times, matrix), partial(times, matrix.T), dtype=np.float32)
+    return float(svds(shown, 1, return_singular_vectors=False, random_state=0)[0])
 
 
-def _distance(said: np.ndarray, exact: np.ndarray) -> float:
-    return float(np.linalg.norm(said.astype(np.float64) - exact) / np.linalg.norm(exact.astype(np.float64)))
+def _distance(said: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((said.double() - exact.double()).norm() / exact.double().norm())
 
 
 def measured(host: Host, model: str, names: list[str]) -> dict[str, dict[str, Any]]:
@@ -122,10 +131,14 @@ def measured(host: Host, model: str, names: list[str]) -> dict[str, dict[str, An
     seen: dict[str, dict[str, Any]] = {}
     with scratch() as folder:
         subjects = []
-        for name in track(names, len(names), f"writing {model}"):
+        for name in names:
+            (folder / name).mkdir()
+        with ThreadPoolExecutor() as pool:
+            jobs = [pool.submit(write, width, layers, CATALOGUE[name], folder / name) for name in names]
+            for job in track(jobs, len(jobs), f"writing {model}"):
+                job.result()
+        for name in names:
             place = folder / name
-            place.mkdir()
-            write(width, layers, CATALOGUE[name], place)
             seen[name] = {"file_bytes": sum(path.stat().st_size for path in place.iterdir())}
             common = {"kind": "unit", "folder": str(place), "rows": 1}
             subjects += [{**common, "name": f"{name}@{tokens}", "tokens": tokens} for tokens in (1, TOKENS)]
