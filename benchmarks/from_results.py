@@ -1,7 +1,9 @@
-"""What is drawn from results that are there already: the second source's ablation table, the PTQ/QAT study's radar. Measures nothing.
+"""What is drawn from results that are there already: the second source's ablation table, the PTQ/QAT study's radar and its table of what
+bits save in energy. Measures nothing.
 
     python benchmarks/from_results.py ablation [--results results]
     python benchmarks/from_results.py radar --graph GRAPH --table TABLE [--results results]
+    python benchmarks/from_results.py energy --table TABLE --model FINGERPRINT [--results results]
 
 ablation: ablation.md. The meta-network system and what it loses without each part, beside the systems that the source's table names, as far
 as they are methods here: on text at a mean of so many bits, on tasks at a device's budgets.
@@ -10,6 +12,9 @@ radar: radar.svg and radar.md (arXiv:2411.06084, figure 2). GRAPH: the embedded 
     accuracy retention   perplexity of full precision over the method's      perplexity_at_bits.json
     size reduction       1 − bytes of the package over full precision's      counted, not measured
     latency reduction    1 − ms per token over full precision's              the table's rows of the whole model, measured
+energy: energy.md (arXiv:2411.06084, table II), of decoding one token. A sum over the units of a model in TABLE, each measured by the
+device's meter, with one kernel on all of them; beside it what the whole model took where TABLE has that. FINGERPRINT: its first digits, as
+in TABLE's "model shape" rows.
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from post_training import spread
 
-from toolchain.costs.rows import ModelRow
+from toolchain.costs.rows import ModelEnergyRow, ModelRow, ModelShapeRow, UnitEnergyRow
 from toolchain.costs.table import open_table
 from toolchain.files import write_atomic
 from toolchain.graph.assemble import package_bytes
@@ -154,6 +159,43 @@ def radar(arguments: argparse.Namespace) -> None:
     write_atomic(arguments.results / "radar.md", text)
 
 
+def energy(arguments: argparse.Namespace) -> None:
+    costs = open_table(arguments.table)
+    found = [row for row in costs.of(ModelShapeRow) if row.model.startswith(arguments.model)]
+    if len(found) != 1:
+        raise SystemExit(f"expected one model {arguments.model}... in {arguments.table}, found {len(found)}")
+    (shape,) = found
+    units = [(op, K, N) for op, K, N, _ in shape.units.values()]
+    decoding = [row for row in costs.of(UnitEnergyRow) if row.one_token and row.working_set == "streamed"]
+    seen = {(row.kernel, row.op, row.K, row.N): row for row in decoding}
+    whole = {
+        row.policy: row
+        for row in costs.of(ModelEnergyRow)
+        if (row.model, row.phase, row.layers) == (shape.model, "decode", shape.layers)
+    }
+    sums = {}
+    for kernel in dict.fromkeys(row.kernel for row in decoding):
+        parts = [seen.get((kernel, *unit)) for unit in units]
+        if all(parts):
+            sums[kernel] = [sum(getattr(part, name) for part in parts) for name in ("run_ms", "energy_mj", "above_idle_mj")]
+    rows = []
+    for kernel, values in sums.items():
+        row = {"kernel": kernel}
+        for name, value, full in zip(("ms", "mJ", "mJ above idle"), values, sums["fp16"], strict=True):
+            row |= {name: f"{value:.3g}", f"{name}, of fp16's": f"{value / full:.2f}"}
+        it = whole.get(kernel)
+        row["mJ of the whole model"] = f"{it.energy_mj:.0f} ± {it.spread_mj:.0f}, {it.above_idle_mj:.0f} above idle" if it else "–"
+        rows.append(row)
+    meter = ", ".join(dict.fromkeys(row.meter for row in costs.of(UnitEnergyRow)))
+    about = costs.header
+    said = (
+        f"All {len(units)} units of a model of {shape.layers} layers of width {shape.hidden}, decoding one token, on {about.device} "
+        f"({about.runtime}; {meter}), every shape measured by itself: weights read from memory, idle power in mJ and not in mJ above idle. "
+        "The whole model has what lies between its units besides. –: not measured"
+    )
+    write_atomic(arguments.results / "energy.md", f"{said}\n\n{table(rows, list(rows[0]), markdown=True)}\n")
+
+
 def draw(shapes: Sequence[tuple[str, Sequence[float]]]) -> bytes:
     """One small radar each, side by side: eight shapes on one would hide one another. Values below 0 are drawn in the middle."""
     angles = np.pi / 2 + np.arange(len(AXES)) * 2 * np.pi / len(AXES)
@@ -182,13 +224,16 @@ def draw(shapes: Sequence[tuple[str, Sequence[float]]]) -> bytes:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    for act in (ablation, radar):
+    for act in (ablation, radar, energy):
         sub = commands.add_parser(act.__name__)
         sub.set_defaults(act=act)
         sub.add_argument("--results", type=Path, default=Path("results"))
+        if act is not ablation:
+            sub.add_argument("--table", type=Path, required=True)
         if act is radar:
             sub.add_argument("--graph", type=Path, required=True)
-            sub.add_argument("--table", type=Path, required=True)
+        if act is energy:
+            sub.add_argument("--model", required=True)
     arguments = parser.parse_args()
     arguments.act(arguments)
 

@@ -1,4 +1,4 @@
-"""The ablation table of results/ is made from the JSON beside it: nobody typed a figure."""
+"""The tables of results/ that others are made into are made from what is beside them: nobody typed a figure."""
 
 from __future__ import annotations
 
@@ -14,10 +14,17 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("torch")
 
 
-def test_the_ablation_table_is_made_from_the_results(tmp_path: Path) -> None:
+MADE = {
+    "ablation": [],
+    "energy": ["--table", str(ROOT / "profiles" / "h200" / "table.jsonl"), "--model", "4842ffe6"],
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_table_is_made_from_what_was_measured(name: str, tmp_path: Path) -> None:
     for path in (ROOT / "results").glob("*.json"):
         shutil.copyfile(path, tmp_path / path.name)
-    command = [sys.executable, str(ROOT / "benchmarks" / "from_results.py"), "ablation", "--results", str(tmp_path)]
+    command = [sys.executable, str(ROOT / "benchmarks" / "from_results.py"), name, *MADE[name], "--results", str(tmp_path)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "ablation.md").read_text() == (ROOT / "results" / "ablation.md").read_text()
+    assert (tmp_path / f"{name}.md").read_text() == (ROOT / "results" / f"{name}.md").read_text()
