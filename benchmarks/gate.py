@@ -27,7 +27,6 @@ import contextlib
 import io
 import itertools
 import json
-import math
 import os
 import random
 import shutil
@@ -37,11 +36,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import fmean, linear_regression, median
+from statistics import median
 from typing import Any
 
+from gate_report import ANCHORS, level_of, report, rows_of, slower
+
 from toolchain import hardware
-from toolchain.blocks import PRIOR, Block, Share, Speed, at_speed, compared, middle
+from toolchain.blocks import PRIOR, Block, Share, Speed, at_speed, middle
 from toolchain.check import hold_latency
 from toolchain.commands.deciding import Patience, decide_in_looks
 from toolchain.files import write_atomic
@@ -52,11 +53,10 @@ from toolchain.package.manifest import Package, open_package, write_manifest
 from toolchain.profiler.ask import Host
 from toolchain.profiler.measure import levelled, measure_block, subject
 from toolchain.profiler.probe import working_kernels
-from toolchain.report import table
 from toolchain.spec import FINER, TOKEN, TOKENS, Policy, Verdict
 
 DISTANCES = (-10, -7, -5, -3, -1, 1, 3, 5, 7, 10)
-ANCHORS, BLOCK = 16, 6
+BLOCK = 6
 SLOWER, FAR_MS = 0.08, 1e6
 CONFIRMED = 12
 """Processes of each of the two copies that confirm how much slower one is."""
@@ -136,10 +136,6 @@ def loaded(yes: bool) -> Iterator[None]:
         other.wait()
 
 
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-
 def add(path: Path, row: dict[str, Any]) -> None:
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
@@ -203,11 +199,6 @@ def curve(arguments: argparse.Namespace) -> None:
 def anchor(bench: Bench, path: Path) -> None:
     """One more undisturbed process of the package itself."""
     add(path, {"t": time.time(), "block": bench.undisturbed().to_json()})
-
-
-def level_of(anchors: Sequence[dict[str, Any]], speed: Speed) -> float:
-    """The package's latency in ms by these processes, at this speed."""
-    return middle(at_speed([Block.from_json(row["block"]) for row in anchors], "latency_ms", speed)[0])
 
 
 def baseline(arguments: argparse.Namespace) -> None:
@@ -289,12 +280,6 @@ def pair_of(bench: Bench, graph: Graph, work: Path, changes: dict[str, Any]) -> 
     raise SystemExit(f"no swap of {unit.name}'s kernel makes this package about 8% slower")
 
 
-def slower(now: Sequence[Block], then: Sequence[Block]) -> tuple[float, float, float]:
-    """(ratio, low, high) of two packages' latencies, as `check --baseline` compares them."""
-    seen = compared(now, then, "latency_ms", 0.05, 0.05)
-    return seen.value, seen.low, seen.high
-
-
 def record(arguments: argparse.Namespace) -> None:
     bench = Bench(arguments.package, arguments.work)
     bench.speed()
@@ -342,79 +327,6 @@ def replay(arguments: argparse.Namespace) -> None:
                 found = decide_in_looks(source.measure, judge, Patience(0, arguments.most_seconds), lambda s=source: s.now)
             row = {"distance": distance, "turn": turn, "load": load, "verdict": found.verdicts[0].verdict, **found.to_json()}
             add(path, row)
-
-
-def report(arguments: argparse.Namespace) -> None:
-    work, found = arguments.work, {}
-    if rows := rows_of(work / "curve.jsonl"):
-        anchors = rows_of(work / "anchors.jsonl")
-        for row in rows:
-            before = [one for one in anchors if one["t"] < row["t"]][-ANCHORS // 2 :]
-            after = [one for one in anchors if one["t"] > row["t"]][: ANCHORS // 2]
-            speed = Speed(row["work"], row["speed_ns"], Share(*row.get("share", ())))
-            row["true_distance"] = 100 * (level_of([*before, *after], speed) / row["limit"] - 1)
-        found["real checks"] = summary(rows)
-        found["what they say, by the machine's speed (a slope of 0: the share is right)"] = [
-            left_of_speed("idle", [row for row in rows if not row["load"]]),
-            left_of_speed("beside a load", [row for row in rows if row["load"]]),
-        ]
-    if rows := rows_of(work / "replay.jsonl"):
-        found["replayed, not real checks"] = summary([{**row, "true_distance": row["distance"]} for row in rows])
-    if rows := rows_of(work / "baseline.jsonl"):
-        swapped = json.loads((work / "slowed.json").read_text())
-        print(
-            f"slowed: {swapped['unit']} from {swapped['from']} to {swapped['to']}, {swapped['ratio']:.3f} times as long before the runs"
-        )
-        if len(pair := rows_of(work / "pair.jsonl")) > 1:
-            ratio, low, high = slower(*([Block.from_json(row[name]) for row in pair] for name in ("slowed", "plain")))
-            print(f"between the runs: {ratio:.3f} [{low:.3f}, {high:.3f}] in {len(pair)} processes of each\n")
-        found["against the baseline"] = [
-            {"package": name, **counts([row for row in rows if row["package"] == name])} for name in ("plain", "slowed")
-        ]
-    if arguments.json:
-        print(json.dumps(found))
-        return
-    for title, lines in found.items():
-        print(f"{title}\n\n{table(lines, list(lines[0]), markdown=True)}\n")
-
-
-def left_of_speed(name: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The slope of log (what a check says at the table's speed) over log (how slow the machine was meanwhile), with its standard error."""
-    x, y = ([math.log(row[what]) for row in rows] for what in ("slowness", "measured"))
-    if len(rows) < 3 or len(set(x)) == 1:
-        return {"runs": name, "slowness": "–", "slope": None, "±": None}
-    slope, level = linear_regression(x, y)
-    left = math.fsum((each - slope * at - level) ** 2 for at, each in zip(x, y, strict=True)) / (len(x) - 2)
-    apart = math.fsum((at - fmean(x)) ** 2 for at in x)
-    return {
-        "runs": name,
-        "slowness": f"{math.exp(min(x)):.2f} to {math.exp(max(x)):.2f}",
-        "slope": slope,
-        "±": math.sqrt(left / apart),
-    }
-
-
-def counts(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    said = [row["verdict"] for row in rows]
-    seconds = sorted(row["seconds"] for row in rows)
-    return {
-        "runs": len(rows),
-        **{name: said.count(name) for name in ("within", "over", "could not tell")},
-        "open, idle": sum(row["verdict"] == "could not tell" and not row["load"] for row in rows),
-        "median s": seconds[len(seconds) // 2],
-        "longest s": seconds[-1],
-    }
-
-
-def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    lines = []
-    for distance in sorted({row["distance"] for row in rows}):
-        these = [row for row in rows if row["distance"] == distance]
-        wrong = sum(row["verdict"] == ("over" if row["true_distance"] < 0 else "within") for row in these)
-        spread = [row["true_distance"] for row in these]
-        true = f"{min(spread):+.1f} to {max(spread):+.1f}"
-        lines.append({"distance %": f"{distance:+d}", "re-anchored %": true, **counts(these), "wrong": wrong})
-    return lines
 
 
 if __name__ == "__main__":
