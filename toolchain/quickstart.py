@@ -25,12 +25,11 @@ from toolchain.graph.assemble import assemble, round_to_nearest
 from toolchain.graph.build import EMBEDDED
 from toolchain.hardware import load, thread_count
 from toolchain.kernels import uniform
+from toolchain.package.manifest import Package
 from toolchain.policy.budgets import FRACTIONS
-from toolchain.profiler.ask import Host
-from toolchain.profiler.measure import measure_package
 from toolchain.progress import note
 from toolchain.report import table
-from toolchain.spec import Device, Policy
+from toolchain.spec import Budget, Device, Policy
 from toolchain.supernet.store import SupernetFolder
 
 STEPS = 200
@@ -54,15 +53,13 @@ def quickstart(out: Path, steps: int | None) -> tuple[dict[str, Any], str]:
     with workflow.opened(str(out / "supernet")) as source:
         costs = workflow.find_costs(source.graph, device, tables, None)
         with _stage("3/5 export three packages", seconds):
-            packages = {}
-            for name in FRACTIONS:
-                budget = workflow.find_budget(name, {}, source.graph, costs, device)
-                assert budget is not None
+            packages, budgets = {}, [_budget(name, source, costs, device) for name in FRACTIONS]
+            for name, budget in zip(FRACTIONS, budgets, strict=True):
                 choice = choosing.choose(source, costs, budget)
                 packages[name] = workflow.cut(source, choice, out / name, device, budget, costs, costs.model.workload)
         rows = []
         with _stage("4/5 measure each against its budget", seconds):
-            rows.append(_full_precision(source, costs, device))
+            rows.append(_full_precision(source, costs, device, budgets[-1]))
             for name, package in packages.items():
                 checked = _patient_check(out / name, device)
                 rows.append(_row(package, checked))
@@ -113,15 +110,19 @@ def _fp32(source: workflow.Source) -> Policy:
     return uniform("fp32", source.graph.units)
 
 
-def _full_precision(source: workflow.Source, costs: workflow.Costs, device: Device) -> dict[str, Any]:
-    """The row every other is compared with."""
-    policy = _fp32(source)
+def _budget(name: str, source: workflow.Source, costs: workflow.Costs, device: Device) -> Budget:
+    budget = workflow.find_budget(name, {}, source.graph, costs, device)
+    assert budget
+    return budget
+
+
+def _full_precision(source: workflow.Source, costs: workflow.Costs, device: Device, budget: Budget) -> dict[str, Any]:
+    """The row every other is compared with. budget: one of the device's, so that it is held at the same speed; its limits are not shown."""
     with scratch() as folder:
-        assemble(source.graph, policy, source.weights, folder)
-        seen = measure_package(folder, costs.model.workload, Host(device, thread_count(device)), source.graph.vocabulary)
-        size = float(sum(path.stat().st_size for path in [*folder.iterdir(), *source.graph.companions()]))
-    predicted = costs.model.totals(policy)
-    return _figures("fp32", 32.0, predicted, seen.measurements, size) | {"verdict": "no budget"}
+        choice = workflow.Choice(_fp32(source), "full precision", None)
+        package = workflow.cut(source, choice, folder / "fp32", device, budget, costs, costs.model.workload)
+        row = _row(package, acceptance.check_package(package.directory, device, {}, PATIENCE))
+    return row | {"limit ms": None, "limit MB": None, "verdict": "no budget"}
 
 
 def _patient_check(package: Path, device: Device) -> acceptance.Checked:
@@ -133,25 +134,21 @@ def _patient_check(package: Path, device: Device) -> acceptance.Checked:
     return checked
 
 
-def _row(package: Any, checked: acceptance.Checked) -> dict[str, Any]:
-    predicted = {name: entry["value"] for name, entry in package.data["predicted"].items() if isinstance(entry, dict)}
-    size = float(sum(path.stat().st_size for path in package.directory.iterdir()))
-    row = _figures(package.directory.name, package.data["mean_bits"], predicted, checked.measured, size)
-    limits = {verdict.name: verdict.limit for verdict in checked.limits}
-    return row | {"limit ms": limits["latency_ms"], "limit MB": limits["peak_memory_bytes"] / 1e6, "verdict": checked.verdict}
-
-
-def _figures(name: str, bits: float, predicted: dict[str, Any], measured: Any, size: float) -> dict[str, Any]:
+def _row(package: Package, checked: acceptance.Checked) -> dict[str, Any]:
+    predicted = package.data["predicted"]
+    held = {verdict.name: verdict for verdict in checked.limits}
     return {
-        "budget": name,
-        "mean bits": bits,
-        "predicted ms/token": predicted["latency_ms"],
-        "measured ms/token": measured["latency_ms"].value,
-        "limit ms": None,
-        "predicted MB": predicted["peak_memory_bytes"] / 1e6,
-        "measured MB": max(measured["peak_memory_bytes"].trials) / 1e6,
-        "limit MB": None,
-        "package MB": size / 1e6,
+        "budget": package.directory.name,
+        "mean bits": package.data["mean_bits"],
+        "predicted ms/token": predicted["latency_ms"]["value"],
+        "measured, at that speed": held["latency_ms"].measured,
+        "measured now": checked.measured["latency_ms"].value,
+        "limit ms": held["latency_ms"].limit,
+        "predicted MB": predicted["peak_memory_bytes"]["value"] / 1e6,
+        "measured MB": max(checked.measured["peak_memory_bytes"].trials) / 1e6,
+        "limit MB": held["peak_memory_bytes"].limit / 1e6,
+        "package MB": sum(path.stat().st_size for path in package.directory.iterdir()) / 1e6,
+        "verdict": checked.verdict,
     }
 
 
@@ -170,6 +167,7 @@ def _report(data: dict[str, Any]) -> str:
         table(data["rows"], order),
         "",
         f"workload {data['workload']} (ms per generated token; MB = rise of a fresh process's peak memory over a bare runtime)",
+        "predictions and limits are of the machine's speed during the profile; times measured now stand at that speed and as they were",
         f"trained {data['training']['steps']} steps on {data['training']['text']}",
         f"perplexity on {data['perplexity_text']}; untrained = the same policy, rounded to nearest",
         f"wall time {sum(data['seconds'].values()):.0f} s: {stages}",
