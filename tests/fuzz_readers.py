@@ -30,7 +30,11 @@ import yaml
 from fuzz_mutation import mutated
 
 from toolchain import hardware
+from toolchain.blocks import Block
+from toolchain.check import hold_peak_ratio, hold_ratio
 from toolchain.commands import workflow
+from toolchain.commands.baseline import Baseline
+from toolchain.commands.verification import verify
 from toolchain.costs.from_table import cost_model
 from toolchain.costs.table import open_table
 from toolchain.errors import BittailorError
@@ -43,13 +47,14 @@ from toolchain.graph.external import load_array, read_model
 from toolchain.graph.model import Graph
 from toolchain.kernels import CATALOGUE, uniform
 from toolchain.package import generate
-from toolchain.package.integrity import MANIFEST, YAML_TAIL
+from toolchain.package.integrity import JSON_TAIL, MANIFEST, SEAL, YAML_TAIL
 from toolchain.package.manifest import open_package
 from toolchain.policy import prices, proposal
 from toolchain.profiler import agent, meters, requests
 from toolchain.profiler.bundle import agent_bytes, agent_sha256
-from toolchain.profiler.measure import latencies
+from toolchain.profiler.measure import latencies, summarise
 from toolchain.profiler.transports import doorkeeper, replies
+from toolchain.report import records
 from toolchain.session import cache_slots, open_session
 from toolchain.spec import Device, Workload
 from toolchain.supernet.store import SupernetFolder
@@ -277,6 +282,12 @@ def _refit(folder: Path, name: str) -> None:
             listed = yaml.load(path.read_bytes(), Loader=yaml.CSafeLoader)
             if name in listed["files"] and (folder / name).is_file():
                 path.write_bytes(path.read_bytes().replace(listed["files"][name].encode(), sha256(folder / name).encode()))
+    if name == SEAL:
+        path = folder / name
+        body, _, _ = path.read_bytes().rpartition(JSON_TAIL.before)
+        if body:
+            path.write_bytes(JSON_TAIL.append(body))
+        return
     manifest = folder / MANIFEST
     if manifest.is_file():  # its last line is its own digest
         body, _, _ = manifest.read_bytes().rpartition(YAML_TAIL.before)
@@ -310,6 +321,7 @@ class _Known:
     graph: Graph
     source: workflow.Source
     kernels: tuple[str, ...]
+    blocks: tuple[Block, ...]
 
 
 def _policy(name: str) -> Callable[[Path], object]:
@@ -488,6 +500,23 @@ def _answer(folder: Path) -> object:
     return json.dumps(made), f"{made['identify']['cpu']} {made['peak']['peak_bytes'] / 1e6:.1f}", float(made["peak"]["peak_bytes"])
 
 
+def _sealed(folder: Path) -> object:
+    said = verify(folder)
+    return json.dumps(said.to_json())
+
+
+def _baseline(folder: Path) -> object:
+    read = Baseline.read(folder / "check.json")
+    now = _Known.blocks
+    return [hold_ratio(name, now, read.blocks, 1) for name in ("latency_ms", "first_token_ms") if name in read.blocks[0].trials], [
+        hold_peak_ratio(summarise([1e6] * 3, True), read.peak_bytes)
+    ]
+
+
+def _record(name: str) -> Callable[[Path], object]:
+    return lambda folder: json.dumps(records.read(folder / name).said)
+
+
 def _request(folder: Path) -> object:
     place = os.getcwd()
     os.chdir(folder)
@@ -545,6 +574,10 @@ EVERY = (
     Reader("manifest", "package", ("manifest.yaml",), _manifest, 1, honest=True),
     Reader("package's graph, onnxruntime", "package", ("model.onnx",), _session, 0.7, honest=True),
     Reader("package's graph, external data", "package", ("model.onnx",), _external, 2),
+    Reader("sealed report", "sealed", ("seal.json", "seal.json.minisig"), _sealed, 0.7, honest=True),
+    Reader("baseline", "reports", ("check.json",), _baseline, 1, closed=False),
+    Reader("measured, check's report", "reports", ("check.json",), _record("check.json"), 1, closed=False),
+    Reader("measured, evaluate's report", "reports", ("evaluate.json",), _record("evaluate.json"), 1.5, closed=False),
     Reader("graph folder", "graph", ("graph.json", "model.onnx"), _graph, 1),
     Reader("supernet.yaml", "supernet", ("supernet.yaml",), _supernet, 0.3),
     Reader(
@@ -565,8 +598,9 @@ EVERY = (
     Reader("model, transformers", "model", ("config.json", "model.safetensors"), _torch_model, 0.1, closed=False),
     Reader("index of weights", "other", ("model.safetensors.index.json",), _index, 2, closed=False),
     Reader("text", "other", ("text.txt",), _text, 2, links=False),
+    Reader("text, packed", "other", ("text.txt.xz",), lambda folder: documents([folder / "text.txt.xz"]), 2, links=False),
     Reader("questions", "tasks", ("squad.json",), lambda folder: read_squad(folder / "squad.json"), 2, closed=False),
-    Reader("task's examples", "tasks", ("dev.tsv",), lambda folder: TASKS["sst2"].examples(folder), 2, closed=False),
+    *(Reader(f"examples of {task.name}", "tasks", task.files[1:], task.examples, 0.7, closed=False) for task in TASKS.values()),
     Reader("device's replies", "talk", ("reply-*.json",), _reply, 3, links=False),
     Reader("agent's answers", "talk", ("answer-*.json",), _answer, 3, links=False),
     Reader("agent's requests", "talk", ("request-identify.json", "request-outputs.json", "unit/x.npy"), _request, 2, links=False),
@@ -580,10 +614,14 @@ def readers(seeds: Path) -> dict[str, Reader]:
     """`EVERY` by name, ready to read. seeds: what `fuzz_seeds.make` made, to which the inputs of some readers are added."""
     _Known.graph = Graph.open(seeds / "graph")
     _Known.source = workflow.Source(_Known.graph, round_to_nearest(_Known.graph), None)
+    _Known.blocks = Baseline.read(seeds / "reports" / "check.json").blocks
     talk = seeds / "talk"
     if not talk.is_dir():
         (seeds / "tasks").mkdir()
-        (seeds / "tasks" / "dev.tsv").write_text("a film of parts\t1\nnot this one\t0\n")
+        for task in TASKS.values():
+            places = dict(zip(task.columns, ("1", "a film of parts", "not this one"), strict=True))
+            line = "\t".join(places.get(column, "x") for column in range(task.width))
+            (seeds / "tasks" / task.files[1]).write_text(f"{line}\n" * (3 if task.header else 2))
         question = {"question": "When?", "answers": [{"text": "1973", "answer_start": 3}]}
         paragraph = {"context": "In 1973 it rose.", "qas": [question]}
         (seeds / "tasks" / "squad.json").write_text(json.dumps({"data": [{"title": "Oil", "paragraphs": [paragraph]}]}))

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import lzma
 import shutil
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from constructed_sysfs import package as rapl_package
 from constructed_sysfs import write
+from fast_host import FastHost
 from fuzz_readers import WORKLOAD
 from random_models import save_random_model
 from small_tables import complete_table
 from tiny_graphs import POCKET
 
+from toolchain.cli import main
 from toolchain.costs.from_table import cost_model
 from toolchain.graph.assemble import round_to_nearest
 from toolchain.graph.build import build
@@ -24,6 +30,7 @@ from toolchain.kernels import uniform
 from toolchain.package.export import export_package
 from toolchain.policy import budgets, prices
 from toolchain.policy.meta_network import MetaNetwork
+from toolchain.profiler.ask import Host
 from toolchain.spec import Budget
 from toolchain.supernet import saving, store
 from toolchain.supernet.loading import load_model
@@ -42,7 +49,7 @@ _TINY = {
 
 
 def make(root: Path) -> Path:
-    """All of it in `root`, which is returned: devices/ tables/ model/ graph/ package/ supernet/ checkpoint/ sys/ other/."""
+    """All of it in `root`, which is returned: devices/ tables/ model/ graph/ package/ sealed/ reports/ supernet/ ..."""
     torch.set_num_threads(1)
     model = save_random_model("llama", root / "model", **_TINY)
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
@@ -80,7 +87,26 @@ def make(root: Path) -> Path:
     (root / "checkpoint").mkdir()
     checkpoint.save(root / "checkpoint", "id", checkpoint.State(3, {"x": [1, 2]}), values, [optimiser])
     _others(root, dict(policy))
+    _reports(root)
     return root
+
+
+def _reports(root: Path) -> None:
+    """sealed/: the package with a report in it; reports/: what the commands print. Measured by nobody (`fast_host.py`)."""
+    shutil.copytree(root / "package", root / "sealed")
+    (root / "reports").mkdir()
+    fast = FastHost()
+    with (
+        patch.object(Host, "time", lambda self, *words: fast.time(self, *words)),
+        patch.object(Host, "peak", lambda self, subject: fast.peak(self, subject)),
+        redirect_stdout(StringIO()) as out,
+        redirect_stderr(StringIO()),
+    ):
+        assert main(["check", str(root / "sealed"), "--json", "--seal"]) in (0, 1, 3)
+    (root / "reports" / "check.json").write_text(out.getvalue())
+    (root / "sealed" / "seal.json.minisig").write_bytes(b"untrusted comment: x\nRUQ=\ntrusted comment: y\nAA==\n")
+    said = {"what": "package", "perplexity": 42.5, "tokens": 100, "window": 16, "text": "text.txt", "text_sha256": "0" * 64}
+    (root / "reports" / "evaluate.json").write_text(json.dumps(said))
 
 
 def _tokenizer() -> dict[str, Any]:
@@ -129,7 +155,9 @@ def _others(root: Path, policy: dict[str, str]) -> None:
     (other / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2]}))
     index = {"metadata": {"total_size": 1}, "weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (other / "model.safetensors.index.json").write_text(json.dumps(index))
-    (other / "text.txt").write_text("One document.\n<|doc|>\nAnother, \u00e4 longer one.\n" * 20)
+    text = "One document.\n<|doc|>\nAnother, \u00e4 longer one.\n" * 20
+    (other / "text.txt").write_text(text)
+    (other / "text.txt.xz").write_bytes(lzma.compress(text.encode()))
     hwmon, battery = "class/hwmon/hwmon0", "class/power_supply/BAT0"
     files: dict[str, object] = {**rapl_package(0, 1000), f"{hwmon}/name": "ina3221", f"{hwmon}/update_interval": 20}
     files |= {f"{hwmon}/in1_label": "VDD_IN", f"{hwmon}/in1_input": 5000, f"{hwmon}/curr1_input": 900, f"{hwmon}/in1_enable": 1}

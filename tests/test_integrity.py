@@ -180,6 +180,12 @@ def _second_kernel(model: Any) -> None:
     node.name, node.output[0] = "decoy", "decoy/output"
 
 
+def _float_weights(model: Any) -> None:
+    model.graph.initializer.append(helper.make_tensor("w", TensorProto.FLOAT, [2, 2], [1.0] * 4))
+    model.graph.node.append(helper.make_node("MatMul", ["w", "w"], ["decoy/output"]))
+    model.graph.node.append(helper.make_node("MatMul", ["decoy/output", "decoy/output"], ["another/output"]))  # no name, either
+
+
 def _same_name(model: Any) -> None:
     node = model.graph.node.add()
     node.CopyFrom(_node(model))
@@ -218,6 +224,8 @@ GRAPHS: dict[str, tuple[Callable[[Any], None], str]] = {
     "another op's domain": (lambda model: setattr(_node(model), "domain", "strange"), "strange.MatMulNBits"),
     "a unit's node gone": (_renamed, "'another' that is no unit's"),
     "a kernel more": (_second_kernel, "'decoy' that is no unit's"),
+    "weights that no unit has": (_float_weights, "a MatMul '' that is no unit's"),
+    "another quantised op": (lambda model: setattr(model.graph.node.add(), "op_type", "QLinearMatMul"), "QLinearMatMul"),
     "two nodes of one name": (_same_name, "2 nodes"),
     "a function": (lambda model: model.functions.add(name="f", domain="com.microsoft"), "a function"),
     "no graph": (lambda model: model.Clear(), "found none"),

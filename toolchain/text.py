@@ -57,9 +57,14 @@ def documents(paths: Sequence[Path]) -> list[str]:
     found: list[str] = []
     for path in map(Path, paths):
         try:
-            raw = path.read_bytes()
+            with path.open("rb") as stream:
+                raw = stream.read(_MOST_BYTES + 1)
         except OSError as error:
             raise InputError(f"expected a text file, got {path} ({error.strerror or error})") from error
+        if len(raw) > _MOST_BYTES:
+            raise InputError(
+                f"expected at most {_MOST_BYTES >> 20} MiB in a text file, got more in {path}", "split it, and name the parts"
+            )
         if path.suffix == ".xz":
             try:
                 raw = _unpacked(raw)
@@ -83,6 +88,8 @@ def documents(paths: Sequence[Path]) -> list[str]:
     return found
 
 
+_MOST_BYTES = 256 << 20
+"""Of one file: some sixty million tokens, more than a run here reads in days."""
 _MOST_UNPACKED, _MOST_RATIO = 64 << 20, 100
 """Bytes that any `.xz` may become, and how many times as long a larger one: prose becomes four times as long, zeros seven thousand."""
 

@@ -1,7 +1,7 @@
 """What is in a package's ONNX graphs, held against its manifest: tensors' data inside the package, units and kernels as it says.
 
     unit      every one has its node(s), once in a graph, of the op, attributes and stored shapes that its kernel in the policy means
-    kernels   a quantised node that belongs to no unit is refused: it was neither chosen nor counted
+    kernels   a node that multiplies by stored weights, or quantises, and belongs to no unit is refused: it was neither chosen nor counted
     data      external data lies in a file that the manifest names, within its length; as many bytes as the tensor's shape needs
 
 Blind to what a node does not tell: w3g32 looks as w4g32 does (3-bit codes in a 4-bit container), and whether the codes are those that were
@@ -11,6 +11,7 @@ a device has no `onnx`.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -44,7 +45,12 @@ _FLOATS = {"float32": 1, "float16": 10}
 _UINT8, _INT8 = 2, 3
 _ITEM_BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
 """TensorProto.DataType → bytes of an element, of the types that our graphs store."""
-_QUANTISED = frozenset({"MatMulNBits", "GatherBlockQuantized", "DynamicQuantizeMatMul"})
+_PRODUCTS = frozenset({"MatMul", "Gemm", "FusedMatMul", "TransposeMatMul", "FusedGemm", "GemmFastGelu"})
+"""Of two matrices; with stored weights they are a unit's, since every builder makes units of all of them (`graph/normalise.py`)."""
+_QUANTISED = re.compile(
+    r"MatMul.+|GatherBlockQuantized|Q(Linear|Gemm|Attention|Embed|MoE|Ordered).*|.*Quantize.*|ConvInteger|GemmFloat8"
+)
+"""Ops with weights in fewer bits, or that make tensors of fewer bits: onnxruntime 1.32 has no others."""
 
 
 def check_graphs(
@@ -107,7 +113,8 @@ def _checked(model: Any, sizes: Mapping[str, int], units: Mapping[str, Unit], po
     nodes: dict[str, Any] = {}
     tensors: dict[str, Any] = {}
     times: Counter[str] = Counter()
-    quantised: dict[str, str] = {}
+    kernels: list[Any] = []
+    ours: set[str] = set()
     for message in _inner(model):
         kind = message.DESCRIPTOR.name
         if kind == "Tensor":
@@ -116,8 +123,8 @@ def _checked(model: Any, sizes: Mapping[str, int], units: Mapping[str, Unit], po
         elif kind == "Node":
             nodes[message.name] = message
             times[message.name] += 1
-            if message.op_type in _QUANTISED:
-                quantised[message.name] = message.op_type
+            if message.op_type in _PRODUCTS or _QUANTISED.fullmatch(message.op_type):
+                kernels.append(message)
         elif kind in ("Function", "Training"):
             raise ValueError(f"a {kind.lower()}, of which the runtime would make other nodes")
     for unit in units.values():
@@ -129,10 +136,12 @@ def _checked(model: Any, sizes: Mapping[str, int], units: Mapping[str, Unit], po
             if times[name] != 1:
                 raise ValueError(f"{times[name]} nodes {name!r} for unit {unit.name!r}, which has {kernel.name}")
             _check_node(nodes[name], unit, part, nodes, tensors)
-            quantised.pop(name, None)
+            ours.add(name)
         yield unit.name
-    for name, op in quantised.items():
-        raise ValueError(f"a {op} {name!r} that is no unit's")
+    for node in kernels:
+        stored = [_stored(name, nodes, tensors) for name in node.input] if node.op_type in _PRODUCTS else []
+        if node.name not in ours and (not stored or any(weight is not None and len(weight.dims) == 2 for weight in stored)):
+            raise ValueError(f"a {node.op_type} {node.name!r} that is no unit's")
 
 
 def _inner(root: Any) -> Iterator[Any]:

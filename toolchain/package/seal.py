@@ -21,6 +21,8 @@ from toolchain.package.manifest import Package, open_package
 from toolchain.reading import json_of
 
 FORMAT = "bittailor seal 3"
+_MOST_SIGNATURE_BYTES = 2**16
+"""minisign's have some 300, and a comment of ours."""
 _REMEDY = "remove it, and type: bittailor check PACKAGE --seal"
 
 
@@ -72,11 +74,14 @@ def read_seal(package: Package) -> Seal | None:
         if not isinstance(data["report"], dict):
             raise ValueError("no report")
         about = str(data["package"])
+        signed = package.directory / SIGNATURE
+        found = read_bounded(signed, _MOST_SIGNATURE_BYTES) if signed.is_file() else None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedFileError(f"expected a sealed report in {path}, got {type(error).__name__}: {error}", _REMEDY) from error
+        raise DamagedFileError(
+            f"expected a sealed report in {path}, got {type(error).__name__}: {str(error)[:200]}", _REMEDY
+        ) from error
     if about != package.digest:
         raise DamagedFileError(
             f"expected {path} to be about this package ({package.digest[:12]}…), got one about {about[:12]}…", _REMEDY
         )
-    signed = package.directory / SIGNATURE
-    return Seal(text, data["report"], read_bounded(signed) if signed.is_file() else None)
+    return Seal(text, data["report"], found)

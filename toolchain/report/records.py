@@ -15,11 +15,9 @@ from typing import Any
 from toolchain.check import COULD_NOT_TELL, OVER, WITHIN
 from toolchain.errors import InputError
 from toolchain.package.manifest import Package
-from toolchain.reading import json_of
+from toolchain.reading import read_json
 from toolchain.spec import LIMITS, RESOURCES
 
-LARGEST = 64 * 2**20
-"""Bytes of a report that are read: thousands of trials are a few hundred kilobytes."""
 METRICS = {"perplexity": "lower", "cosine": "higher"}
 """What `evaluate` measures → which is better. A decoder has a perplexity, an encoder the cosine to its full-precision model."""
 _SEEN = tuple(dict.fromkeys((*RESOURCES, *LIMITS)))
@@ -36,11 +34,9 @@ class Record:
 
 
 def read(path: Path) -> Record:
-    """Read one file. Raises InputError naming it, for what is neither report, for NaN and infinities, and for more than `LARGEST` bytes."""
+    """Read one file. Raises InputError naming it, for what is neither report, and what `reading.read_json` refuses."""
     try:
-        if path.stat().st_size > LARGEST:
-            raise ValueError(f"{path.stat().st_size} bytes, at most {LARGEST} are read")
-        data = json_of(path.read_text(encoding="utf-8"))
+        data = read_json(path)
         if isinstance(data, dict) and isinstance(data.get("report"), dict):  # as `check --seal` puts it into a package
             data = data["report"]
         if not isinstance(data, dict):
