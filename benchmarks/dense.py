@@ -172,6 +172,7 @@ def run(arguments: argparse.Namespace) -> None:
             rows[name] |= found
         here = host.identify()
         about = {"cpu": here["cpu"], "runtime": here["runtime"], "threads": host.threads, "commit": commit}
+        about["errors_on"] = str(Team("auto").device)
         about |= {"energy_mj": None, "energy_reason": reason or f"{meter} is there: not asked here, see benchmarks/energy.py"}
         write_atomic(kept, json.dumps({"model": model, "layers": layers, "width": width, **about, "rows": rows}, indent=1) + "\n")
         print(f"{model}: done", file=sys.stderr)

@@ -38,7 +38,7 @@ from toolchain.costs.table import open_table
 from toolchain.files import write_atomic
 from toolchain.graph.assemble import package_bytes
 from toolchain.graph.model import Graph
-from toolchain.kernels import uniform
+from toolchain.kernels import full_precision, uniform
 from toolchain.profiler.profile import default_workload
 from toolchain.report import table
 
@@ -164,9 +164,9 @@ def energy(arguments: argparse.Namespace) -> None:
     found = [row for row in costs.of(ModelShapeRow) if row.model.startswith(arguments.model)]
     if len(found) != 1:
         raise SystemExit(f"expected one model {arguments.model}... in {arguments.table}, found {len(found)}")
-    (shape,) = found
+    (shape,), about = found, costs.header
     units = [(op, K, N) for op, K, N, _ in shape.units.values()]
-    decoding = [row for row in costs.of(UnitEnergyRow) if row.one_token and row.working_set == "streamed"]
+    decoding = [row for row in costs.of(UnitEnergyRow) if row.one_token and row.working_set == "streamed" and row.valid]
     seen = {(row.kernel, row.op, row.K, row.N): row for row in decoding}
     whole = {
         row.policy: row
@@ -181,17 +181,16 @@ def energy(arguments: argparse.Namespace) -> None:
     rows = []
     for kernel, values in sums.items():
         row = {"kernel": kernel}
-        for name, value, full in zip(("ms", "mJ", "mJ above idle"), values, sums["fp16"], strict=True):
-            row |= {name: f"{value:.3g}", f"{name}, of fp16's": f"{value / full:.2f}"}
+        for name, value, full in zip(("ms", "mJ", "mJ above idle"), values, sums[full_precision(about.provider)], strict=True):
+            row |= {name: f"{value:.3g}", f"{name}, of {full_precision(about.provider)}'s": f"{value / full:.2f}"}
         it = whole.get(kernel)
         row["mJ of the whole model"] = f"{it.energy_mj:.0f} ± {it.spread_mj:.0f}, {it.above_idle_mj:.0f} above idle" if it else "–"
         rows.append(row)
-    meter = ", ".join(dict.fromkeys(row.meter for row in costs.of(UnitEnergyRow)))
-    about = costs.header
+    meter = ", ".join(dict.fromkeys(row.meter for row in decoding))
     said = (
         f"All {len(units)} units of a model of {shape.layers} layers of width {shape.hidden}, decoding one token, on {about.device} "
         f"({about.runtime}; {meter}), every shape measured by itself: weights read from memory, idle power in mJ and not in mJ above idle. "
-        "The whole model has what lies between its units besides. –: not measured"
+        "The whole model has what lies between its units besides. Left out: kernels that some unit was not measured with; –: not measured"
     )
     write_atomic(arguments.results / "energy.md", f"{said}\n\n{table(rows, list(rows[0]), markdown=True)}\n")
 

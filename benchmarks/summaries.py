@@ -241,7 +241,7 @@ def main() -> None:
             sub.add_argument("--results", type=Path, default=Path("results"))
             continue
         sub.add_argument("--articles", type=Path, required=True)
-        sub.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+        sub.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="numbers of the seeds")
         sub.add_argument("--epochs", type=int, default=60)
         sub.add_argument("--steps", type=int, default=150, help="S, policy-steps of QAT")
         sub.add_argument("--heldout", type=int, default=100, help="articles that nothing is trained on")

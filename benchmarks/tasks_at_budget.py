@@ -6,7 +6,7 @@
                                              [--steps 150] [--seeds 3] [--workers 1] [--on cuda] [--precision bf16]
     python benchmarks/tasks_at_budget.py measure --graph GRAPH --device DEVICE --profiles PROFILES --out DIR          on the device
     python benchmarks/tasks_at_budget.py report --graph GRAPH --device DEVICE --profiles PROFILES --out DIR [--results results]
-    python benchmarks/tasks_at_budget.py restore --out DIR [--results results]        DIR as `report` kept it, to measure without training
+    python benchmarks/tasks_at_budget.py restore --out DIR [--results results] [--measured]   as `report` kept it: no training needed
 
 Policies are chosen under the device's low, medium and high, and under a tight limit on memory alone, a twentieth of the way from the least
 to the most that quantised policies take; less the room that `export` keeps. All methods have the same kernels to choose from.
@@ -37,6 +37,7 @@ from typing import Any
 import numpy as np
 import task_kinds
 import tasks_measured
+import tasks_report
 import training_jobs as jobs
 from choosing import keeps
 from perplexity_at_bits import META, SUPERNETS
@@ -64,7 +65,7 @@ ANCHOR = 4
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    for act in (run, tasks_measured.measure, tasks_measured.report, tasks_measured.restore):
+    for act in (run, tasks_measured.measure, tasks_report.report, tasks_measured.restore):
         sub = commands.add_parser(act.__name__)
         sub.set_defaults(act=act)
         sub.add_argument("--out", type=Path, required=True)
@@ -78,9 +79,11 @@ def main() -> None:
                 "--part", default="1/1", metavar="I/N", help="the I-th of N: on N machines of one kind, or N sets of cores"
             )
             sub.add_argument("--packages", type=int, default=0, help="measure at most so many more (0: all)")
-        if act in (tasks_measured.report, tasks_measured.restore):
+        if act in (tasks_report.report, tasks_measured.restore):
             sub.add_argument("--results", type=Path, default=Path("results"))
             sub.add_argument("--name", default="tasks_at_budget", help="of the files in --results")
+        if act is tasks_measured.restore:
+            sub.add_argument("--measured", action="store_true", help="with what was measured: else that is to be done anew")
         if act is not run:
             continue
         sub.add_argument("--models", type=Path, required=True)

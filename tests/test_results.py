@@ -1,4 +1,4 @@
-"""The tables of results/ that others are made into are made from what is beside them: nobody typed a figure."""
+"""Tables of results/ that are made from other results or a cost table are just that: nobody typed a figure."""
 
 from __future__ import annotations
 

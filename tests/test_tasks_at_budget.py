@@ -6,7 +6,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +60,11 @@ def test_every_method_keeps_every_budget_and_is_scored(
         (data / name).write_text(
             "".join(f"{' '.join('abcdefg'[place % 7 : place % 3 + 5])}\t{place % 2}\n" for place in range(count))
         )
-    words = ["--graph", graph.directory, "--device", "local", "--profiles", tmp_path / "profiles", "--out", tmp_path / "out"]
+    where = ["--graph", graph.directory, "--device", "local", "--profiles", tmp_path / "profiles"]
 
-    def run(act: str, *more: object, words: Sequence[object] = words) -> str:
-        command = [sys.executable, ROOT / "benchmarks" / "tasks_at_budget.py", act, *words, *more]
+    def run(act: str, *more: object, out: str = "out") -> str:
+        words = [*(where if act != "restore" else []), "--out", tmp_path / out, *more]
+        command = [sys.executable, ROOT / "benchmarks" / "tasks_at_budget.py", act, *words]
         done = subprocess.run(list(map(str, command)), env=environment(), capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -93,6 +94,9 @@ def test_every_method_keeps_every_budget_and_is_scored(
     assert len(found["cells"]) == sum(len(row) for method, row in kept.items() if method != "fp32")
     assert "MetaQuantLLM, solver" in said
     assert "fraction of fp32" in said
-    run("restore", "--results", tmp_path / "results", words=["--out", tmp_path / "again"])
-    assert run("report", "--results", tmp_path / "anew", words=[*words[:-1], tmp_path / "again"]) == said
+    run("restore", "--results", tmp_path / "results", "--measured", out="again")
+    assert run("report", "--results", tmp_path / "anew", out="again") == said
     assert json.loads((tmp_path / "anew" / "tasks_at_budget.json").read_text()) == found
+    run("restore", "--results", tmp_path / "results", out="unmeasured")
+    run("measure", "--most-seconds", 1, "--packages", 1, out="unmeasured")
+    assert len([*(tmp_path / "unmeasured").glob("measured-*.jsonl")]) == 1
