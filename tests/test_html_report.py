@@ -6,6 +6,7 @@ The packages are cut by the command from a supernet that was rounded, not traine
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import sys
@@ -247,48 +248,81 @@ def test_every_number_in_a_table_is_the_jsons(shown) -> None:
         assert cell.words == expected, cell.attributes
 
 
-def test_every_mark_in_a_figure_lies_where_the_json_says(shown) -> None:
-    """Marks of one drawing have pixels that are one straight line of their values; bars widths in proportion to theirs."""
+@pytest.mark.parametrize(("resource", "factor"), [("latency_ms", 1.0), ("peak_memory_bytes", 1e-6)])
+def test_every_mark_of_a_front_lies_where_the_json_says(shown, resource: str, factor: float) -> None:
+    """Marks of one drawing have pixels that are one straight line of their values, and of the numbers along the axes."""
     page, said, _ = shown
     figures = {found.attributes["id"]: found for found in page.root.all("figure")}
     group = said["groups"][0]
-    front = _marks(figures["g0-latency_ms-p"])
+    front = _marks(figures[f"g0-{resource}-p"])
     predicted = [
-        (
-            mark,
-            (value["cost"], value["loss"])
-            if "cost" in value
-            else (value["predicted"]["latency_ms"]["value"], value["predicted_loss"]["value"]),
-        )
+        (mark, (value["cost"], value["loss"]))
+        if "cost" in value
+        else (mark, (value["predicted"][resource]["value"], value["predicted_loss"]["value"]))
         for pointer, mark in front.items()
         for value in [_at(said, pointer)]
     ]
+    points = group["front"]["resources"][resource]["points"]
     assert sum("packages" in pointer for pointer in front) == len(NAMES)
-    assert len(predicted) > len(group["front"]["resources"]["latency_ms"]["points"]) / 2  # what lies outside is not drawn
-    across, up = _ticks(figures["g0-latency_ms-p"])
-    _on_a_line([*across, *((mark[0], x) for mark, (x, _) in predicted)])
-    points = group["front"]["resources"]["latency_ms"]["points"]
-    for entry in group["packages"]:  # none below the front as it is drawn
-        cost = entry["predicted"]["latency_ms"]["value"] * (1 + 1e-9)
-        assert min(point["loss"] for point in points if point["cost"] <= cost) <= entry["predicted_loss"]["value"] + 1e-9
+    assert len(predicted) > len(points) / 2  # what lies outside is not drawn
+    across, up = _ticks(figures[f"g0-{resource}-p"])
+    _on_a_line([*across, *((mark[0], x * factor) for mark, (x, _) in predicted)])
     _on_a_line([(mark[1], y) for mark, (_, y) in predicted])
     assert _rate(up) == pytest.approx(_rate([(mark[1], y) for mark, (_, y) in predicted]), rel=1e-3)
-    seen = [(mark, _at(said, pointer)) for pointer, mark in _marks(figures["g0-latency_ms-m"]).items()]
+    for entry in group["packages"]:  # none below the front as it is drawn
+        cost = entry["predicted"][resource]["value"] * (1 + 1e-9)
+        assert min(point["loss"] for point in points if point["cost"] <= cost) <= entry["predicted_loss"]["value"] + 1e-9
+    seen = [(mark, _at(said, pointer)) for pointer, mark in _marks(figures[f"g0-{resource}-m"]).items()]
     assert len(seen) == len(NAMES)
-    across, up = _ticks(figures["g0-latency_ms-m"])
-    _on_a_line([*across, *((mark[0], value["measured"]["latency_ms"]["value"]) for mark, value in seen)])
-    assert _rate(up) == pytest.approx(_rate([(mark[1], value["quality"]["value"]) for mark, value in seen]), rel=1e-3)
+    across, up = _ticks(figures[f"g0-{resource}-m"])
+    _on_a_line([*across, *((mark[0], value["measured"][resource]["value"] * factor) for mark, value in seen)])
     _on_a_line([(mark[1], value["quality"]["value"]) for mark, value in seen])
-    for index, entry in enumerate(group["packages"]):
-        bars = _bars(figures[f"g0-{index}-budget"])
+    assert _rate(up) == pytest.approx(_rate([(mark[1], value["quality"]["value"]) for mark, value in seen]), rel=1e-3)
+
+
+def test_every_bar_is_as_long_as_the_json_says(shown) -> None:
+    """Measured over its limit, with the prediction's mark beside it; what kinds of units cost, their sum, the measured whole."""
+    page, said, _ = shown
+    figures = {found.attributes["id"]: found for found in page.root.all("figure")}
+    for index, entry in enumerate(said["groups"][0]["packages"]):
+        budget = figures[f"g0-{index}-budget"]
+        bars, (start, end) = _bars(budget), [x for x, _ in _ends(budget)]
         assert len(bars) == len(entry["limits"])
-        rates = [width / (_at(said, pointer) / _at(said, pointer.replace("measured", "limit"))) for pointer, width in bars.items()]
-        (x0, _), (x1, _) = _ends(figures[f"g0-{index}-budget"])
-        assert rates == pytest.approx([x1 - x0] * len(rates), rel=2e-3)
-        bars = _bars(figures[f"g0-{index}-latency_ms"])
-        rates = [width / _at(said, pointer) for pointer, width in bars.items() if width > 1]
-        assert len(bars) > 5
-        assert rates == pytest.approx([rates[0]] * len(rates), rel=1e-2)  # pixels have two decimals
+        shares = [_at(said, pointer) / _at(said, pointer.replace("measured", "limit")) for pointer in bars]
+        assert list(bars.values()) == pytest.approx([share * (end - start) for share in shares], rel=2e-3)
+        limits = {limit["name"]: limit["limit"] for limit in entry["limits"]}
+        marks = _marks(budget)
+        assert len(marks) == len(limits)
+        for pointer, (x, _) in marks.items():
+            name = pointer.split("/")[-2]
+            assert x == pytest.approx(start + (end - start) * _at(said, pointer) / limits[name], abs=0.5)
+        for resource in ("latency_ms", "peak_memory_bytes"):
+            bars = _bars(figures[f"g0-{index}-{resource}"])
+            rates = [width / _at(said, pointer) for pointer, width in bars.items() if width > 1]
+            assert len(bars) > 3
+            assert rates == pytest.approx([rates[0]] * len(rates), rel=1e-2)  # pixels have two decimals
+
+
+def test_every_corner_of_a_radar_lies_where_the_json_says(shown) -> None:
+    """Axes at 90, 210 and 330 degrees from one middle, all of one scale; what is below 0 is drawn in the middle."""
+    page, said, _ = shown
+    figures = {found.attributes["id"]: found for found in page.root.all("figure")}
+    drawn = 0
+    for index, name in enumerate(NAMES):
+        marks = _marks(figures[f"g0-{index}-radar"])
+        corners = {pointer.split("/")[-2]: (mark, max(0.0, _at(said, pointer))) for pointer, mark in marks.items()}
+        assert bool(corners) == (name != "fp32")
+        if len(corners) < 3:
+            continue
+        (x, y), up = corners["accuracy_retention"]
+        (left, low), down = corners["size_reduction"]
+        scale = (x - left) / (down * math.cos(math.radians(30)))
+        (right, other), across = corners["latency_reduction"]
+        assert right - x == pytest.approx(scale * across * math.cos(math.radians(30)), abs=0.5)
+        assert low - y == pytest.approx(scale * (up + down / 2), abs=0.5)
+        assert other - y == pytest.approx(scale * (up + across / 2), abs=0.5)
+        drawn += 1
+    assert drawn == len(NAMES) - 1
 
 
 def _ticks(figure: Element) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
