@@ -190,6 +190,21 @@ def test_a_package_can_be_polished_and_says_so(supernet: Path, profiles: Path, w
     assert {path: path.read_bytes() for path in supernet.rglob("*.safetensors")} == before
 
 
+def test_a_package_is_polished_at_its_supernets_rate(supernet: Path, profiles: Path, words: Path, tmp_path: Path, cli: Any) -> None:
+    supernet = shutil.copytree(supernet, tmp_path / "supernet")
+    description = yaml.safe_load((supernet / "supernet.yaml").read_text())
+    asked = ("--policy", "w2g32", "--profiles", profiles, "--polish", "2", "--text", words)
+    for rate, moved in ((1e-9, False), (1, True)):
+        description["training"]["rate"] = rate
+        (supernet / "supernet.yaml").write_text(yaml.safe_dump(description))
+        polish = cli("export", supernet, *asked, "--out", tmp_path / f"{rate}", "--json").json["training"]["polish"]
+        assert (polish["distance_before"] != polish["distance_after"]) == moved
+        assert polish.get("rate", 1) == rate
+    description["training"]["rate"] = "fast"
+    (supernet / "supernet.yaml").write_text(yaml.safe_dump(description))
+    assert "'fast'" in cli("export", supernet, *asked, "--out", tmp_path / "none").error
+
+
 def test_a_kernel_that_a_supernet_lacks_is_refused(supernet: Path, profiles: Path, tmp_path: Path, cli: Any) -> None:
     """As after training with the table of a device whose runtime lacks it."""
     supernet = shutil.copytree(supernet, tmp_path / "supernet")

@@ -9,17 +9,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from toolchain.commands.training import BATCH, CALIBRATION, WINDOW
+from toolchain.commands.training import BATCH, CALIBRATION, MOST_RATE, WINDOW
 from toolchain.commands.workflow import Source
 from toolchain.errors import InputError, require
 from toolchain.files import scratch
 from toolchain.kernels import CATALOGUE, parts
 from toolchain.progress import note
 from toolchain.spec import Policy
+
+if TYPE_CHECKING:
+    from toolchain.supernet.store import SupernetFolder
 
 
 def polished(
@@ -65,16 +68,32 @@ def polished(
     score = scorer(supernet, windows[:CALIBRATION])
     before = score(trained)
     settings = polishing(Settings(precision="bf16" if team.device.type == "cuda" else "fp32"), steps)
+    rate = _rate(source.supernet)
+    settings = replace(settings, lr=rate * settings.lr, bound_lr=rate * settings.bound_lr)
     batch = min(BATCH, len(windows) - CALIBRATION)
     with scratch() as folder:
         adapt(supernet, Run(windows[CALIBRATION:], steps, batch, folder, seed, settings=settings, team=team), [trained])
     after = score(trained)
     name = ", ".join(path.name for path in text) if text else texts.pydoc_description()
     distances = {"distance_before": round(before, 5), "distance_after": round(after, 5)}
-    facts = {"steps": steps, "text": name, "windows": len(windows) - CALIBRATION, **distances}
+    facts = {
+        "steps": steps,
+        "text": name,
+        "windows": len(windows) - CALIBRATION,
+        **({"rate": rate} if rate != 1 else {}),
+        **distances,
+    }
     if not after < before:  # also where it is not a number
         note(
             f"bittailor: polishing did not bring the package nearer to the model ({before:.4f} before, {after:.4f} after): left as it was"
         )
         return source, {**facts, "taken": False}
     return replace(source, weights=supernet.quantized), {**facts, "taken": True}
+
+
+def _rate(supernet: SupernetFolder) -> float:
+    """Times the tuned learning rates, as the supernet was trained (`train --rate`). Raises InputError."""
+    rate = supernet.description["training"].get("rate", 1.0)
+    if type(rate) not in (int, float) or not 0 < rate <= MOST_RATE:
+        raise InputError(f"expected the training's rate above 0, at most {MOST_RATE}, in {supernet.directory}, got {rate!r}")
+    return float(rate)

@@ -27,6 +27,7 @@ from toolchain.supernet import store
 
 WINDOW = 256
 BATCH = 4
+MOST_RATE = 10
 CALIBRATION = 4
 """Windows on which the kernels' losses are measured, before training (for the meta-network's start) and after."""
 GPTQ_WINDOWS = 64
@@ -49,8 +50,8 @@ class Machine:
     rate: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.rate <= 10:
-            raise InputError(f"expected --rate above 0, at most 10, got {self.rate:g}", "type for example: --rate 0.25")
+        if not 0 < self.rate <= MOST_RATE:
+            raise InputError(f"expected --rate above 0, at most {MOST_RATE}, got {self.rate:g}", "type for example: --rate 0.25")
         if self.batch < 1 or self.micro_batch < 0:
             raise InputError(f"expected one window a step or more, got {self.batch} and {self.micro_batch}")
         if self.compiled and not any(map(shutil.which, ("c++", "g++", "clang++"))):
