@@ -186,6 +186,13 @@ def _float_weights(model: Any) -> None:
     model.graph.node.append(helper.make_node("MatMul", ["decoy/output", "decoy/output"], ["another/output"]))  # no name, either
 
 
+def _constant_weights(model: Any) -> None:
+    value = helper.make_tensor("value", TensorProto.FLOAT, [2, 2], [1.0] * 4)
+    model.graph.node.append(helper.make_node("Constant", [], ["w"], value=value))
+    model.graph.node.append(helper.make_node("Transpose", ["w"], ["turned"]))
+    model.graph.node.append(helper.make_node("Gemm", ["turned", "turned"], ["decoy/output"]))
+
+
 def _same_name(model: Any) -> None:
     node = model.graph.node.add()
     node.CopyFrom(_node(model))
@@ -225,6 +232,7 @@ GRAPHS: dict[str, tuple[Callable[[Any], None], str]] = {
     "a unit's node gone": (_renamed, "'another' that is no unit's"),
     "a kernel more": (_second_kernel, "'decoy' that is no unit's"),
     "weights that no unit has": (_float_weights, "a MatMul '' that is no unit's"),
+    "weights in a constant": (_constant_weights, "a Gemm '' that is no unit's"),
     "another quantised op": (lambda model: setattr(model.graph.node.add(), "op_type", "QLinearMatMul"), "QLinearMatMul"),
     "two nodes of one name": (_same_name, "2 nodes"),
     "a function": (lambda model: model.functions.add(name="f", domain="com.microsoft"), "a function"),

@@ -113,6 +113,7 @@ def _checked(model: Any, sizes: Mapping[str, int], units: Mapping[str, Unit], po
     nodes: dict[str, Any] = {}
     tensors: dict[str, Any] = {}
     times: Counter[str] = Counter()
+    made: dict[str, Any] = {}
     kernels: list[Any] = []
     ours: set[str] = set()
     for message in _inner(model):
@@ -125,6 +126,8 @@ def _checked(model: Any, sizes: Mapping[str, int], units: Mapping[str, Unit], po
             times[message.name] += 1
             if message.op_type in _PRODUCTS or _QUANTISED.fullmatch(message.op_type):
                 kernels.append(message)
+            elif message.op_type in ("Transpose", "Constant"):
+                made |= dict.fromkeys(message.output, message)
         elif kind in ("Function", "Training"):
             raise ValueError(f"a {kind.lower()}, of which the runtime would make other nodes")
     for unit in units.values():
@@ -135,11 +138,11 @@ def _checked(model: Any, sizes: Mapping[str, int], units: Mapping[str, Unit], po
         for name, part in zip(names, parts(kernel), strict=True):
             if times[name] != 1:
                 raise ValueError(f"{times[name]} nodes {name!r} for unit {unit.name!r}, which has {kernel.name}")
-            _check_node(nodes[name], unit, part, nodes, tensors)
+            _check_node(nodes[name], unit, part, made, tensors)
             ours.add(name)
         yield unit.name
     for node in kernels:
-        stored = [_stored(name, nodes, tensors) for name in node.input] if node.op_type in _PRODUCTS else []
+        stored = [_stored(name, made, tensors) for name in node.input] if node.op_type in _PRODUCTS else []
         if node.name not in ours and (not stored or any(weight is not None and len(weight.dims) == 2 for weight in stored)):
             raise ValueError(f"a {node.op_type} {node.name!r} that is no unit's")
 
@@ -181,7 +184,7 @@ def _check_data(tensor: Any, sizes: Mapping[str, int]) -> None:
         raise ValueError(f"a tensor {name!r} of {length} bytes, its shape and type need {needed or 'another type'}")
 
 
-def _check_node(node: Any, unit: Unit, kernel: Kernel, nodes: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
+def _check_node(node: Any, unit: Unit, kernel: Kernel, made: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
     """Raise ValueError where a node is not what executes the unit with the kernel (`graph/nodes.py` writes it)."""
     op = node_op(unit.op, kernel)
     domain = "com.microsoft" if kernel.quantised else ""
@@ -194,7 +197,7 @@ def _check_node(node: Any, unit: Unit, kernel: Kernel, nodes: Mapping[str, Any],
         if given.get(name, 0) != value:
             raise ValueError(f"{seen} with {name} {given.get(name, 0)} for unit {unit.name!r}, whose {kernel.name} has {value}")
     for place, (kind, *allowed) in shapes.items():
-        stored = _stored(node.input[place] if place < len(node.input) else "", nodes, tensors)
+        stored = _stored(node.input[place] if place < len(node.input) else "", made, tensors)
         if stored is None or stored.data_type != kind or tuple(stored.dims) not in allowed:
             got = "no stored tensor" if stored is None else f"{list(stored.dims)} of type {stored.data_type}"
             raise ValueError(f"{seen} with {got} as input {place}, expected {list(allowed[0])} of type {kind} for {kernel.name}")
@@ -217,8 +220,14 @@ def _meaning(unit: Unit, kernel: Kernel, op: str) -> tuple[dict[str, int], dict[
     return shape, {1: (_UINT8, (N, G, row)), 2: (real, (N, G))}
 
 
-def _stored(name: str, nodes: Mapping[str, Any], tensors: Mapping[str, Any]) -> Any:
-    """The tensor that an input names, through a Transpose where a tied one is read as the other stores it; None where there is none."""
-    if name not in tensors:
-        name = next((node.input[0] for node in nodes.values() if node.op_type == "Transpose" and name in node.output), name)
+def _stored(name: str, made: Mapping[str, Any], tensors: Mapping[str, Any]) -> Any:
+    """The tensor that an input names, also a Constant's, through a Transpose where a tied one is read as the other stores it; None where
+    there is none. made: output → the Transpose or Constant that makes it."""
+    for _ in range(3):
+        if name in tensors or name not in made:
+            break
+        node = made[name]
+        if node.op_type == "Constant":
+            return next((attribute.t for attribute in node.attribute if attribute.name == "value"), None)
+        name = node.input[0] if node.input else ""
     return tensors.get(name)
