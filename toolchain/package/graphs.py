@@ -124,6 +124,8 @@ def _checked(model: Any, sizes: Mapping[str, int], units: Mapping[str, Unit], po
         elif kind == "Node":
             nodes[message.name] = message
             times[message.name] += 1
+            if not isinstance(message.op_type, str):  # protobuf gives bytes for what is no UTF-8
+                raise ValueError(f"an op {message.op_type!r:.80}")
             if message.op_type in _PRODUCTS or _QUANTISED.fullmatch(message.op_type):
                 kernels.append(message)
             elif message.op_type in ("Transpose", "Constant"):
