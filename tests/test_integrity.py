@@ -180,19 +180,6 @@ def _second_kernel(model: Any) -> None:
     node.name, node.output[0] = "decoy", "decoy/output"
 
 
-def _float_weights(model: Any) -> None:
-    model.graph.initializer.append(helper.make_tensor("w", TensorProto.FLOAT, [2, 2], [1.0] * 4))
-    model.graph.node.append(helper.make_node("MatMul", ["w", "w"], ["decoy/output"]))
-    model.graph.node.append(helper.make_node("MatMul", ["decoy/output", "decoy/output"], ["another/output"]))  # no name, either
-
-
-def _constant_weights(model: Any) -> None:
-    value = helper.make_tensor("value", TensorProto.FLOAT, [2, 2], [1.0] * 4)
-    model.graph.node.append(helper.make_node("Constant", [], ["w"], value=value))
-    model.graph.node.append(helper.make_node("Transpose", ["w"], ["turned"]))
-    model.graph.node.append(helper.make_node("Gemm", ["turned", "turned"], ["decoy/output"]))
-
-
 def _same_name(model: Any) -> None:
     node = model.graph.node.add()
     node.CopyFrom(_node(model))
@@ -231,8 +218,6 @@ GRAPHS: dict[str, tuple[Callable[[Any], None], str]] = {
     "another op's domain": (lambda model: setattr(_node(model), "domain", "strange"), "strange.MatMulNBits"),
     "a unit's node gone": (_renamed, "'another' that is no unit's"),
     "a kernel more": (_second_kernel, "'decoy' that is no unit's"),
-    "weights that no unit has": (_float_weights, "a MatMul '' that is no unit's"),
-    "weights in a constant": (_constant_weights, "a Gemm '' that is no unit's"),
     "an op that is no text": (lambda model: model.graph.node.add().MergeFromString(b"\x22\x02\xff\xfe"), "an op"),
     "another quantised op": (lambda model: setattr(model.graph.node.add(), "op_type", "QLinearMatMul"), "QLinearMatMul"),
     "two nodes of one name": (_same_name, "2 nodes"),

@@ -30,9 +30,10 @@ class Baseline:
         """Raises InputError for a file that is no report of `check --json`, or one of a version that kept no processes."""
         try:
             data = read_json(path)
+            machine = dict(data["machine"])
             if len(data["blocks"]) > _MOST_PROCESSES:
                 raise ValueError(f"{len(data['blocks'])} processes, at most {_MOST_PROCESSES} are compared with")
-            machine, blocks = dict(data["machine"]), tuple(map(Block.from_json, data["blocks"]))
+            blocks = tuple(map(Block.from_json, data["blocks"]))
             peaks = tuple(float(peak) for peak in data["measured"]["peak_memory_bytes"]["trials"])
             return cls(blocks, tuple(peak for peak in peaks if 0 < peak < float("inf")), machine, str(data["workload"]))
         except OSError as error:

@@ -1,7 +1,7 @@
 """What is in a package's ONNX graphs, held against its manifest: tensors' data inside the package, units and kernels as it says.
 
     unit      every one has its node(s), once in a graph, of the op, attributes and stored shapes that its kernel in the policy means
-    kernels   a node that multiplies by stored weights, or quantises, and belongs to no unit is refused: it was neither chosen nor counted
+    kernels   a quantised node that belongs to no unit is refused: it was neither chosen nor counted
     data      external data lies in a file that the manifest names, within its length; as many bytes as the tensor's shape needs
 
 Blind to what a node does not tell: w3g32 looks as w4g32 does (3-bit codes in a 4-bit container), and whether the codes are those that were
@@ -45,8 +45,6 @@ _FLOATS = {"float32": 1, "float16": 10}
 _UINT8, _INT8 = 2, 3
 _ITEM_BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
 """TensorProto.DataType → bytes of an element, of the types that our graphs store."""
-_PRODUCTS = frozenset({"MatMul", "Gemm", "FusedMatMul", "TransposeMatMul", "FusedGemm", "GemmFastGelu"})
-"""Of two matrices; with stored weights they are a unit's, since every builder makes units of all of them (`graph/normalise.py`)."""
 _QUANTISED = re.compile(
     r"MatMul.+|GatherBlockQuantized|Q(Linear|Gemm|Attention|Embed|MoE|Ordered).*|.*Quantize.*|ConvInteger|GemmFloat8"
 )
@@ -126,7 +124,7 @@ def _checked(model: Any, sizes: Mapping[str, int], units: Mapping[str, Unit], po
             times[message.name] += 1
             if not isinstance(message.op_type, str):  # protobuf gives bytes for what is no UTF-8
                 raise ValueError(f"an op {message.op_type!r:.80}")
-            if message.op_type in _PRODUCTS or _QUANTISED.fullmatch(message.op_type):
+            if _QUANTISED.fullmatch(message.op_type):
                 kernels.append(message)
             elif message.op_type in ("Transpose", "Constant"):
                 made |= dict.fromkeys(message.output, message)
@@ -144,8 +142,7 @@ def _checked(model: Any, sizes: Mapping[str, int], units: Mapping[str, Unit], po
             ours.add(name)
         yield unit.name
     for node in kernels:
-        stored = [_stored(name, made, tensors) for name in node.input] if node.op_type in _PRODUCTS else []
-        if node.name not in ours and (not stored or any(weight is not None and len(weight.dims) == 2 for weight in stored)):
+        if node.name not in ours:
             raise ValueError(f"a {node.op_type} {node.name!r} that is no unit's")
 
 
