@@ -220,6 +220,10 @@ GRAPHS: dict[str, tuple[Callable[[Any], None], str]] = {
     "a kernel more": (_second_kernel, "'decoy' that is no unit's"),
     "an op that is no text": (lambda model: model.graph.node.add().MergeFromString(b"\x22\x02\xff\xfe"), "an op"),
     "another quantised op": (lambda model: setattr(model.graph.node.add(), "op_type", "QLinearMatMul"), "QLinearMatMul"),
+    "weights that are dequantised": (
+        lambda model: setattr(model.graph.node.add(), "op_type", "DequantizeLinear"),
+        "DequantizeLinear",
+    ),
     "two nodes of one name": (_same_name, "2 nodes"),
     "a function": (lambda model: model.functions.add(name="f", domain="com.microsoft"), "a function"),
     "no graph": (lambda model: model.Clear(), "found none"),

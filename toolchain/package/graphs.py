@@ -45,10 +45,8 @@ _FLOATS = {"float32": 1, "float16": 10}
 _UINT8, _INT8 = 2, 3
 _ITEM_BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
 """TensorProto.DataType → bytes of an element, of the types that our graphs store."""
-_QUANTISED = re.compile(
-    r"MatMul.+|GatherBlockQuantized|Q(Linear|Gemm|Attention|Embed|MoE|Ordered).*|.*Quantize.*|ConvInteger|GemmFloat8"
-)
-"""Ops with weights in fewer bits, or that make tensors of fewer bits: onnxruntime 1.32 has no others."""
+_QUANTISED = re.compile(r"MatMul.+|Q(Linear|Gemm|Attention|Embed|MoE|Ordered).*|.*[Qq]uantize.*|ConvInteger|GemmFloat8")
+"""Ops with weights in fewer bits, or that make tensors of fewer bits or of them, by the names that onnxruntime 1.32 has."""
 
 
 def check_graphs(
