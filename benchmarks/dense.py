@@ -1,19 +1,21 @@
 """The third study's synthetic dense models (arXiv:2411.06084, tables I to V) of 10M, 100M and 1B parameters, measured on this machine.
 
-    python benchmarks/dense.py run --out DIR [--models 10M 100M 1B] [--kernels fp32 w8a8 w8g32 w4g32 w3g32 w2g32]
-    python benchmarks/dense.py report --out DIR --results results
+    python benchmarks/dense.py run --out DIR [--device local] [--models 10M 100M 1B] [--kernels fp32 w8a8 w8g32 w4g32 w3g32 w2g32]
+    python benchmarks/dense.py report --out DIR [OTHER_DEVICES_DIR ...] --results results
 
 A model is a chain of layers y = relu(W x), all of one width, weights drawn so that activations keep their size (He et al. 2015). For each
 kernel on all layers:
 
     file, memory      bytes of the files; highest resident set of a fresh process over a bare runtime's
     latency           of one token and of 64, all kernels of a model in rotation; throughput is 64 tokens over their time
+    energy            of the same runs, idle power included, by the device's meter; without one null, with the reason
     C_q / C_f         the study's cost, b_w b_a / (32 · 32), beside latency over fp32's: what is measured and what the formula says
     error             ‖y − ŷ‖ / ‖y‖ at the chain's end for 64 random inputs, int8 activations as the kernel has them; with γ: every layer's
                       outputs scaled to their second moment (equation 18), on 256 other inputs
     bound             Π (1 + ε_l) − 1, ε_l = ‖W − Ŵ‖₂ / ‖W‖₂ (equation 13): of the weights alone
 
-DIR keeps what was measured of each model, and a killed run goes on. No energy without a meter: null, with the reason.
+DIR keeps what was measured of each model, and a killed run goes on. --device local-cuda: on the GPU. fp32 is a plain MatMul there (the
+runtime may take TF32), which no package has, for the study's comparison; the other kernels are of fp16.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnx import TensorProto, helper
+from onnx import helper
 from scipy.sparse.linalg import LinearOperator, svds
 
 from toolchain import hardware
@@ -43,18 +45,20 @@ from toolchain.kernels import CATALOGUE
 from toolchain.profiler.ask import Host
 from toolchain.profiler.measure import levelled, summarise
 from toolchain.progress import track
-from toolchain.quantize.affine import quantize
-from toolchain.quantize.fake import fake_quantise, fake_quantise_activation
+from toolchain.quantize.fake import codes, fake_quantise, fake_quantise_activation
 from toolchain.quantize.post_training import gamma
 from toolchain.report import table
-from toolchain.spec import Kernel, Unit
+from toolchain.spec import CPU, CUDA, Kernel, Unit
 from toolchain.train.team import Team
 
 MODELS = {"10M": (10, 1024), "100M": (24, 2048), "1B": (60, 4096)}
 """Name → (layers, width)."""
-KERNELS = ("fp32", "w8a8", "w8g32", "w4g32", "w3g32", "w2g32")
+KERNELS = {
+    CPU: ("fp32", "w8a8", "w8g32", "w4g32", "w3g32", "w2g32"),
+    CUDA: ("fp32", "fp16", "w8g32-fp16", "w4g32-fp16", "w3g32-fp16", "w2g32-fp16"),
+}
 TOKENS, CALIBRATION = 64, 256
-WINDOWS = 9
+WINDOWS, ENERGY_WINDOWS = 9, 3
 
 
 def layer(width: int, place: int) -> np.ndarray:
@@ -64,20 +68,23 @@ def layer(width: int, place: int) -> np.ndarray:
 
 
 def write(width: int, layers: int, kernel: Kernel, out: Path) -> None:
-    """The chain as an ONNX folder: input "x" [M, width], output "y0"."""
+    """The chain as an ONNX folder: input "x" [M, width], output "y0", of the kernel's float type."""
     unit, nodes, tensors, data = Unit("layer", "MatMul", width, width), [], [], "x"
+    device = Team("auto").device
     with DataWriter(out / DATA_NAME, sync=False) as writer:
         for place in range(layers):
             weight, name = layer(width, place), f"layer{place}"
             if kernel.quantised:
-                node, made = quantised_node(unit, kernel, quantize(weight, kernel), data, f"{name}/sum", name)
-                tensors += [writer.tensor(tensor, array) for tensor, array in made]
+                made = codes(torch.from_numpy(weight).to(device), kernel)
+                node, parts = quantised_node(unit, kernel, made, data, f"{name}/sum", name)
+                tensors += [writer.tensor(tensor, array) for tensor, array in parts]
             else:
-                tensors.append(writer.tensor(f"{name}.weight", weight.T))
+                tensors.append(writer.tensor(f"{name}.weight", weight.T.astype(kernel.float_type)))
                 node = helper.make_node("MatMul", [data, f"{name}.weight"], [f"{name}/sum"], name=name)
             data = "y0" if place == layers - 1 else f"{name}/relu"
             nodes += [node, helper.make_node("Relu", [f"{name}/sum"], [data], name=f"{name}/act")]
-    value, output = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["M", width]) for name in ("x", "y0"))
+    floats = helper.np_dtype_to_tensor_dtype(np.dtype(kernel.float_type))
+    value, output = (helper.make_tensor_value_info(name, floats, ["M", width]) for name in ("x", "y0"))
     graph = helper.make_graph(nodes, "dense", [value], [output], tensors)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10, producer_name="bittailor"), out / MODEL_NAME)
@@ -125,8 +132,9 @@ def _distance(said: torch.Tensor, exact: torch.Tensor) -> float:
     return float((said.double() - exact.double()).norm() / exact.double().norm())
 
 
-def measured(host: Host, model: str, names: list[str]) -> dict[str, dict[str, Any]]:
-    """kernel → bytes and times, all kernels in rotation; a model too large for that in turn, two at a time with fp32."""
+def measured(host: Host, model: str, names: list[str], meter: str) -> dict[str, dict[str, Any]]:
+    """kernel → bytes, times and energy (meter "none": no energy), all kernels in rotation; a model too large for that in turn, two at a
+    time with fp32."""
     layers, width = MODELS[model]
     seen: dict[str, dict[str, Any]] = {}
     with scratch() as folder:
@@ -142,7 +150,8 @@ def measured(host: Host, model: str, names: list[str]) -> dict[str, dict[str, An
             seen[name] = {"file_bytes": sum(path.stat().st_size for path in place.iterdir())}
             common = {"kind": "unit", "folder": str(place), "rows": 1}
             subjects += [{**common, "name": f"{name}@{tokens}", "tokens": tokens} for tokens in (1, TOKENS)]
-        groups = [names] if model != "1B" else [["fp32", name] for name in names if name != "fp32"]
+        in_turn = model == "1B" and host.device.provider == CPU
+        groups = [["fp32", name] for name in names if name != "fp32"] if in_turn else [names]
         for group in groups:
             rotation = [subject for subject in subjects if subject["name"].partition("@")[0] in group]
             answer = host.time(random.Random(0).sample(rotation, len(rotation)), WINDOWS)
@@ -152,11 +161,19 @@ def measured(host: Host, model: str, names: list[str]) -> dict[str, dict[str, An
                 seen[name][f"ms_{tokens}"] = {"value": found.value, "spread": found.spread, "n": found.n, "valid": found.valid}
         for name in names:
             seen[name]["peak_bytes"] = host.peak(next(one for one in subjects if one["name"] == f"{name}@{TOKENS}"))["peak_bytes"]
+        if meter != "none":
+            answer = host.energy(subjects, meter, ENERGY_WINDOWS)
+            for label, phases in answer.get("measured", {}).items():
+                name, _, tokens = label.partition("@")
+                found = phases["run"]
+                made = summarise(found["energy_mj"], found["valid"])
+                seen[name][f"mj_{tokens}"] = {"value": made.value, "spread": made.spread, "n": made.n, "valid": made.valid}
+            seen["fp32"]["energy_reason"] = answer["reason"]
     return seen
 
 
 def run(arguments: argparse.Namespace) -> None:
-    device = hardware.load("local")
+    device = hardware.load(arguments.device)
     host = Host.of(device)
     arguments.out.mkdir(parents=True, exist_ok=True)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
@@ -166,54 +183,65 @@ def run(arguments: argparse.Namespace) -> None:
         if kept.is_file():
             continue
         layers, width = MODELS[model]
-        names = list(dict.fromkeys(["fp32", *arguments.kernels]))
-        rows = measured(host, model, names)
+        names = list(dict.fromkeys(["fp32", *(arguments.kernels or KERNELS[device.provider])]))
+        rows = measured(host, model, names, meter)
+        reason = rows["fp32"].pop("energy_reason", "") or reason
         for name, found in errors(width, layers, [name for name in names if CATALOGUE[name].quantised]).items():
             rows[name] |= found
         here = host.identify()
         about = {"cpu": here["cpu"], "runtime": here["runtime"], "threads": host.threads, "commit": commit}
-        about["errors_on"] = str(Team("auto").device)
-        about |= {"energy_mj": None, "energy_reason": reason or f"{meter} is there: not asked here, see benchmarks/energy.py"}
+        about |= {"errors_on": str(Team("auto").device), "meter": meter, "energy_reason": reason}
         write_atomic(kept, json.dumps({"model": model, "layers": layers, "width": width, **about, "rows": rows}, indent=1) + "\n")
         print(f"{model}: done", file=sys.stderr)
 
 
 def report(arguments: argparse.Namespace) -> None:
-    found = [json.loads(path.read_text()) for name in MODELS if (path := arguments.out / f"{name}.json").is_file()]
+    found = [
+        json.loads(path.read_text()) for place in arguments.out for name in MODELS if (path := place / f"{name}.json").is_file()
+    ]
     if not found:
-        raise SystemExit(
-            f"expected measurements in {arguments.out}, found none; type: python benchmarks/dense.py run --out {arguments.out}"
-        )
-    lines = []
+        places = " ".join(map(str, arguments.out))
+        raise SystemExit(f"expected measurements in {places}, found none; type: python benchmarks/dense.py run --out {places}")
+    sections: dict[str, list[dict[str, Any]]] = {}
     for model in found:
-        full = model["rows"]["fp32"]
-        for name, row in model["rows"].items():
-            kernel = CATALOGUE[name]
-            one, many = row["ms_1"], row[f"ms_{TOKENS}"]
-            formula = kernel.weight_bits * (8 if kernel.activation.startswith("int8") else 32) / 32**2
-            line = {"model": model["model"], "kernel": name, "file MB": f"{row['file_bytes'] / 1e6:.1f}"}
-            line |= {"of fp32": f"{row['file_bytes'] / full['file_bytes']:.1%}", "memory MB": f"{row['peak_bytes'] / 1e6:.0f}"}
-            line |= {
-                "ms, 1 token": f"{one['value']:.3f} ± {one['spread']:.3f}",
-                "ms, 64": f"{many['value']:.2f} ± {many['spread']:.2f}",
-            }
-            line |= {"tokens/s": f"{TOKENS / many['value'] * 1e3:.0f}", "C_q/C_f": f"{formula:.3f}"}
-            line |= {
-                f"{tokens} measured": f"{row[f'ms_{tokens}']['value'] / full[f'ms_{tokens}']['value']:.3f}"
-                for tokens in (1, TOKENS)
-            }
-            line |= {
-                head: f"{row[key]:.4f}" if key in row else "–"
-                for head, key in (("error", "error"), ("with γ", "error_gamma"), ("bound", "bound"))
-            }
-            lines.append(line)
-    about = found[0]
-    text = f"{about['cpu']}, {about['threads']} threads, {about['runtime']}, commit {about['commit']}; energy: {about['energy_reason']}\n\n"
-    text += table(lines, list(lines[0]), markdown=True) + "\n"
+        energy = f"mJ by {model['meter']}" if not model["energy_reason"] else f"no energy: {model['energy_reason']}"
+        where = f"{model['cpu']}, {model['threads']} threads, {model['runtime']}, commit {model['commit']}; {energy}"
+        sections.setdefault(where, []).extend(lines_of(model))
+    text = "\n".join(f"{where}\n\n{table(lines, list(lines[0]), markdown=True)}\n" for where, lines in sections.items())
     arguments.results.mkdir(exist_ok=True)
     write_atomic(arguments.results / "dense.md", text)
     write_atomic(arguments.results / "dense.json", json.dumps(found, indent=1) + "\n")
     print(text)
+
+
+def lines_of(model: dict[str, Any]) -> list[dict[str, str]]:
+    """A row of the table for each kernel."""
+    lines, full = [], model["rows"]["fp32"]
+    for name, row in model["rows"].items():
+        kernel = CATALOGUE[name]
+        one, many = row["ms_1"], row[f"ms_{TOKENS}"]
+        activation_bits = {"fp32": 32, "fp16": 16}.get(kernel.activation, 8)
+        line = {"model": model["model"], "kernel": name, "file MB": f"{row['file_bytes'] / 1e6:.1f}"}
+        line |= {"of fp32": f"{row['file_bytes'] / full['file_bytes']:.1%}", "memory MB": f"{row['peak_bytes'] / 1e6:.0f}"}
+        line |= {"ms, 1 token": shown(one, 3), "ms, 64": shown(many, 2), "tokens/s": f"{TOKENS / many['value'] * 1e3:.0f}"}
+        line["C_q/C_f"] = f"{kernel.weight_bits * activation_bits / 32**2:.3f}"
+        for tokens in (1, TOKENS):
+            line[f"{tokens} measured"] = f"{row[f'ms_{tokens}']['value'] / full[f'ms_{tokens}']['value']:.3f}"
+        for tokens in (1, TOKENS) if not model["energy_reason"] else ():
+            energy, whole = (one.get(f"mj_{tokens}") or {"value": None} for one in (row, full))
+            share = f"{energy['value'] / whole['value']:.1%}" if energy["value"] and whole["value"] else "–"
+            line |= {f"mJ, {tokens}": shown(energy, 2), f"mJ, {tokens}, of fp32": share}
+        for head, key in (("error", "error"), ("with γ", "error_gamma"), ("bound", "bound")):
+            line[head] = f"{row[key]:.4f}" if key in row else "–"
+        lines.append(line)
+    return lines
+
+
+def shown(found: dict[str, Any], digits: int) -> str:
+    """A measurement with its spread; "?" behind one that others disturbed, "–" for none."""
+    if found["value"] is None:
+        return "–"
+    return f"{found['value']:.{digits}f} ± {found['spread']:.{digits}f}{'' if found['valid'] else ' ?'}"
 
 
 def main() -> None:
@@ -222,12 +250,13 @@ def main() -> None:
     for act in (run, report):
         sub = commands.add_parser(act.__name__)
         sub.set_defaults(act=act)
-        sub.add_argument("--out", type=Path, required=True)
+        sub.add_argument("--out", type=Path, required=True, nargs="+" if act is report else None)
         if act is report:
             sub.add_argument("--results", type=Path, default=Path("results"))
             continue
         sub.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-        sub.add_argument("--kernels", nargs="+", default=KERNELS)
+        sub.add_argument("--device", default="local", help="a file of hardware/ or its name; of this machine")
+        sub.add_argument("--kernels", nargs="+", choices=CATALOGUE)
     arguments = parser.parse_args()
     arguments.act(arguments)
 

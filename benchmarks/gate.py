@@ -13,9 +13,9 @@ it had while the truth was first measured. The truth moves with the machine even
 measured before each check, and the middle of the last ANCHORS of all, brought to that speed as `check` brings its own, sets its limit; when
 the runs are over the distance that counts is that to the middle of ANCHORS on both sides of the run. A run is wrong if it says "within"
 and the package was over by that, or the reverse.
-baseline: two copies of PACKAGE that differ in one unit's kernel, of all kernels the pair nearest to 8% apart, by processes in turn. The
-report of the faster one is made once, with --least-seconds; then both are checked against it, and a process of each is measured in every
-turn, so that the report can say how far apart they were meanwhile. Their limits are far away.
+baseline: two copies of PACKAGE that differ in one unit's kernel and are 8% apart, chosen by processes in turn (`gate_pair.py`). The report
+of the faster one is made once, with --least-seconds; then both are checked against it, and processes of each are measured in every turn, so
+that the report can say how far apart they were meanwhile. Their limits are far away.
 replay: recorded processes, in blocks of BLOCK consecutive ones from random places, are handed to the very decision that a check
 makes, at each distance from their own middle. It repeats what was seen once, so drift of more than WORK's hour is not in it.
 """
@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import itertools
 import json
 import os
 import random
@@ -39,27 +38,25 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from gate_report import ANCHORS, level_of, report, rows_of, slower
+from gate_pair import pair_of
+from gate_report import ANCHORS, level_of, report, rows_of
 
 from toolchain import hardware
 from toolchain.blocks import PRIOR, Block, Share, Speed, at_speed, middle
 from toolchain.check import hold_latency
 from toolchain.commands.deciding import Patience, decide_in_looks
 from toolchain.files import write_atomic
-from toolchain.graph.assemble import assemble, round_to_nearest
 from toolchain.graph.model import Graph
-from toolchain.kernels import candidates
 from toolchain.package.manifest import Package, open_package, write_manifest
 from toolchain.profiler.ask import Host
-from toolchain.profiler.measure import levelled, measure_block, subject
-from toolchain.profiler.probe import working_kernels
-from toolchain.spec import FINER, TOKEN, TOKENS, Policy, Verdict
+from toolchain.profiler.measure import measure_block
+from toolchain.spec import FINER, TOKEN, TOKENS, Verdict
 
 DISTANCES = (-10, -7, -5, -3, -1, 1, 3, 5, 7, 10)
 BLOCK = 6
-SLOWER, FAR_MS = 0.08, 1e6
-CONFIRMED = 12
-"""Processes of each of the two copies that confirm how much slower one is."""
+FAR_MS = 1e6
+PAIRED = 3
+"""Processes of each of the two copies in a turn, which tell how far apart they were meanwhile."""
 
 
 def main() -> None:
@@ -204,7 +201,7 @@ def anchor(bench: Bench, path: Path) -> None:
 def baseline(arguments: argparse.Namespace) -> None:
     bench = Bench(arguments.package, arguments.work)
     far = {"budget": {"name": "custom", "latency_ms": FAR_MS}}
-    plain, slowed = pair_of(bench, Graph.open(arguments.graph), arguments.work, far)
+    plain, slowed = pair_of(bench.package, Graph.open(arguments.graph), arguments.work, bench.block, far)
     first = arguments.work / "baseline.json"
     if not first.is_file():
         said, _ = checked(plain, "--least-seconds", str(arguments.least_seconds))
@@ -212,10 +209,9 @@ def baseline(arguments: argparse.Namespace) -> None:
     runs = arguments.work / "baseline.jsonl"
     done = {(row["package"], row["turn"]) for row in rows_of(runs)}
     for turn in range(arguments.repeats):
-        if len(rows_of(arguments.work / "pair.jsonl")) <= turn:  # how far apart they are moves with what the neighbours do
-            add(
-                arguments.work / "pair.jsonl", {place.name: bench.block(open_package(place)).to_json() for place in (plain, slowed)}
-            )
+        while len(rows_of(arguments.work / "pair.jsonl")) < PAIRED * (turn + 1):  # how far apart they are moves with the neighbours
+            both = {place.name: bench.block(open_package(place)).to_json() for place in (plain, slowed)}
+            add(arguments.work / "pair.jsonl", both)
         for package in (plain, slowed):
             if (package.name, turn) in done:
                 continue
@@ -227,57 +223,6 @@ def baseline(arguments: argparse.Namespace) -> None:
             print(
                 f"{package.name}: {verdict['verdict']} ({verdict['measured']:.3f}) in {seconds:.0f} s", file=sys.stderr, flush=True
             )
-
-
-def pair_of(bench: Bench, graph: Graph, work: Path, changes: dict[str, Any]) -> tuple[Path, Path]:
-    """Two copies that differ in one unit's kernel: of all pairs of kernels of the unit with most multiplications, all in one rotation, the
-    nearest to 8% apart; then measured anew in processes of their own, in turn. Weights are the graph's, rounded to nearest."""
-    places, note = (work / "plain", work / "slowed"), work / "slowed.json"
-    if note.is_file():
-        return places
-    policy, weights = dict(bench.package.policy), round_to_nearest(graph)
-    unit = max((unit for unit in graph.units if unit.op == "MatMul"), key=lambda unit: unit.parameters)
-
-    def made(kernel: str) -> Path:
-        folder = work / "tries" / kernel
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        swapped = Policy.of({**policy, unit.name: kernel})
-        assemble(graph, swapped, weights, folder, sync=False)
-        for path in graph.companions():
-            shutil.copyfile(path, folder / path.name)
-        kept = {name: value for name, value in bench.package.data.items() if name not in ("format", "files")}
-        write_manifest(folder, {**kept, **changes, "policy": dict(swapped.items())}, graph.units)
-        return folder
-
-    tries = {kernel: made(kernel) for kernel in candidates(unit, working_kernels())}
-    subjects = [subject(name, folder, bench.package.workload, bench.package.vocabulary) for name, folder in tries.items()]
-    trials: dict[str, list[float]] = {name: [] for name in tries}
-    for turn in range(3):
-        answer = bench.host.time(random.Random(turn).sample(subjects, len(subjects)), 6, 0.0, True)
-        for name, seen in levelled(answer["trials"]).items():
-            trials[name] += [next(reversed(trial.values())) for trial in seen]  # the last phase is the one of latency_ms
-    seen = {name: median(times) for name, times in trials.items()}
-    pairs = sorted(itertools.permutations(seen, 2), key=lambda pair: abs(seen[pair[1]] / seen[pair[0]] - 1 - SLOWER))
-    for plain, slowed in pairs[:6]:
-        blocks: dict[str, list[Block]] = {plain: [], slowed: []}
-        for _ in range(CONFIRMED):
-            for name, found in blocks.items():
-                found.append(bench.block(open_package(tries[name])))
-        ratio, low, high = slower(blocks[slowed], blocks[plain])
-        line = (
-            f"{plain} to {slowed}: {seen[slowed] / seen[plain]:.3f} in rotation, {ratio:.3f} [{low:.3f}, {high:.3f}] in processes"
-        )
-        print(line, file=sys.stderr, flush=True)
-        if abs(ratio - 1 - SLOWER) < 0.015:
-            for place, name in zip(places, (plain, slowed), strict=True):
-                shutil.rmtree(place, ignore_errors=True)
-                tries[name].rename(place)
-            row = {"unit": unit.name, "from": plain, "to": slowed, "ratio": ratio, "low": low, "high": high, "processes": CONFIRMED}
-            write_atomic(note, json.dumps(row))
-            shutil.rmtree(work / "tries")
-            return places
-    raise SystemExit(f"no swap of {unit.name}'s kernel makes this package about 8% slower")
 
 
 def record(arguments: argparse.Namespace) -> None:
