@@ -202,16 +202,20 @@ def report(arguments: argparse.Namespace) -> None:
     if not found:
         places = " ".join(map(str, arguments.out))
         raise SystemExit(f"expected measurements in {places}, found none; type: python benchmarks/dense.py run --out {places}")
+    arguments.results.mkdir(exist_ok=True)
+    write_atomic(arguments.results / "dense.md", page(found))
+    write_atomic(arguments.results / "dense.json", json.dumps(found, indent=1) + "\n")
+    print(page(found))
+
+
+def page(found: list[dict[str, Any]]) -> str:
+    """The measurements as Markdown, a table for each device."""
     sections: dict[str, list[dict[str, Any]]] = {}
     for model in found:
         energy = f"mJ by {model['meter']}" if not model["energy_reason"] else f"no energy: {model['energy_reason']}"
         where = f"{model['cpu']}, {model['threads']} threads, {model['runtime']}, commit {model['commit']}; {energy}"
         sections.setdefault(where, []).extend(lines_of(model))
-    text = "\n".join(f"{where}\n\n{table(lines, list(lines[0]), markdown=True)}\n" for where, lines in sections.items())
-    arguments.results.mkdir(exist_ok=True)
-    write_atomic(arguments.results / "dense.md", text)
-    write_atomic(arguments.results / "dense.json", json.dumps(found, indent=1) + "\n")
-    print(text)
+    return "\n".join(f"{where}\n\n{table(lines, list(lines[0]), markdown=True)}\n" for where, lines in sections.items())
 
 
 def lines_of(model: dict[str, Any]) -> list[dict[str, str]]:

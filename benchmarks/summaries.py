@@ -199,7 +199,15 @@ def report(arguments: argparse.Namespace) -> None:
         raise SystemExit(
             f"expected seeds in {arguments.out}, found none; type: python benchmarks/summaries.py run --out {arguments.out} ..."
         )
-    rows = [row for one in found for row in one["rows"]]
+    data = {"how": found[0]["how"], "rows": [row for one in found for row in one["rows"]]}
+    arguments.results.mkdir(exist_ok=True)
+    write_atomic(arguments.results / "summaries.md", page(data))
+    write_atomic(arguments.results / "summaries.json", json.dumps(data, indent=1) + "\n")
+
+
+def page(data: dict[str, Any]) -> str:
+    """All seeds as Markdown: a row for each method."""
+    how, rows = data["how"], data["rows"]
 
     def of(method: str, bits: int) -> list[dict[str, Any]]:
         return [row for row in rows if (row["method"], row["bits"]) == (method, bits)]
@@ -213,21 +221,19 @@ def report(arguments: argparse.Namespace) -> None:
             line |= dict.fromkeys((f"{each} bits" for each in KERNELS), shown) if bits == 32 else {f"{bits} bits": shown}
         lines.append(line | {"seconds": f"{fmean(row['seconds'] for row in rows if row['method'] == method):.0f}"})
     learned = min(row["rouge1"] for row in of("fp32", 32)) > max(row["rouge1"] for row in of(OTHER, 32))
-    how = found[0]["how"]
     verdict = (
         "It says more of an article than another article's highlights do, so the rows tell methods apart as far as their spreads allow."
         if learned
         else "It says no more of an article than another article's highlights do: the rows are form only, and tell nothing of methods."
     )
+    seeds = len(of("fp32", 32))
     made = "; ".join(sorted({f"{row['device']}, commit {row['commit']}" for row in rows}))
     said = (
         f"T5 of {SHAPE['num_layers']} + {SHAPE['num_decoder_layers']} blocks, width {SHAPE['d_model']}, trained from nothing on "
-        f"{how['articles']} articles ({how['epochs']} epochs); QAT {how['steps']} policy-steps; {len(found)} seeds ± half their range. "
+        f"{how['articles']} articles ({how['epochs']} epochs); QAT {how['steps']} policy-steps; {seeds} seeds ± half their range. "
         f"{verdict}\n\nROUGE-1 / -2 / -L on {how['heldout']} other articles; {made}"
     )
-    arguments.results.mkdir(exist_ok=True)
-    write_atomic(arguments.results / "summaries.md", f"{said}\n\n{table(lines, list(lines[0]), markdown=True)}\n")
-    write_atomic(arguments.results / "summaries.json", json.dumps({"how": how, "rows": rows}, indent=1) + "\n")
+    return f"{said}\n\n{table(lines, list(lines[0]), markdown=True)}\n"
 
 
 def main() -> None:

@@ -31,6 +31,30 @@ settings.register_profile("here", deadline=None, suppress_health_check=[HealthCh
 settings.load_profile("here")
 
 
+LONGEST = ("test_profile", "test_energy", "test_journey", "test_train_export", "test_bad_input", "test_train_kinds", "test_jobs")
+"""Files that take a minute begin first: one that begins last leaves the other worker idle."""
+SHARING = {"test_profile.py", "test_energy.py", "test_journey.py"}
+"""Files of `profiled`: one worker runs them, so that it is measured once."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    from xdist.scheduler import LoadFileScheduling
+
+    class Sharing(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "profiled" if Path(file).name in SHARING else file
+
+    config.option.loadscopereorder = False  # the order is LONGEST's, not that of how many tests a file has
+    return Sharing(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_meters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """This machine's own meters are not read: `local` says meter: auto, and a profile by one takes minutes and has rows of its own.
@@ -164,6 +188,12 @@ def tiny_bert(models: Callable[..., Path]) -> Path:
     return models("bert", **TINY_BERT)
 
 
+@pytest.fixture(scope="session")
+def tiny_graph(graphs: Callable[..., Graph]) -> Path:
+    """The graph folder of `tiny_bert`: for tests that are not about a model's way into the house."""
+    return graphs("bert", **TINY_BERT).directory
+
+
 @pytest.fixture
 def made_up_table(tmp_path: Path) -> Callable[[Graph], Path]:
     """`made_up_table(graph)` → a --profiles folder whose table is complete for the graph and this machine, with made-up times."""
@@ -233,9 +263,11 @@ def strangers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True)
 class Profiled:
-    """A model that was really measured through the command, once for all tests: its folder, its --profiles, what the command said."""
+    """A model that was really measured through the command, once for all tests: its folder, its graph's, its --profiles, what the command
+    said."""
 
     model: Path
+    graph: Path
     profiles: Path
     result: Result
 
@@ -255,11 +287,12 @@ FEWER_PROCESSES = (3,)
 
 
 @pytest.fixture(scope="session")
-def profiled(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Profiled:
+def profiled(tiny_bert: Path, tiny_graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Profiled:
     from toolchain.cli import main
     from toolchain.profiler import following, model_rows, unit_rows
 
     folder = tmp_path_factory.mktemp("profiled") / "profiles"
+    time = Host.time
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(unit_rows, "WINDOWS", FEWER_WINDOWS)
@@ -267,8 +300,10 @@ def profiled(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Profi
         patch.setattr(model_rows, "SESSIONS", 1)
         patch.setattr(following, "FOLLOWED", FEWER_FOLLOWED)
         patch.setattr(model_rows, "MIXED", FEWER_MIXED)
+        # Before others, where the system lets it: other tests run beside, and waiting for quiet takes longer than measuring.
+        patch.setattr(Host, "time", lambda self, subjects, windows: time(self, subjects, windows, first=True))
         code = main(["profile", str(tiny_bert), "--profiles", str(folder), "--json"])
-    return Profiled(tiny_bert, folder, Result(code, out.getvalue(), err.getvalue()))
+    return Profiled(tiny_bert, tiny_graph, folder, Result(code, out.getvalue(), err.getvalue()))
 
 
 @pytest.fixture

@@ -142,15 +142,15 @@ def _policy_files(units: dict[str, str]) -> dict[str, tuple[str | bytes, str]]:
 
 
 @pytest.mark.parametrize("name", _policy_files({"x": ""}))
-def test_bad_policy_files(models: Any, graphs: Any, place: Path, refused: Refused, name: str) -> None:
+def test_bad_policy_files(graphs: Any, place: Path, refused: Refused, name: str) -> None:
     content, word = _policy_files(_units(graphs))[name]
     (place / "policy.json").write_bytes(content if isinstance(content, bytes) else content.encode())
-    line = refused("export", models("bert"), "--policy", "policy.json", "--out", "deep/out", "--profiles", "profiles")
+    line = refused("export", graphs("bert").directory, "--policy", "policy.json", "--out", "deep/out", "--profiles", "profiles")
     assert word in line
 
 
-def test_a_policy_that_is_neither_a_kernel_nor_a_file(models: Any, refused: Refused) -> None:
-    line = refused("export", models("bert"), "--policy", "w5", "--out", "out")
+def test_a_policy_that_is_neither_a_kernel_nor_a_file(graphs: Any, refused: Refused) -> None:
+    line = refused("export", graphs("bert").directory, "--policy", "w5", "--out", "out")
     assert "w4g32" in line
     assert "'w5'" in line
 
@@ -159,14 +159,14 @@ def test_a_policy_that_is_neither_a_kernel_nor_a_file(models: Any, refused: Refu
 
 
 @pytest.mark.parametrize("damage", ["cut", "edited", "empty"])
-def test_a_damaged_table(models: Any, graphs: Any, place: Path, refused: Refused, damage: str) -> None:
+def test_a_damaged_table(graphs: Any, place: Path, refused: Refused, damage: str) -> None:
     from small_tables import complete_table
 
     path = place / "profiles" / "local" / "table.jsonl"
     complete_table(graphs("bert")).save(path)
     text = path.read_text()
     path.write_text({"cut": text[:-30], "edited": text.replace('"n": 7', '"n": 9', 1), "empty": ""}[damage])
-    for words in _commands(str(models("bert")))[1:4]:
+    for words in _commands(str(graphs("bert").directory))[1:4]:
         assert str(Path("profiles", "local", "table.jsonl")) in refused(*words)
 
 
@@ -192,8 +192,10 @@ def test_a_model_without_a_supernet_has_no_policy_to_choose(models: Any, graphs:
 
 @pytest.mark.parametrize("option", ["--latency-ms", "--memory-mb", "--energy-mj", "--gflop"])
 @pytest.mark.parametrize("value", ["-1", "0", "nan", "inf", "-inf", "1e999", "fast", ""])
-def test_limits_that_are_not_positive_finite_numbers(models: Any, refused: Refused, option: str, value: str) -> None:
-    line = refused("export", models("bert"), "--policy", "w4g32", "--out", "out", "--profiles", "none", f"{option}={value}")
+def test_limits_that_are_not_positive_finite_numbers(graphs: Any, refused: Refused, option: str, value: str) -> None:
+    line = refused(
+        "export", graphs("bert").directory, "--policy", "w4g32", "--out", "out", "--profiles", "none", f"{option}={value}"
+    )
     assert option.lstrip("-").partition("-")[0] in line
 
 
@@ -220,11 +222,11 @@ BUDGETS: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("name", BUDGETS)
-def test_bad_budget_files(models: Any, place: Path, refused: Refused, name: str) -> None:
+def test_bad_budget_files(graphs: Any, place: Path, refused: Refused, name: str) -> None:
     text, word = BUDGETS[name]
     (place / "budget.yaml").write_text(text)
     assert word in refused(
-        "export", models("bert"), "--policy", "w4g32", "--budget", "budget.yaml", "--out", "out", "--profiles", "none"
+        "export", graphs("bert").directory, "--policy", "w4g32", "--budget", "budget.yaml", "--out", "out", "--profiles", "none"
     )
 
 
@@ -235,19 +237,21 @@ def test_a_budget_that_nobody_knows(models: Any, refused: Refused) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"low": 5}', '{"low": {"latency_ms": -1}}', "{"])
-def test_a_damaged_file_of_derived_budgets(models: Any, graphs: Any, place: Path, refused: Refused, text: str) -> None:
+def test_a_damaged_file_of_derived_budgets(graphs: Any, place: Path, refused: Refused, text: str) -> None:
     from small_tables import complete_table
 
     complete_table(graphs("bert")).save(place / "profiles" / "local" / "table.jsonl")
     path = place / "profiles" / "local" / f"budgets-{graphs('bert').fingerprint[:12]}-encode-1x128.json"
     path.write_text(text)
-    line = refused("export", models("bert"), "--policy", "w4g32", "--budget", "low", "--out", "out", "--profiles", "profiles")
+    line = refused(
+        "export", graphs("bert").directory, "--policy", "w4g32", "--budget", "low", "--out", "out", "--profiles", "profiles"
+    )
     assert path.name in line
 
 
 @pytest.mark.parametrize("workload", ["words", "generate:8", "generate:8+8", "encode:1x0", "encode:1x99999", "encode:-1x8", ""])
-def test_bad_workloads(models: Any, refused: Refused, workload: str) -> None:
-    for words in _commands(str(models("bert")))[1:4]:
+def test_bad_workloads(graphs: Any, refused: Refused, workload: str) -> None:
+    for words in _commands(str(graphs("bert").directory))[1:4]:
         line = refused(*words, f"--workload={workload}")
         assert "expected" in line
 

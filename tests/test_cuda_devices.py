@@ -42,7 +42,7 @@ gpu = pytest.mark.skipif(not has_provider(CUDA).usable, reason=f"needs a GPU: {h
 # ---- commands, without a GPU
 
 
-def test_a_package_for_a_gpu_is_made_without_one(cli: Callable[..., Result], models: Any, tmp_path: Path) -> None:
+def test_a_package_for_a_gpu_is_made_without_one(cli: Callable[..., Result], models: Any, graphs: Any, tmp_path: Path) -> None:
     """And runs on the CPU, which says so; a check that would measure another device is refused."""
     if has_provider(CUDA).usable:
         pytest.skip("there is a GPU here")
@@ -66,17 +66,27 @@ def test_a_package_for_a_gpu_is_made_without_one(cli: Callable[..., Result], mod
     refused = cli("check", tmp_path / "p", "--device", "local-cuda", "--latency-ms", 5)
     assert refused.code == 2
     assert "no CUDAExecutionProvider" in refused.err.splitlines()[-1]
-    assert "no CUDAExecutionProvider" in cli("profile", models("llama"), "--device", "local-cuda", "--profiles", tmp_path).error
+    assert (
+        "no CUDAExecutionProvider"
+        in cli("profile", graphs("llama").directory, "--device", "local-cuda", "--profiles", tmp_path).error
+    )
     assert (
         "expected a kernel among fp16"
         in cli(
-            "export", models("llama"), "--device", "local-cuda", "--policy", _file(tmp_path, models), "--out", tmp_path / "q"
+            "export",
+            graphs("llama").directory,
+            "--device",
+            "local-cuda",
+            "--policy",
+            _file(tmp_path),
+            "--out",
+            tmp_path / "q",
         ).error
     )
 
 
 def test_a_gpu_with_a_table_is_predicted_and_exported_for_without_it(
-    cli: Callable[..., Result], graphs: Any, models: Any, tmp_path: Path
+    cli: Callable[..., Result], graphs: Any, tmp_path: Path
 ) -> None:
     """Its table cannot be stale for a machine that is not asked."""
     from small_tables import complete_table, header_here
@@ -89,29 +99,29 @@ def test_a_gpu_with_a_table_is_predicted_and_exported_for_without_it(
     header = replace(header_here(), device="local-cuda", kernels=KERNELS, provider=CUDA)
     complete_table(graph, default_workload(graph), header).save(tmp_path / "local-cuda" / "table.jsonl")
     words = ("--device", "local-cuda", "--policy", "w4g32-fp16", "--profiles", tmp_path)
-    assert cli("predict", models("llama"), *words).code == 0
-    made = cli("export", models("llama"), *words, "--out", tmp_path / "p")
+    assert cli("predict", graphs("llama").directory, *words).code == 0
+    made = cli("export", graphs("llama").directory, *words, "--out", tmp_path / "p")
     assert made.code == 0, made.err
     assert "nothing predicted" not in made.out
 
 
 def test_a_gpus_package_is_scored_on_the_cpu_where_there_is_none_and_says_so(
-    cli: Callable[..., Result], models: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    cli: Callable[..., Result], graphs: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from toolchain.commands.scoring import serving_provider
 
     if has_provider(CUDA).usable:
         pytest.skip("there is a GPU here")
     words = ("--device", "local-cuda", "--policy", "w4g32-fp16", "--profiles", tmp_path, "--out", tmp_path / "p")
-    assert cli("export", models("llama"), *words).code == 0
+    assert cli("export", graphs("llama").directory, *words).code == 0
     assert serving_provider(tmp_path / "p") == CPU
     assert "made for CUDAExecutionProvider, runs on the CPU instead" in capfd.readouterr().err
 
 
-def test_units_shows_the_kernels_of_the_device_that_is_named(cli: Callable[..., Result], models: Any) -> None:
+def test_units_shows_the_kernels_of_the_device_that_is_named(cli: Callable[..., Result], graphs: Any) -> None:
     if has_provider(CUDA).usable:
         pytest.skip("there is a GPU here")
-    units = json.loads(cli("units", models("llama"), "--device", "local-cuda", "--json").out)["units"]
+    units = json.loads(cli("units", graphs("llama").directory, "--device", "local-cuda", "--json").out)["units"]
     assert {CATALOGUE[name].provider for unit in units for name in unit["kernels"]} == {CUDA}
 
 
@@ -120,7 +130,7 @@ def test_a_provider_without_kernels_is_refused_by_its_name() -> None:
         full_precision("NnapiExecutionProvider")
 
 
-def _file(folder: Path, models: Any) -> Path:
+def _file(folder: Path) -> Path:
     path = folder / "policy.json"
     manifest = (folder / "p" / "manifest.yaml").read_text()
     import yaml

@@ -65,12 +65,12 @@ def test_operations_are_counted_where_they_happen(graphs: Graphs) -> None:
     assert counted == 2 * (5 * source + 4 * target) + 4 * 32 * attended
 
 
-def test_a_prediction_is_the_sum_of_what_runs(graphs: Graphs, models: Any, made_up_table: Any, cli: Cli) -> None:
+def test_a_prediction_is_the_sum_of_what_runs(graphs: Graphs, made_up_table: Any, cli: Cli) -> None:
     """The made-up table's whole models cost their units' sum and a constant: a prediction must find both again, in each phase."""
     from small_tables import MS_PER_POSITION, OVERHEAD_MS, unit_ms
 
     graph = graphs("t5")
-    said = cli("predict", models("t5"), "--policy", "w4g32", "--profiles", made_up_table(graph), "--json").json
+    said = cli("predict", graph.directory, "--policy", "w4g32", "--profiles", made_up_table(graph), "--json").json
     prefill, decode = Workload.parse(said["workload"]).phases
     for phase, name in ((prefill, "first_token_ms"), (decode, "latency_ms")):
         flying = [(unit, tokens_in_flight(unit, phase)) for unit in graph.units]

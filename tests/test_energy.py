@@ -155,7 +155,7 @@ def profiles(profiled: Profiled, tmp_path: Path) -> Path:
 
 
 def _profile(cli: Any, profiled: Profiled, profiles: Path) -> tuple[Any, CostTable]:
-    result = cli("profile", profiled.model, "--profiles", profiles, "--json")
+    result = cli("profile", profiled.graph, "--profiles", profiles, "--json")
     assert result.code == 0, result.err
     return result, open_table(profiles / "local" / "table.jsonl")
 
@@ -174,7 +174,7 @@ def test_a_meter_that_works_now_adds_energy_to_an_old_table(
     assert {row.energy_mj for row in table.of(ModelEnergyRow)} == {20.0}
     assert max(row.energy_mj for row in seen) <= 10.0  # of one of at least two copies
     assert all(row.energy_mj == pytest.approx(row.above_idle_mj * 20 / 15) for row in table.of(Energy))
-    predicted = cli("predict", profiled.model, "--policy", "w4g32", "--profiles", profiles, "--json").json
+    predicted = cli("predict", profiled.graph, "--policy", "w4g32", "--profiles", profiles, "--json").json
     assert predicted["energy_mj"]["value"] > 0
     fast.powered.clear()
     _profile(cli, profiled, profiles)
@@ -195,7 +195,7 @@ def test_a_meter_that_vanishes_leaves_a_reason_and_is_asked_again(
     assert "the meter vanished" in result.err
     assert table.header.meter == "none: the meter vanished"
     assert len({(row.op, row.K, row.N) for row in table.of(UnitEnergyRow)}) == 1
-    said = cli("predict", profiled.model, "--policy", "w4g32", "--profiles", profiles, "--json").json["energy_mj"]
+    said = cli("predict", profiled.graph, "--policy", "w4g32", "--profiles", profiles, "--json").json["energy_mj"]
     assert said == {"value": None, "reason": "no energy meter was read: the meter vanished"}
     held = len(fast.powered)
     fast.powered, fast.power_fails = [], ""
@@ -212,7 +212,7 @@ def test_check_holds_the_energy_of_a_whole_inference(
 ) -> None:
     out = tmp_path / "package"
     folder = ("--profiles", profiled.profiles, "--out", out)
-    assert cli("export", profiled.model, "--policy", "w4g32", *folder).code == 0
+    assert cli("export", profiled.graph, "--policy", "w4g32", *folder).code == 0
     for limit, code in ((21, 0), (19, 1)):  # every execution takes 20 mJ
         checked = cli("check", out, "--energy-mj", limit, "--json")
         assert checked.code == code, checked.err
@@ -299,7 +299,7 @@ def test_the_benchmark_goes_as_far_as_it_can_without_a_meter_of_this_machines_ow
     energy = importlib.import_module("energy")
     monkeypatch.setitem(sys.modules, "zeus", None)  # as on a machine without it
     monkeypatch.setitem(sys.modules, "zeus.monitor", None)
-    words = [str(profiled.model), "--policies", "3", "--repeats", "2", "--zeus", "2", "--work", str(profiles)]
+    words = [str(profiled.graph), "--policies", "3", "--repeats", "2", "--zeus", "2", "--work", str(profiles)]
     with advancing(tmp_path / "sys", watts=30.0) as tree:
         monkeypatch.setattr(ask, "SYSFS", str(tree))
         energy.main([*words, "--json", str(tmp_path / "out.json")])

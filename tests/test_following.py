@@ -142,13 +142,13 @@ def test_a_share_that_is_off_by_what_is_unknown_of_it_errs_no_oftener_than_it_ma
     assert 300 - said.count("could not tell") <= 0.02 * 300 + 3 * math.sqrt(0.02 * 300)
 
 
-def test_the_package_carries_what_the_table_tells(models: Any, graphs: Any, tmp_path: Path, cli: Any) -> None:
+def test_the_package_carries_what_the_table_tells(graphs: Any, tmp_path: Path, cli: Any) -> None:
     graph = graphs("bert")
     table = complete_table(graph)
     for name, slowness in (("moved", MOVED), ("still", [1.0] * 10)):
         rows = session_rows(graph, table, default_workload(graph), dict(enumerate(slowness)), 0.8)
         table.adding(rows).save(tmp_path / name / "local" / "table.jsonl")
-        words = ("export", models("bert"), "--policy", "w4g32", "--profiles", tmp_path / name, "--out", tmp_path / f"of-{name}")
+        words = ("export", graph.directory, "--policy", "w4g32", "--profiles", tmp_path / name, "--out", tmp_path / f"of-{name}")
         assert cli(*words).code == 0
     moved, still = (open_package(tmp_path / f"of-{name}").speeds["latency_ms"].share for name in ("moved", "still"))
     assert moved.value == pytest.approx(0.8, abs=0.03)

@@ -267,9 +267,9 @@ def test_units_and_policy_are_those_of_the_graph(package: Path, cli: Cli, name: 
 
 
 @pytest.mark.parametrize("policy", ["fp32", "w8a8", "w3g32", "w4g32+w8a8"])
-def test_every_kind_of_kernel_passes_as_it_is_exported(models: Any, tmp_path: Path, cli: Cli, policy: str) -> None:
+def test_every_kind_of_kernel_passes_as_it_is_exported(graphs: Any, tmp_path: Path, cli: Cli, policy: str) -> None:
     words = ("--policy", policy, "--profiles", tmp_path / "none", "--out", tmp_path / "out")
-    assert cli("export", models("llama"), *words).code == 0
+    assert cli("export", graphs("llama").directory, *words).code == 0
     assert set(open_package(tmp_path / "out").policy.values()) >= {policy}
     result = cli("verify", tmp_path / "out", "--json")
     assert (result.code, result.json["verdict"], result.json["loads"]) == (3, "could not tell", "yes")
@@ -291,10 +291,10 @@ def test_a_package_is_checked_where_onnx_is_not_installed(packages: Any, tmp_pat
 
 
 def test_what_is_sealed_is_forgotten_by_the_next_export(
-    packages: Any, models: Any, tmp_path: Path, cli: Cli, fast: FastHost
+    packages: Any, graphs: Any, tmp_path: Path, cli: Cli, fast: FastHost
 ) -> None:
     folder = copied(packages("bert"), tmp_path / "out")
     assert cli("check", folder, "--latency-ms", "5", "--seal").code == 0
     profiles = packages("bert").parent / "profiles"
-    assert cli("export", models("bert"), "--policy", "w4g32", "--profiles", profiles, "--out", folder).code == 0
+    assert cli("export", graphs("bert").directory, "--policy", "w4g32", "--profiles", profiles, "--out", folder).code == 0
     assert not (folder / "seal.json").exists()

@@ -92,27 +92,27 @@ def test_export_needs_no_table_for_a_policy(models: Any, tmp_path: Path, cli: Cl
     assert "--latency-ms" in cli("check", tmp_path / "out").error  # nothing to hold it against
 
 
-def test_a_policy_file_is_what_is_exported(models: Any, graphs: Any, tmp_path: Path, cli: Cli) -> None:
+def test_a_policy_file_is_what_is_exported(graphs: Any, tmp_path: Path, cli: Cli) -> None:
     units = graphs("bert").units
     choice = {unit.name: ("w8g32", "w4g32", "w2g32", "fp32")[turn % 4] for turn, unit in enumerate(units)}
     (tmp_path / "policy.json").write_text(json.dumps({"units": choice}))
     words = ("--policy", tmp_path / "policy.json", "--profiles", tmp_path / "none", "--out", tmp_path / "out", "--json")
-    assert cli("export", models("bert"), *words).json["policy"]["units"] == choice
+    assert cli("export", graphs("bert").directory, *words).json["policy"]["units"] == choice
     assert dict(open_package(tmp_path / "out").policy) == choice
 
 
-def test_a_second_export_replaces_the_first_with_the_same_bytes(models: Any, packages: Any, tmp_path: Path, cli: Cli) -> None:
+def test_a_second_export_replaces_the_first_with_the_same_bytes(graphs: Any, packages: Any, tmp_path: Path, cli: Cli) -> None:
     first = packages("bert")
     folder = copied(first, tmp_path / "out")
     (folder / "stranger").write_text("not of this package")
     profiles = first.parent / "profiles"
-    assert cli("export", models("bert"), "--policy", "w4g32", "--profiles", profiles, "--out", folder).code == 0
+    assert cli("export", graphs("bert").directory, "--policy", "w4g32", "--profiles", profiles, "--out", folder).code == 0
     assert _bytes(folder) == _bytes(first)
     assert listing(tmp_path) == {"out", *(f"out/{path.name}" for path in first.iterdir())}
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_export_does_not_replace_what_is_not_a_package(models: Any, tmp_path: Path, cli: Cli, kind: str) -> None:
+def test_export_does_not_replace_what_is_not_a_package(graphs: Any, tmp_path: Path, cli: Cli, kind: str) -> None:
     out = tmp_path / "out"
     if kind == "file":
         out.write_text("mine")
@@ -120,14 +120,14 @@ def test_export_does_not_replace_what_is_not_a_package(models: Any, tmp_path: Pa
         out.mkdir()
         (out / "thesis.txt").write_text("mine")
     before = listing(tmp_path)
-    line = cli("export", models("bert"), "--policy", "w4g32", "--profiles", tmp_path / "none", "--out", out).error
+    line = cli("export", graphs("bert").directory, "--policy", "w4g32", "--profiles", tmp_path / "none", "--out", out).error
     assert str(out) in line
     assert listing(tmp_path) == before
     assert (out if kind == "file" else out / "thesis.txt").read_text() == "mine"
 
 
 def test_kill_9_during_export_leaves_the_old_package_and_the_next_export_sweeps(
-    models: Any, packages: Any, tmp_path: Path, cli: Cli
+    graphs: Any, packages: Any, tmp_path: Path, cli: Cli
 ) -> None:
     old = copied(packages("bert"), tmp_path / "out")
     before = _bytes(old)
@@ -143,7 +143,7 @@ def test_kill_9_during_export_leaves_the_old_package_and_the_next_export_sweeps(
         from toolchain.cli import main
         sys.exit(main(sys.argv[1:]))
     """
-    words = ["export", models("bert"), "--policy", "w2g32", "--profiles", tmp_path / "none", "--out", old]
+    words = ["export", graphs("bert").directory, "--policy", "w2g32", "--profiles", tmp_path / "none", "--out", old]
     command = [sys.executable, "-c", slow, *map(str, words)]
     run = subprocess.Popen(
         command, env=environment(TMPDIR=str(tmp_path)), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -162,13 +162,22 @@ def test_kill_9_during_export_leaves_the_old_package_and_the_next_export_sweeps(
     assert set(open_package(old).policy.values()) == {"w2g32"}
 
 
-def test_a_package_is_told_the_finest_reference_that_its_table_has(models: Any, graphs: Any, tmp_path: Path, cli: Cli) -> None:
+def test_a_package_is_told_the_finest_reference_that_its_table_has(graphs: Any, tmp_path: Path, cli: Cli) -> None:
     from small_tables import complete_table, header_here
 
     times = {**header_here().reference_ns, "model tokens": 2e5, "model token": 3e5}
     table = complete_table(graphs("bert"), header=replace(header_here(), reference_ns=times))
     table.save(tmp_path / "profiles" / "local" / "table.jsonl")
-    words = ("export", models("bert"), "--policy", "w4g32", "--profiles", tmp_path / "profiles", "--out", tmp_path / "out")
+    words = (
+        "export",
+        graphs("bert").directory,
+        "--policy",
+        "w4g32",
+        "--profiles",
+        tmp_path / "profiles",
+        "--out",
+        tmp_path / "out",
+    )
     assert cli(*words).code == 0
     (speed,) = open_package(tmp_path / "out").speeds.values()
     assert (speed.work, speed.ns) == ("model tokens", 2e5)

@@ -98,7 +98,7 @@ def test_a_second_run_measures_nothing_when_all_rows_are_valid(
     table = _all_valid(folder / "local" / "table.jsonl")
     table.save(folder / "local" / "table.jsonl")
     before = (folder / "local" / "table.jsonl").read_bytes()
-    result = cli("profile", profiled.model, "--profiles", folder, "--json")
+    result = cli("profile", profiled.graph, "--profiles", folder, "--json")
     assert result.code == 0, result.err
     assert (fast.timed, fast.weighed) == ([], 0)
     assert (folder / "local" / "table.jsonl").read_bytes() == before
@@ -109,7 +109,7 @@ def test_a_second_run_measures_again_only_what_was_not_valid(profiled: Profiled,
     table = _all_valid(folder / "local" / "table.jsonl")
     bad = next(row for row in table.of(UnitRow) if (row.op, row.kernel) == ("MatMul", "w4g32"))
     table.adding([replace(bad, valid=False)]).save(folder / "local" / "table.jsonl")
-    result = cli("profile", profiled.model, "--profiles", folder, "--json")
+    result = cli("profile", profiled.graph, "--profiles", folder, "--json")
     assert result.code == 0, result.err
     assert fast.timed == ["w4g32@128"]
     assert fast.weighed == 0
@@ -123,7 +123,7 @@ def test_a_machine_is_followed_on_where_that_is_asked_for(profiled: Profiled, tm
     path = folder / "local" / "table.jsonl"
     table = _all_valid(path)
     table.save(path)
-    result = cli("profile", profiled.model, "--profiles", folder, "--follow", "--json")
+    result = cli("profile", profiled.graph, "--profiles", folder, "--follow", "--json")
     assert result.code == 0
     assert result.json["follows"]["latency_ms"]["work"] in FINER.values()
     after = open_table(path)
@@ -139,7 +139,7 @@ def _seen(row: Row) -> Row:
 def test_another_workload_shares_the_memory_rows(profiled: Profiled, tmp_path: Path, cli: Any, fast: FastHost) -> None:
     folder = copied(profiled.profiles, tmp_path / "profiles")
     _all_valid(folder / "local" / "table.jsonl").save(folder / "local" / "table.jsonl")
-    result = cli("profile", profiled.model, "--profiles", folder, "--workload", "encode:2x16", "--json")
+    result = cli("profile", profiled.graph, "--profiles", folder, "--workload", "encode:2x16", "--json")
     assert result.code in (0, 3), result.err
     units = [name for name in fast.timed if "@" in name]
     assert {name.partition("@")[2] for name in units} == {"32"}  # 16, 64 and 256 were there
@@ -149,7 +149,7 @@ def test_another_workload_shares_the_memory_rows(profiled: Profiled, tmp_path: P
 
 @pytest.mark.parametrize("workload", ["generate:8+8", "encode:1x257", "encode:0x8", "words"])
 def test_a_workload_that_the_model_cannot_run_is_refused(profiled: Profiled, tmp_path: Path, cli: Any, workload: str) -> None:
-    line = cli("profile", profiled.model, "--profiles", tmp_path / "profiles", "--workload", workload).error
+    line = cli("profile", profiled.graph, "--profiles", tmp_path / "profiles", "--workload", workload).error
     assert "expected" in line
     assert listing(tmp_path) == set()
 
@@ -160,10 +160,10 @@ def test_a_stale_table_is_refused_until_it_is_renewed(profiled: Profiled, tmp_pa
     table = _all_valid(path)
     replace(table, header=replace(table.header, runtime="onnxruntime 0.1")).save(path)
     for words in (("profile",), ("predict", "--policy", "w4g32")):
-        line = cli(words[0], profiled.model, "--profiles", folder, *words[1:]).error
+        line = cli(words[0], profiled.graph, "--profiles", folder, *words[1:]).error
         assert "bittailor profile MODEL --device local --renew" in line
     assert fast.timed == []
-    assert cli("profile", profiled.model, "--profiles", folder, "--renew").code == 0
+    assert cli("profile", profiled.graph, "--profiles", folder, "--renew").code == 0
     assert len(open_table(path).rows) == len(table.rows)
     assert fast.timed
 
@@ -192,9 +192,9 @@ def _alive(pid: int) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for the agent in /proc")
-def test_a_killed_run_resumes_and_ends_whole(tiny_bert: Path, tmp_path: Path, cli: Any, fast: FastHost) -> None:
+def test_a_killed_run_resumes_and_ends_whole(tiny_graph: Path, tmp_path: Path, cli: Any, fast: FastHost) -> None:
     path = tmp_path / "profiles" / "local" / "table.jsonl"
-    words = [sys.executable, "-m", "toolchain.cli", "profile", str(tiny_bert), "--profiles", str(tmp_path / "profiles")]
+    words = [sys.executable, "-m", "toolchain.cli", "profile", str(tiny_graph), "--profiles", str(tmp_path / "profiles")]
     run = subprocess.Popen(words, env=environment(TMPDIR=str(tmp_path)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
         assert _wait(lambda: path.exists() or run.poll() is not None, 120)
@@ -210,7 +210,7 @@ def test_a_killed_run_resumes_and_ends_whole(tiny_bert: Path, tmp_path: Path, cl
     assert 0 < len(killed.rows) < 2 * len(_wanted(killed))
     # An agent that outlived its host would be the "others" that disturb the next run.
     assert _wait(lambda: not any(map(_alive, agents)), 5), "the agent went on without its host"
-    result = cli("profile", tiny_bert, "--profiles", tmp_path / "profiles", "--json")
+    result = cli("profile", tiny_graph, "--profiles", tmp_path / "profiles", "--json")
     assert result.code in (0, 3), result.err
     whole = open_table(path)
     assert _rows(whole) == _wanted(whole)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, environment
+from conftest import ROOT
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("torch")
@@ -20,11 +21,21 @@ MADE = {
 }
 
 
+@pytest.fixture(autouse=True)
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
 @pytest.mark.parametrize("name", MADE)
-def test_a_table_is_made_from_what_was_measured(name: str, tmp_path: Path) -> None:
+def test_a_table_is_made_from_what_was_measured(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path in (ROOT / "results").glob("*.json"):
         shutil.copyfile(path, tmp_path / path.name)
-    command = [sys.executable, str(ROOT / "benchmarks" / "from_results.py"), name, *MADE[name], "--results", str(tmp_path)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "argv", ["from_results.py", name, *MADE[name], "--results", str(tmp_path)])
+    importlib.import_module("from_results").main()
     assert (tmp_path / f"{name}.md").read_text() == (ROOT / "results" / f"{name}.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["dense", "summaries"])
+def test_a_page_shows_the_measurements_beside_it(name: str) -> None:
+    found = json.loads((ROOT / "results" / f"{name}.json").read_text())
+    assert importlib.import_module(name).page(found) == (ROOT / "results" / f"{name}.md").read_text()

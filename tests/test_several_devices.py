@@ -42,7 +42,7 @@ def _device_file(tmp_path: Path, name: str, **fields: object) -> Path:
 
 
 def test_devices_are_profiled_at_once_and_one_that_fails_stops_no_other(
-    tiny_bert: Path, tmp_path: Path, cli: Any, fast: Any, monkeypatch: pytest.MonkeyPatch
+    tiny_graph: Path, tmp_path: Path, cli: Any, fast: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The times are made up, and no device has its answer before all are asked; identity and kernels are really asked of each."""
     together = threading.Barrier(2, timeout=120)
@@ -60,7 +60,7 @@ def test_devices_are_profiled_at_once_and_one_that_fails_stops_no_other(
     good = [_device_file(tmp_path, "one"), _device_file(tmp_path, "two", threads=2)]
     bad = [_device_file(tmp_path, "three", python="/no/such/python")]
     words = [word for path in (*bad, *good) for word in ("--device", path)]
-    result = cli("profile", tiny_bert, "--profiles", tmp_path / "profiles", "--json", *words)
+    result = cli("profile", tiny_graph, "--profiles", tmp_path / "profiles", "--json", *words)
     assert result.code == 2
     assert set(result.json["devices"]) == {"one", "two"}, result.json["failed"]
     assert set(result.json["failed"]) == {"three"}
@@ -70,13 +70,13 @@ def test_devices_are_profiled_at_once_and_one_that_fails_stops_no_other(
     assert {table.header.device for table in tables.values()} == {"one", "two"}
     assert set(tables["one"].rows) == set(tables["two"].rows)
     assert tables["one"].header.kernels == working_kernels()
-    text = cli("profile", tiny_bert, "--profiles", tmp_path / "profiles", *words)
+    text = cli("profile", tiny_graph, "--profiles", tmp_path / "profiles", *words)
     assert "three: failed: expected the Python" in text.out
     assert text.out.splitlines()[-1] == "2 of 3 devices profiled, 1 failed"
     assert not (tmp_path / "profiles" / "three").exists()
 
 
-def test_ctrl_c_does_not_wait_for_the_devices(tiny_bert: Path, tmp_path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_does_not_wait_for_the_devices(tiny_graph: Path, tmp_path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for_ever = threading.Event()
 
     def interrupted(graph: object, device: Device, *words: object, **more: object) -> None:
@@ -91,7 +91,7 @@ def test_ctrl_c_does_not_wait_for_the_devices(tiny_bert: Path, tmp_path: Path, c
     )  # whoever is started in the background inherits that it is ignored
     try:
         began = time.monotonic()
-        assert cli("profile", tiny_bert, "--profiles", tmp_path / "profiles", *words).code == 130
+        assert cli("profile", tiny_graph, "--profiles", tmp_path / "profiles", *words).code == 130
         assert time.monotonic() - began < 30
     finally:
         signal.signal(signal.SIGINT, before)
@@ -118,9 +118,9 @@ def test_the_agent_is_made_once_however_many_devices_want_it(monkeypatch: pytest
     assert len(parsed) > 10
 
 
-def test_two_devices_of_one_name_are_refused(tiny_bert: Path, tmp_path: Path, cli: Any) -> None:
+def test_two_devices_of_one_name_are_refused(tiny_graph: Path, tmp_path: Path, cli: Any) -> None:
     path = _device_file(tmp_path, "one")
-    assert "expected each device once, got 'one'" in cli("profile", tiny_bert, "--device", path, "--device", path).error
+    assert "expected each device once, got 'one'" in cli("profile", tiny_graph, "--device", path, "--device", path).error
 
 
 @pytest.mark.parametrize("broken", [KeyError("meters"), ValueError("not a number"), OSError("no such device")])
@@ -143,7 +143,7 @@ def test_a_device_that_raises_does_not_hide_the_others(
 
 
 def test_devices_of_this_machine_are_measured_one_after_the_other(
-    tiny_bert: Path, tmp_path: Path, cli: Any, fast: Any, monkeypatch: pytest.MonkeyPatch
+    tiny_graph: Path, tmp_path: Path, cli: Any, fast: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = [tmp_path / f"{name}.yaml" for name in ("one", "two")]
     for path in paths:
@@ -158,13 +158,13 @@ def test_devices_of_this_machine_are_measured_one_after_the_other(
 
     monkeypatch.setattr(Host, "time", time_of)
     words = [word for path in paths for word in ("--device", path)]
-    assert set(cli("profile", tiny_bert, "--profiles", tmp_path / "profiles", "--json", *words).json["devices"]) == {"one", "two"}
+    assert set(cli("profile", tiny_graph, "--profiles", tmp_path / "profiles", "--json", *words).json["devices"]) == {"one", "two"}
     changes = [(before, after) for before, after in itertools.pairwise(turns) if before != after]
     assert len(changes) == 1, turns
 
 
 def test_what_nobody_expected_of_one_device_is_its_line_and_not_the_end_of_all(
-    tiny_bert: Path, tmp_path: Path, cli: Any, fast: Any, monkeypatch: pytest.MonkeyPatch
+    tiny_graph: Path, tmp_path: Path, cli: Any, fast: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = [tmp_path / f"{name}.yaml" for name in ("one", "two")]
     for path in paths:
@@ -176,12 +176,12 @@ def test_what_nobody_expected_of_one_device_is_its_line_and_not_the_end_of_all(
 
     monkeypatch.setattr(Host, "peak", peak)
     words = [word for path in paths for word in ("--device", path)]
-    result = cli("profile", tiny_bert, "--profiles", tmp_path / "profiles", "--json", *words)
+    result = cli("profile", tiny_graph, "--profiles", tmp_path / "profiles", "--json", *words)
     assert result.code == 2
     assert (set(result.json["devices"]), result.json["failed"]) == ({"two"}, {"one": "KeyError: 'peak_bytes'"})
     assert "bittailor: one failed: KeyError: 'peak_bytes'" in result.err
     with pytest.raises(KeyError):  # alone, it is a fault that somebody wants to see whole
-        cli("profile", tiny_bert, "--profiles", tmp_path / "profiles", "--device", paths[0])
+        cli("profile", tiny_graph, "--profiles", tmp_path / "profiles", "--device", paths[0])
 
 
 def test_kernels_are_those_that_work_on_the_device(board: Device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +256,7 @@ def test_what_is_being_sent_is_not_swept(board: Device) -> None:
 
 
 def test_one_profile_asks_a_device_once_who_it_is(
-    tiny_bert: Path, tmp_path: Path, cli: Any, fast: Any, monkeypatch: pytest.MonkeyPatch
+    tiny_graph: Path, tmp_path: Path, cli: Any, fast: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One link, for the header, the kernels and the rows; the times are made up."""
     asked = []
@@ -268,7 +268,7 @@ def test_one_profile_asks_a_device_once_who_it_is(
 
     monkeypatch.setattr(Link, "_job", job)
     path = _device_file(tmp_path, "one")
-    assert cli("profile", tiny_bert, "--profiles", tmp_path / "profiles", "--device", path, "--json").code in (0, 3)
+    assert cli("profile", tiny_graph, "--profiles", tmp_path / "profiles", "--device", path, "--json").code in (0, 3)
     assert asked == ["identify", "outputs"]
 
 
