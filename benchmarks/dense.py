@@ -236,7 +236,7 @@ def lines_of(model: dict[str, Any]) -> list[dict[str, str]]:
             share = f"{energy['value'] / whole['value']:.1%}" if energy["value"] and whole["value"] else "–"
             line |= {f"mJ, {tokens}": shown(energy, 2), f"mJ, {tokens}, of fp32": share}
         for head, key in (("error", "error"), ("with γ", "error_gamma"), ("bound", "bound")):
-            line[head] = f"{row[key]:.4f}" if key in row else "–"
+            line[head] = f"{row[key]:.3g}" if key in row else "–"
         lines.append(line)
     return lines
 

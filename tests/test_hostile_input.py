@@ -30,7 +30,7 @@ from toolchain.errors import BittailorError, DamagedFileError, InputError
 from toolchain.files import inside, sha256
 from toolchain.graph.assemble import round_to_nearest
 from toolchain.graph.build import build, read_config
-from toolchain.graph.external import load_array
+from toolchain.graph.external import load_array, read_model
 from toolchain.graph.model import Graph
 from toolchain.package.generate import _settings
 from toolchain.package.integrity import YAML_TAIL
@@ -428,6 +428,24 @@ def test_graphs_that_are_no_models(tmp_path: Path, capfd: pytest.CaptureFixture[
     with refused(word):
         open_session(folder, threads=1)
     assert capfd.readouterr() == ("", "")  # what onnxruntime prints would be more than one line
+
+
+TEXTS: dict[str, Callable[[onnx.ModelProto], object]] = {
+    "a node's input": lambda model: model.graph.node[0].MergeFromString(b"\x0a\x01\xe4"),
+    "a tensor's name": lambda model: model.graph.initializer.add().MergeFromString(b"\x42\x01\xe4"),
+    "an input in a branch": lambda model: model.graph.node[0].attribute.add().g.node.add().MergeFromString(b"\x0a\x01\xe4"),
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_names_that_are_no_text(tmp_path: Path, name: str) -> None:
+    """In a graph that is made anew from this one protobuf would refuse them, with an error of its own."""
+    folder = _write(tmp_path, [helper.make_node("Neg", ["x"], ["y"])])
+    model = onnx.load(folder / "model.onnx")
+    TEXTS[name](model)
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    with refused("no UTF-8"):
+        read_model(folder)
 
 
 def test_a_branch_is_run(tmp_path: Path) -> None:

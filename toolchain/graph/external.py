@@ -10,11 +10,14 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import onnx
+from google.protobuf.message import Message
 from onnx import TensorProto, helper, numpy_helper
 
 from toolchain.errors import DamagedFileError
@@ -103,8 +106,24 @@ def read_model(folder: Path, name: str = MODEL_NAME) -> onnx.ModelProto:
     """The graph without its external data. Raises DamagedFileError if it does not parse, InputError if it is a link out of the folder."""
     path = inside(folder, name)
     try:
-        return onnx.load(path, load_external_data=False)
+        model = onnx.load(path, load_external_data=False)
     except (OSError, ValueError, RuntimeError) as error:
         raise DamagedFileError(f"expected an ONNX model in {path}, got {error}") from error
     except Exception as error:  # protobuf's DecodeError has no public base class
         raise DamagedFileError(f"expected an ONNX model in {path}, got {type(error).__name__}") from error
+    for text in _texts(model):
+        if not isinstance(text, str):  # protobuf hands out what is no UTF-8 as bytes, and refuses it in another message
+            raise DamagedFileError(f"expected an ONNX model in {path}, got a name that is no UTF-8: {text!r:.80}")
+    return model
+
+
+def _texts(root: Any) -> Iterator[str | bytes]:
+    """Every name in a message and in what is inside it."""
+    left = [root]
+    while left:
+        for field, value in left.pop().ListFields():
+            several = not isinstance(value, str | bytes | Message)
+            if field.type == field.TYPE_MESSAGE:
+                left += value if several else [value]
+            elif field.type == field.TYPE_STRING:
+                yield from value if several else [value]
