@@ -248,6 +248,7 @@ TENSORS = {
     "inline, numbers": TensorProto(name="w", dims=[2_500_000_000], data_type=TensorProto.FLOAT, float_data=[1.0]),
     "inline, below nothing": TensorProto(name="w", dims=[-1, -16], data_type=TensorProto.FLOAT, raw_data=b"\0" * 64),
     "inline, no type": TensorProto(name="w", dims=[16], data_type=99, raw_data=b"\0" * 64),
+    "inline, text": TensorProto(name="w", dims=[200], data_type=TensorProto.STRING, string_data=[b"a"] * 200),
     "external, 10 GB": _external([2_500_000_000]),
     "external, a product that wraps to nothing": _external([1 << 32, 1 << 32]),
     "external, below nothing": _external([-16]),

@@ -82,6 +82,8 @@ def load_array(tensor: TensorProto, folder: Path) -> np.ndarray:
         dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
         if min(shape, default=0) < 0:
             raise ValueError(f"the shape {shape}")
+        if dtype.hasobject:
+            raise ValueError("text")
         if tensor.data_location != TensorProto.EXTERNAL:
             return numpy_helper.to_array(tensor)
     except (KeyError, TypeError, ValueError) as error:
