@@ -7,6 +7,7 @@ import lzma
 import re
 import resource
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ from toolchain import hardware
 from toolchain.commands import workflow
 from toolchain.costs.table import open_table
 from toolchain.errors import BittailorError, DamagedFileError, InputError
+from toolchain.evaluate.spans import read_squad
 from toolchain.files import inside, sha256
 from toolchain.graph.assemble import round_to_nearest
 from toolchain.graph.build import build, read_config
@@ -43,7 +45,7 @@ from toolchain.session import open_session
 from toolchain.spec import Device, Workload
 from toolchain.supernet.loading import load_model
 from toolchain.supernet.store import SupernetFolder
-from toolchain.text import documents, separator_id
+from toolchain.text import documents, load_tokenizer, separator_id
 from toolchain.train import checkpoint
 
 MOST_BYTES = 200 << 20
@@ -196,6 +198,17 @@ def test_an_answer_that_is_too_much(name: str) -> None:
         replies.answer_of(f'{{"peak_bytes": 1, "running_bytes": 2, "more": {JSON[name]}}}', "peak", Device("phone"))
 
 
+def test_a_tokenizer_that_makes_its_library_panic(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It is no Exception that comes out of it, and it writes lines of its own."""
+    path = place / "package" / "tokenizer.json"
+    data = json.loads(path.read_text())
+    data["model"]["continuing_subword_prefix"] = "longer"
+    path.write_text(json.dumps(data))
+    with refused("expected a tokenizer"):
+        load_tokenizer(path.parent)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_tokenizer_may_say_that_its_model_has_no_longest_text(place: Path) -> None:
     """transformers writes int(1e30) for that."""
     path = place / "package" / "tokenizer_config.json"
@@ -287,8 +300,23 @@ def test_an_xz_that_unpacks_to_what_no_text_is(tmp_path: Path) -> None:
     packer = lzma.LZMACompressor(preset=0)
     zeros = bytes(1 << 20)
     (tmp_path / "text.xz").write_bytes(b"".join(packer.compress(zeros) for _ in range(80)) + packer.flush())
-    with refused("no text"):
+    with refused("more than"):
         documents([tmp_path / "text.xz"])
+
+
+@pytest.mark.parametrize("form", [lzma.FORMAT_XZ, lzma.FORMAT_ALONE])
+def test_an_xz_that_asks_for_a_gigabyte_to_be_unpacked(tmp_path: Path, form: int) -> None:
+    data = bytearray(lzma.compress(b"text\n", form))
+    if form == lzma.FORMAT_XZ:  # a block's header: its size, flags, LZMA2, one byte of properties, which is the dictionary's size
+        data[16] = 36
+        data[20:24] = zlib.crc32(data[12:20]).to_bytes(4, "little")
+    else:
+        data[1:5] = (1 << 30).to_bytes(4, "little")
+    (tmp_path / "text.xz").write_bytes(data)
+    with refused("xz data"):
+        documents([tmp_path / "text.xz"])
+    with refused("LZMAError"):
+        read_squad(tmp_path / "text.xz")
 
 
 def test_an_xz_of_several_streams_is_read_whole(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Text, JSON and YAML that strangers wrote, within bounds: how long, how deep, how much an alias stands for, which numbers there are.
+"""Text, JSON, YAML and xz that strangers wrote, within bounds: how long, how deep, how much an alias stands for, which numbers there are.
 
 Everything that is wrong is a ValueError of one line, or the OSError of opening; which file it was, and what to do, its reader says.
 By hand, because neither json nor PyYAML bounds anything: 100,000 brackets end in a RecursionError, nine aliases of nine aliases nine times
@@ -26,6 +26,8 @@ DEEPEST = 64
 MOST_NODES = 50_000
 """Of a YAML document, every alias counted as what it stands for; PyYAML needs two seconds for so many. A unit of a supernet has 27."""
 _TOO_MANY = f"expected at most {MOST_NODES} values, aliases counted as what they stand for, got more"
+_XZ_MEMORY_BYTES = 96 << 20
+"""`xz -9` needs 65 MiB to unpack."""
 _LARGEST = 1 << 1000
 """Of whole numbers: what is larger is no float."""
 
@@ -37,6 +39,24 @@ def read_text(path: Path, most_bytes: int = MOST_BYTES) -> str:
     if len(data) > most_bytes:
         raise ValueError(f"more than {most_bytes >> 20} MiB")
     return data.decode("utf-8")
+
+
+def xz_of(packed: bytes, most: int) -> bytes:
+    """What `.xz` data hold. Raises LZMAError, also for a header that asks for more memory than any of xz's presets; EOFError; ValueError
+    for more than `most` bytes."""
+    import lzma
+
+    made: list[bytes] = []
+    left = packed
+    while left:  # several streams may follow each other
+        unpacking = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY_BYTES)
+        made.append(unpacking.decompress(left, most + 1 - sum(map(len, made))))
+        if sum(map(len, made)) > most:
+            raise ValueError(f"more than {most >> 20} MiB in {len(packed)} bytes")
+        if not unpacking.eof:
+            raise EOFError("the end is missing")
+        left = unpacking.unused_data.lstrip(b"\0")  # padding
+    return b"".join(made)
 
 
 def read_json(path: Path) -> Any:

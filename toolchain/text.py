@@ -5,11 +5,13 @@ Knows tokenizers and numpy, refuses to know models and training. Every result th
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import lzma
+import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +20,7 @@ import numpy as np
 
 from toolchain.errors import DamagedFileError, InputError, require
 from toolchain.files import inside
-from toolchain.reading import read_json
+from toolchain.reading import read_json, xz_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -67,7 +69,7 @@ def documents(paths: Sequence[Path]) -> list[str]:
             )
         if path.suffix == ".xz":
             try:
-                raw = _unpacked(raw)
+                raw = xz_of(raw, max(_MOST_UNPACKED, _MOST_RATIO * len(raw)))
             except (lzma.LZMAError, EOFError, ValueError) as error:
                 raise DamagedFileError(f"expected xz data in {path}, got {error}", f"make it again: xz {path.stem}") from error
         try:
@@ -92,22 +94,6 @@ _MOST_BYTES = 256 << 20
 """Of one file: some sixty million tokens, more than a run here reads in days."""
 _MOST_UNPACKED, _MOST_RATIO = 64 << 20, 100
 """Bytes that any `.xz` may become, and how many times as long a larger one: prose becomes four times as long, zeros seven thousand."""
-
-
-def _unpacked(packed: bytes) -> bytes:
-    """Raises LZMAError, EOFError; ValueError for what grows as no text does."""
-    most = max(_MOST_UNPACKED, _MOST_RATIO * len(packed))
-    made: list[bytes] = []
-    left = packed
-    while left:  # several streams may follow each other
-        unpacking = lzma.LZMADecompressor()
-        made.append(unpacking.decompress(left, most + 1 - sum(map(len, made))))
-        if sum(map(len, made)) > most:
-            raise ValueError(f"more than {most >> 20} MiB in {len(packed)} bytes, which is no text")
-        if not unpacking.eof:
-            raise EOFError("the end is missing")
-        left = unpacking.unused_data.lstrip(b"\0")  # padding
-    return b"".join(made)
 
 
 def pydoc_documents() -> list[str]:
@@ -157,12 +143,29 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         raise InputError(f"expected a tokenizer at {path}, got none", "use a model folder that has tokenizer.json")
     tokenizers = require("tokenizers", "text")
     try:
-        loaded = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # what the Rust side raises
+        with _no_stderr():
+            loaded = tokenizers.Tokenizer.from_file(str(path))
+    except BaseException as error:  # what the Rust side raises; its panics are no Exceptions
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise DamagedFileError(f"expected a tokenizer in {path}, got: {error}") from error
     loaded.no_truncation()
     loaded.no_padding()
     return loaded
+
+
+@contextlib.contextmanager
+def _no_stderr() -> Iterator[None]:
+    """A panic of Rust's writes where it was, and the way there, on the process's stderr, where our one line belongs."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def separator_id(directory: Path) -> int | None:

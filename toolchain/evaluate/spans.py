@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from toolchain.errors import InputError, require
-from toolchain.reading import json_of
+from toolchain.reading import json_of, xz_of
 
 MOST_BYTES = 64 * 2**20
 LONGEST_ANSWER = 30
@@ -56,11 +56,11 @@ def read_squad(path: Path, titles: Collection[str] | None = None) -> list[Questi
 
 
 def _bytes_of(path: Path) -> bytes:
-    with lzma.open(path) if path.suffix == ".xz" else path.open("rb") as file:
+    with path.open("rb") as file:
         raw = file.read(MOST_BYTES + 1)
     if len(raw) > MOST_BYTES:
         raise ValueError(f"more than {MOST_BYTES >> 20} MiB")
-    return raw
+    return xz_of(raw, MOST_BYTES) if path.suffix == ".xz" else raw
 
 
 def _question(said: Mapping[str, Any], context: str) -> Question:
