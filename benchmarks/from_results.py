@@ -133,27 +133,27 @@ def radar(arguments: argparse.Namespace) -> None:
     full = mean(cell["perplexity"] for cell in cells if cell["method"] == "fp32")
     shapes = []
     for method, kernel, bits in SHOWN:
-        seen = [
-            cell["perplexity"] for cell in cells if cell["method"] == method and (method == "fp32" or cell["column"] == f"{bits:g}")
-        ]
+        seen = [cell for cell in cells if cell["method"] == method and (method == "fp32" or cell["column"] == f"{bits:g}")]
         values = (
-            full / mean(seen),
+            full / mean(cell["perplexity"] for cell in seen),
             1 - sizes[kernel] / sizes["fp32"],
             1 - measured[kernel].latency_ms / measured["fp32"].latency_ms,
         )
-        shapes.append((method if method == "fp32" else f"{method}, {bits:g} bits", kernel, values))
+        seconds = mean(cell["training"] + cell["choosing"] for cell in seen) if method != "fp32" else 0.0
+        shapes.append((method if method == "fp32" else f"{method}, {bits:g} bits", kernel, values, seconds))
     rows = [
         {"configuration": name, "kernel": kernel}
         | {axis: f"{value:.1%}" for axis, value in zip(AXES, values, strict=True)}
-        | {"ms per token": f"{measured[kernel].latency_ms:.3f} ± {measured[kernel].spread_ms:.3f}"}
-        for name, kernel, values in shapes
+        | {"ms per token": f"{measured[kernel].latency_ms:.3f} ± {measured[kernel].spread_ms:.3f}", "training s": f"{seconds:.0f}"}
+        for name, kernel, values, seconds in shapes
     ]
     about = costs.header
     said = (
         f"{graph.source} against full precision: perplexity of `{TEXT}`, bytes of the package (counted), ms per token in rotation in three "
-        f"processes at the table's speed, on {about.device} ({about.cpu}, {about.runtime}); ±: half from the 10th to the 90th percentile"
+        f"processes at the table's speed, on {about.device} ({about.cpu}, {about.runtime}); ±: half from the 10th to the 90th percentile; "
+        "s: training and choosing"
     )
-    picture = draw([(name, values) for name, _, values in shapes])
+    picture = draw([(name, values) for name, _, values, _ in shapes])
     write_atomic(arguments.results / "radar.svg", picture)
     text = f"{said}\n\n![Radar: the table below, drawn](radar.svg)\n\n{table(rows, list(rows[0]), markdown=True)}\n"
     write_atomic(arguments.results / "radar.md", text)
