@@ -6,12 +6,13 @@
 A model is a chain of layers y = relu(W x), all of one width, weights drawn so that activations keep their size (He et al. 2015). For each
 kernel on all layers:
 
-    file, memory      bytes of the files; highest resident set of a fresh process over a bare runtime's
-    latency           of one token and of 64, all kernels of a model in rotation; throughput is 64 tokens over their time
+    file, memory      bytes of the files; what a fresh process takes at most over a bare runtime: resident, on a GPU of its memory
+    latency           of one token and of 64, all kernels of a model in rotation, on a CPU those of 1B one at a time with fp32;
+                      throughput is 64 tokens over their time
     energy            of the same runs, idle power included, by the device's meter; without one null, with the reason
     C_q / C_f         the study's cost, b_w b_a / (32 · 32), beside latency over fp32's: what is measured and what the formula says
-    error             ‖y − ŷ‖ / ‖y‖ at the chain's end for 64 random inputs, int8 activations as the kernel has them; with γ: every layer's
-                      outputs scaled to their second moment (equation 18), on 256 other inputs
+    error             ‖y − ŷ‖ / ‖y‖ at the chain's end for 64 random inputs, in torch, with the kernel's codes and its int8 or fp16
+                      activations; with γ: every layer's outputs scaled to their second moment (equation 18), on 256 other inputs
     bound             Π (1 + ε_l) − 1, ε_l = ‖W − Ŵ‖₂ / ‖W‖₂ (equation 13): of the weights alone
 
 DIR keeps what was measured of each model, and a killed run goes on. --device local-cuda: on the GPU. fp32 is a plain MatMul there (the
@@ -155,10 +156,13 @@ def measured(host: Host, model: str, names: list[str], meter: str) -> dict[str, 
         for group in groups:
             rotation = [subject for subject in subjects if subject["name"].partition("@")[0] in group]
             answer = host.time(random.Random(0).sample(rotation, len(rotation)), WINDOWS)
+            times = {}
             for label, trials in levelled(answer["trials"]).items():
                 name, _, tokens = label.partition("@")
                 found = summarise((trial["run_ns"] / 1e6 for trial in trials), answer["valid"])
-                seen[name][f"ms_{tokens}"] = {"value": found.value, "spread": found.spread, "n": found.n, "valid": found.valid}
+                times[name, tokens] = {"value": found.value, "spread": found.spread, "n": found.n, "valid": found.valid}
+            for (name, tokens), time in times.items():
+                seen[name] |= {f"ms_{tokens}": time, f"of_fp32_{tokens}": time["value"] / times["fp32", tokens]["value"]}
         for name in names:
             seen[name]["peak_bytes"] = host.peak(next(one for one in subjects if one["name"] == f"{name}@{TOKENS}"))["peak_bytes"]
         if meter != "none":
@@ -174,6 +178,9 @@ def measured(host: Host, model: str, names: list[str], meter: str) -> dict[str, 
 
 def run(arguments: argparse.Namespace) -> None:
     device = hardware.load(arguments.device)
+    kernels = arguments.kernels or KERNELS[device.provider]
+    if strange := [name for name in kernels if name != "fp32" and CATALOGUE[name].provider != device.provider]:
+        raise SystemExit(f"expected kernels of {device.provider}, got {strange[0]}")
     host = Host.of(device)
     arguments.out.mkdir(parents=True, exist_ok=True)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
@@ -183,14 +190,14 @@ def run(arguments: argparse.Namespace) -> None:
         if kept.is_file():
             continue
         layers, width = MODELS[model]
-        names = list(dict.fromkeys(["fp32", *(arguments.kernels or KERNELS[device.provider])]))
+        names = list(dict.fromkeys(["fp32", *kernels]))
         rows = measured(host, model, names, meter)
-        reason = rows["fp32"].pop("energy_reason", "") or reason
+        why = rows["fp32"].pop("energy_reason", reason)
         for name, found in errors(width, layers, [name for name in names if CATALOGUE[name].quantised]).items():
             rows[name] |= found
         here = host.identify()
         about = {"cpu": here["cpu"], "runtime": here["runtime"], "threads": host.threads, "commit": commit}
-        about |= {"errors_on": str(Team("auto").device), "meter": meter, "energy_reason": reason}
+        about |= {"errors_on": str(Team("auto").device), "meter": meter, "energy_reason": why}
         write_atomic(kept, json.dumps({"model": model, "layers": layers, "width": width, **about, "rows": rows}, indent=1) + "\n")
         print(f"{model}: done", file=sys.stderr)
 
@@ -214,6 +221,7 @@ def page(found: list[dict[str, Any]]) -> str:
     for model in found:
         energy = f"mJ by {model['meter']}" if not model["energy_reason"] else f"no energy: {model['energy_reason']}"
         where = f"{model['cpu']}, {model['threads']} threads, {model['runtime']}, commit {model['commit']}; {energy}"
+        where += f"; errors in torch on {model['errors_on']}"
         sections.setdefault(where, []).extend(lines_of(model))
     return "\n".join(f"{where}\n\n{table(lines, list(lines[0]), markdown=True)}\n" for where, lines in sections.items())
 
@@ -230,7 +238,10 @@ def lines_of(model: dict[str, Any]) -> list[dict[str, str]]:
         line |= {"ms, 1 token": shown(one, 3), "ms, 64": shown(many, 2), "tokens/s": f"{TOKENS / many['value'] * 1e3:.0f}"}
         line["C_q/C_f"] = f"{kernel.weight_bits * activation_bits / 32**2:.3f}"
         for tokens in (1, TOKENS):
-            line[f"{tokens} measured"] = f"{row[f'ms_{tokens}']['value'] / full[f'ms_{tokens}']['value']:.3f}"
+            apart = (
+                row[f"ms_{tokens}"]["value"] / full[f"ms_{tokens}"]["value"]
+            )  # of rows that do not know the fp32 of their rotation
+            line[f"{tokens} measured"] = f"{row.get(f'of_fp32_{tokens}', apart):.3f}"
         for tokens in (1, TOKENS) if not model["energy_reason"] else ():
             energy, whole = (one.get(f"mj_{tokens}") or {"value": None} for one in (row, full))
             share = f"{energy['value'] / whole['value']:.1%}" if energy["value"] and whole["value"] else "–"

@@ -3,8 +3,8 @@
 How far apart two graphs are is known only by many processes: where a process puts its memory moves a model of a megabyte by several
 percent, whatever is timed within it. So every kernel of the unit with most multiplications is measured in processes in turn, ROUNDS[0] of
 each; the kernels of the SHORTLIST of pairs nearest to 8% go on to ROUNDS[1]. Then the nearest pair is measured anew, since luck chose it,
-too: ROUNDS[2] of each in turn. If its ratio is not within NEAR of 8%, or its interval is wider than WIDE on either side, it is put aside for
-the next; no pair left: the next shape.
+too: ROUNDS[2] of each in turn. If its ratio is not within NEAR of 8%, or its interval is wider than WIDE on either side, it is put aside
+for the next; no pair left: the next shape.
 """
 
 from __future__ import annotations

@@ -51,8 +51,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
             file = super()._split_scope(nodeid)
             return "profiled" if Path(file).name in SHARING else file
 
+    if config.getoption("dist") != "loadfile":
+        return None
     config.option.loadscopereorder = False  # the order is LONGEST's, not that of how many tests a file has
-    return Sharing(config, log) if config.getvalue("dist") == "loadfile" else None
+    return Sharing(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -190,7 +192,7 @@ def tiny_bert(models: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_graph(graphs: Callable[..., Graph]) -> Path:
-    """The graph folder of `tiny_bert`: for tests that are not about a model's way into the house."""
+    """The graph folder of `tiny_bert`, for tests that are not about how a graph is built."""
     return graphs("bert", **TINY_BERT).directory
 
 

@@ -28,6 +28,8 @@ MOST_NODES = 50_000
 _TOO_MANY = f"expected at most {MOST_NODES} values, aliases counted as what they stand for, got more"
 _XZ_MEMORY_BYTES = 96 << 20
 """`xz -9` needs 65 MiB to unpack."""
+_MOST_STREAMS = 100
+"""In one file: what is behind a stream is copied for each."""
 _LARGEST = 1 << 1000
 """Of whole numbers: what is larger is no float."""
 
@@ -46,17 +48,21 @@ def xz_of(packed: bytes, most: int) -> bytes:
     for more than `most` bytes."""
     import lzma
 
-    made: list[bytes] = []
-    left = packed
-    while left:  # several streams may follow each other
+    made = bytearray()
+    place, streams = 0, 0
+    while place < len(packed):  # several streams may follow each other
+        streams += 1
+        if streams > _MOST_STREAMS:
+            raise ValueError(f"more than {_MOST_STREAMS} streams")
         unpacking = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY_BYTES)
-        made.append(unpacking.decompress(left, most + 1 - sum(map(len, made))))
-        if sum(map(len, made)) > most:
-            raise ValueError(f"more than {most >> 20} MiB in {len(packed)} bytes")
+        made += unpacking.decompress(memoryview(packed)[place:], most + 1 - len(made))
+        if len(made) > most:
+            raise ValueError(f"{len(packed)} bytes that become more than {most >> 20} MiB")
         if not unpacking.eof:
             raise EOFError("the end is missing")
-        left = unpacking.unused_data.lstrip(b"\0")  # padding
-    return b"".join(made)
+        left = unpacking.unused_data
+        place = len(packed) - len(left.lstrip(b"\0"))  # padding
+    return bytes(made)
 
 
 def read_json(path: Path) -> Any:

@@ -11,6 +11,7 @@ import lzma
 import os
 import re
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -154,18 +155,29 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     return loaded
 
 
+_STDERR = threading.Lock()
+
+
 @contextlib.contextmanager
 def _no_stderr() -> Iterator[None]:
-    """A panic of Rust's writes where it was, and the way there, on the process's stderr, where our one line belongs."""
-    sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
+    """A panic of Rust's writes where it was, and the way there, on the process's stderr, where our one line belongs. One thread at a time:
+    the second would keep the first one's nowhere."""
+    with _STDERR, open(os.devnull, "wb") as nowhere:
+        try:
+            kept = os.dup(2)
+        except OSError:  # closed: nobody reads it
+            kept = None
+        if kept is None:
+            yield
+            return
+        if sys.stderr:
+            sys.stderr.flush()
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def separator_id(directory: Path) -> int | None:

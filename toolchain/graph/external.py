@@ -115,12 +115,12 @@ def read_model(folder: Path, name: str = MODEL_NAME) -> onnx.ModelProto:
         raise DamagedFileError(f"expected an ONNX model in {path}, got {type(error).__name__}") from error
     for text in _texts(model):
         if not isinstance(text, str):  # protobuf hands out what is no UTF-8 as bytes, and refuses it in another message
-            raise DamagedFileError(f"expected an ONNX model in {path}, got a name that is no UTF-8: {text!r:.80}")
+            raise DamagedFileError(f"expected an ONNX model in {path}, got text that is no UTF-8: {text!r:.80}")
     return model
 
 
 def _texts(root: Any) -> Iterator[str | bytes]:
-    """Every name in a message and in what is inside it."""
+    """Every text in a message and in what is inside it: names, most of all."""
     left = [root]
     while left:
         for field, value in left.pop().ListFields():
