@@ -14,8 +14,8 @@ measured before each check, and the middle of the last ANCHORS of all, brought t
 the runs are over the distance that counts is that to the middle of ANCHORS on both sides of the run. A run is wrong if it says "within"
 and the package was over by that, or the reverse.
 baseline: two copies of PACKAGE that differ in one unit's kernel and are 8% apart, chosen by processes in turn (`gate_pair.py`). The report
-of the faster one is made once, with --least-seconds; then both are checked against it, and processes of each are measured in every turn, so
-that the report can say how far apart they were meanwhile. Their limits are far away.
+of the faster one is made once, with --least-seconds; then both are checked against it, and a process of each is measured in every turn,
+so that the report can say how far apart they were meanwhile. Their limits are far away.
 replay: recorded processes, in blocks of BLOCK consecutive ones from random places, are handed to the very decision that a check
 makes, at each distance from their own middle. It repeats what was seen once, so drift of more than WORK's hour is not in it.
 """
@@ -55,8 +55,6 @@ from toolchain.spec import FINER, TOKEN, TOKENS, Verdict
 DISTANCES = (-10, -7, -5, -3, -1, 1, 3, 5, 7, 10)
 BLOCK = 6
 FAR_MS = 1e6
-PAIRED = 3
-"""Processes of each of the two copies in a turn, which tell how far apart they were meanwhile."""
 
 
 def main() -> None:
@@ -209,7 +207,7 @@ def baseline(arguments: argparse.Namespace) -> None:
     runs = arguments.work / "baseline.jsonl"
     done = {(row["package"], row["turn"]) for row in rows_of(runs)}
     for turn in range(arguments.repeats):
-        while len(rows_of(arguments.work / "pair.jsonl")) < PAIRED * (turn + 1):  # how far apart they are moves with the neighbours
+        if len(rows_of(arguments.work / "pair.jsonl")) <= turn:  # how far apart they are moves with what the neighbours do
             both = {place.name: bench.block(open_package(place)).to_json() for place in (plain, slowed)}
             add(arguments.work / "pair.jsonl", both)
         for package in (plain, slowed):
