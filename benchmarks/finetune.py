@@ -4,7 +4,8 @@
                                   [--lr 1e-4] [--on cuda]
 
 OUT/<task>-<seed>/ is a model folder (safetensors, tokenizer) that every command takes, and says its scores in scores.json; what is there
-is not made again. Rows are fed as a package feeds them (`task_kinds.py`). AdamW, a tenth of the steps up, then down to 0.
+is not made again. With --epochs 0 its head is as it was drawn: a model to profile a device with before any is trained. Rows are fed as a
+package feeds them (`task_kinds.py`). AdamW, a tenth of the steps up, then down to 0.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def finetuned(arguments: argparse.Namespace, name: str, seed: int, out: Path) ->
         .to(arguments.on)
     )
     rows, labels = task.rows, task.labels.to(arguments.on)
-    steps = arguments.epochs * math.ceil(len(rows) / arguments.batch)
+    steps = max(1, arguments.epochs * math.ceil(len(rows) / arguments.batch))
     optimiser = torch.optim.AdamW(model.parameters(), lr=arguments.lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min((step + 1) / (0.1 * steps), 1 - step / steps))
     model.train()

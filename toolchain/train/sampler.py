@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -82,7 +83,11 @@ class PolicySampler:
     def mixed(self, target: float, rng: np.random.Generator) -> Policy:
         """Independent draws whose expected mean bits (weighted by parameters) is `target`, as near as the candidates allow."""
         tilt = self._tilt(target)
-        return Policy.of({unit: names[rng.choice(len(names), p=_tilted(names, tilt))] for unit, names in self.candidates.items()})
+        rising = {names: _tilted(names, tilt).cumsum() for names in set(self.candidates.values())}
+        rising = {names: shares / shares[-1] for names, shares in rising.items()}
+        places = rng.random(len(self.candidates))  # as `Generator.choice` draws, in one go: a search draws thousands of policies
+        drawn = zip(self.candidates.items(), places, strict=True)
+        return Policy.of({unit: names[int(rising[names].searchsorted(place, side="right"))] for (unit, names), place in drawn})
 
     def _tilt(self, target: float) -> float:
         """Bisection: the expected mean bits rise with the tilt."""
@@ -93,7 +98,7 @@ class PolicySampler:
             shares[self.candidates[unit.name]] += unit.parameters
         for _ in range(40):
             middle = (low + high) / 2
-            means = (count * float(_tilted(names, middle) @ [bits(name) for name in names]) for names, count in shares.items())
+            means = (count * float(_tilted(names, middle) @ _levels(names)[0]) for names, count in shares.items())
             low, high = (middle, high) if sum(means) < target * total else (low, middle)
         return (low + high) / 2
 
@@ -104,10 +109,16 @@ class PolicySampler:
         return sum(share * min(found) for share, found in choices), sum(share * max(found) for share, found in choices)
 
 
-def _tilted(names: Sequence[str], tilt: float) -> np.ndarray:
-    """exp(tilt · bits), normalised; kernels of equal bits share their level's weight: many group sizes make no level likelier."""
+@cache
+def _levels(names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """(bits, share of its level) of each kernel."""
     levels = np.array([bits(name) for name in names], float)
-    share = np.array([1 / sum(levels == level) for level in levels])
+    return levels, np.array([1 / sum(levels == level) for level in levels])
+
+
+def _tilted(names: tuple[str, ...], tilt: float) -> np.ndarray:
+    """exp(tilt · bits), normalised; kernels of equal bits share their level's weight: many group sizes make no level likelier."""
+    levels, share = _levels(names)
     weight = share * np.exp(tilt * (levels - (levels.max() if tilt > 0 else levels.min())))
     return weight / weight.sum()
 
