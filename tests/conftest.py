@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -306,6 +307,16 @@ def profiled(tiny_bert: Path, tiny_graph: Path, tmp_path_factory: pytest.TempPat
         patch.setattr(Host, "time", lambda self, subjects, windows: time(self, subjects, windows, first=True))
         code = main(["profile", str(tiny_bert), "--profiles", str(folder), "--json"])
     return Profiled(tiny_bert, tiny_graph, folder, Result(code, out.getvalue(), err.getvalue()))
+
+
+@pytest.fixture(scope="module")
+def quick_training() -> Iterator[None]:
+    """For tests of commands that train where how well the meta-network learns is not the subject: a tenth of its budgets and steps."""
+    from toolchain.train import settings
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(settings, "Settings", partial(settings.Settings, scenarios=24, imitation_steps=40))
+        yield
 
 
 @pytest.fixture

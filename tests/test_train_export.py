@@ -25,6 +25,8 @@ from toolchain.spec import Workload
 from toolchain.supernet.store import SupernetFolder
 from toolchain.text import documents, load_tokenizer, separator_id, windows
 
+pytestmark = pytest.mark.usefixtures("quick_training")
+
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -51,7 +53,7 @@ def profiles(speaking: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def supernet(speaking: Path, profiles: Path, words: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def supernet(quick_training: None, speaking: Path, profiles: Path, words: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Trained for two steps."""
     out = tmp_path_factory.mktemp("trained") / "supernet"
     assert main(["train", *map(str, (speaking, "--profiles", profiles, "--text", words, "--steps", 2, "--out", out))]) == 0

@@ -39,7 +39,7 @@ from toolchain.train.settings import Settings
 from toolchain.train.step import Batch, step_gradients
 from toolchain.train.team import Team
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "quick_training")
 
 Graphs = Callable[..., Graph]
 Models = Callable[..., Path]
