@@ -90,6 +90,9 @@ LEARNING_RATE, WARM_UP = 1e-3, 20
 def main() -> None:
     parser = jobs.parser(__doc__)
     parser.set_defaults(batch=16)
+    parser.add_argument(
+        "--also", nargs="+", type=Path, help="further held-out texts, a table each; what is kept is of the same ones"
+    )
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="run these alone; the report has what is kept")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     parser.add_argument("--post-training", type=Path, help="cells of post_training.py, for the same table")
@@ -158,11 +161,13 @@ def work(arguments: argparse.Namespace, job: str) -> None:
     else:
         supernet, columns, seconds = dedicated(arguments, name, run)
     seen: dict[str, Sequence[float | None]] = dict(jobs.quality(supernet, columns, jobs.heldout_windows(arguments)))
+    also = {text: jobs.quality(supernet, columns, windows) for text, windows in jobs.also_windows(arguments).items()}
+    others = {text: {column: perplexity for column, (perplexity, _) in of.items()} for text, of in also.items()}
     if name == HALF:  # what its distance is to is itself
         seen = {column: (perplexity, None) for column, (perplexity, _) in seen.items()}
     bits = {column: mean_bits(policy, supernet.units) for column, policy in columns.items()}
     made = post_training.made_by(supernet.device)
-    jobs.keep(arguments, job, {"quality": seen, "bits": bits, "seconds": seconds, "made": made})
+    jobs.keep(arguments, job, {"quality": seen, "also": others, "bits": bits, "seconds": seconds, "made": made})
 
 
 Trained = tuple[Supernet, dict[str, Policy], dict[str, float]]
@@ -296,6 +301,7 @@ def rows_of(arguments: argparse.Namespace) -> list[tuple[str, Callable[[str], li
                 {
                     "perplexity": row["quality"][place][0],
                     "kl": row["quality"][place][1],
+                    "also": {text: of[place] for text, of in row.get("also", {}).items()},
                     "bits": row["bits"][place],
                     "training": row["seconds"]["training"],
                     "choosing": row["seconds"].get(key, 0.0),
@@ -325,20 +331,28 @@ def report(arguments: argparse.Namespace) -> None:
                 cells.append((cell["method"], f"{cell['bits']:g}", {**cell, **seconds, "bits": cell["mean_bits"]}))
     for method, at in rows_of(arguments):
         cells += [(method, column, cell) for column in (f"{bits:g}" for bits in MEANS) for cell in at(column)]
-    made: Mapping[str, list[dict[str, str]]] = {"perplexity": [], "kl": []}
+    figures: dict[str, tuple[int, Callable[[Mapping[str, Any]], float | None]]] = {
+        "perplexity": (2, lambda cell: cell["perplexity"]),
+        "kl": (3, lambda cell: cell["kl"]),
+    }
+    for text in dict.fromkeys(text for _, _, cell in cells for text in cell.get("also", ())):
+        figures[f"perplexity on {text}"] = (2, lambda cell, text=text: cell.get("also", {}).get(text))
+    made: Mapping[str, list[dict[str, str]]] = {figure: [] for figure in figures}
     for method in dict.fromkeys(method for method, _, _ in cells if method != "fp32"):
         mine = [(column, cell) for of, column, cell in cells if of == method]
-        for figure, digits in (("perplexity", 2), ("kl", 3)):
+        for figure, (digits, value) in figures.items():
             row = {"method": method}
             for bits in MEANS:
                 seen = [cell for column, cell in mine if column == f"{bits:g}"]
-                row[f"{bits:g} bits"] = post_training.spread([cell[figure] for cell in seen if cell[figure] is not None], digits)
+                row[f"{bits:g} bits"] = post_training.spread(
+                    [number for cell in seen if (number := value(cell)) is not None], digits
+                )
                 if any(abs(cell["bits"] - bits) > OFF for cell in seen):
                     row[f"{bits:g} bits"] += f" ({mean(cell['bits'] for cell in seen):.2f})"
             for key in ("training", "choosing"):
                 row[f"{key} s"] = f"{mean(cell[key] for _, cell in mine):.0f}"
             made[figure].append(row)
-    unquantised = {cell["perplexity"] for method, _, cell in cells if method == "fp32"}
+    unquantised = {figure: value(cell) for method, _, cell in cells if method == "fp32" for figure, (_, value) in figures.items()}
     size = f"{arguments.batch} x {jobs.WINDOW} tokens, {arguments.precision}, learning rate {arguments.lr:g}"
     how = f"{arguments.model}, {Path(arguments.heldout).name}; S = {arguments.steps} policy-steps of {size}"
     made_on: dict[str, dict[str, None]] = {}
@@ -346,7 +360,8 @@ def report(arguments: argparse.Namespace) -> None:
         if method != "fp32":
             made_on.setdefault(f"{cell['device']}, commit {cell['commit']}", {})[method] = None
     whence = "; ".join(f"{made}: {', '.join(of) if len(of) < 4 else f'{len(of)} rows'}" for made, of in made_on.items())
-    text = f"{how}; fp32 {', '.join(f'{value:.2f}' for value in unquantised) or 'not measured'}\n{whence}\n"
+    full = "; ".join(f"{figure} {value:.2f}" for figure, value in unquantised.items() if value and figure != "kl")
+    text = f"{how}; fp32: {full or 'not measured'}\n{whence}\n"
     for figure, rows in made.items():
         if rows:
             text += f"\n{figure}\n\n{table(rows, list(rows[0]), markdown=True)}\n"

@@ -102,7 +102,7 @@ SCALED = ", and γ"
 UNIFORM = [f"{method}{more}" for method in PLAIN for more in ("", SCALED)]
 CALIBRATED = ("γ", "GPTQ")
 MIXED = ("closed form", "solver", "Hessian")
-SETUP = ("model", "heldout_sha256", "text_sha256", "tokens")
+SETUP = ("model", "heldout_sha256", "also_sha256", "text_sha256", "tokens")
 """What all cells of a folder have in common."""
 
 
@@ -115,7 +115,7 @@ class Bench:
         self.units = graph.units
         self.net = Supernet(model, self.units, tuple(KERNELS.values()), seed=0, start=False)
         drawn = np.random.default_rng(seed).permutation(np.load(arguments.out / "train.npy"))[: jobs.CALIBRATION].astype(np.int64)
-        self.calibration, self.heldout = drawn, jobs.heldout_windows(arguments)
+        self.calibration, self.heldout, self.also = drawn, jobs.heldout_windows(arguments), jobs.also_windows(arguments)
         self.moments = input_moments(model, self.units, torch.from_numpy(drawn).to(device))
         self._made: dict[tuple[str, str, str], tuple[torch.Tensor, float]] = {}
         self._losses: dict[str, tuple[dict[str, dict[str, float]], float]] = {}
@@ -149,9 +149,12 @@ class Bench:
         used = {(plain, self.net.owner(module), policy[unit.name]) for unit in self.units for module in unit.modules}
         return sum(self._made[key][1] for key in used if key in self._made)
 
-    def quality(self, method: str, policy: Policy) -> tuple[float, float]:
-        """(perplexity, KL to fp32 in nats per token)."""
-        return jobs.quality(self.net, {"": policy}, self.heldout, {"": self.weights(method, policy)})[""]
+    def quality(self, method: str, policy: Policy) -> dict[str, Any]:
+        """Perplexity, KL to fp32 in nats per token; perplexity on each further text."""
+        weights = {"": self.weights(method, policy)}
+        perplexity, distance = jobs.quality(self.net, {"": policy}, self.heldout, weights)[""]
+        also = {text: jobs.quality(self.net, {"": policy}, windows, weights)[""][0] for text, windows in self.also.items()}
+        return {"perplexity": perplexity, "kl": distance, "also": also}
 
     def losses(self, kind: str) -> tuple[dict[str, dict[str, float]], float]:
         """(unit → kernel → loss with this unit alone in GPTQ's weights, seconds). kind: "trials", KL on calibration windows; "Hessian"."""
@@ -232,13 +235,12 @@ def run(arguments: argparse.Namespace) -> None:
             continue
         bench = Bench(arguments, seed)
         about = setup(arguments, bench)
-        if any(cells.get("setup", about)[name] != about[name] for name in SETUP):
+        if any(cells.get("setup", about).get(name) != about[name] for name in SETUP):
             raise SystemExit(f"expected cells of {about} in {kept}, got those of {cells['setup']}: take another --out")
         for number, (method, bits) in enumerate(wanted, 1):
             policy, seconds = chosen(bench, method, bits)
             made = "GPTQ" if method in (*MIXED, "fp32") else method
-            perplexity, distance = bench.quality(made, policy)
-            cell = {"method": method, "bits": bits, "seed": seed, "perplexity": perplexity, "kl": distance}
+            cell = {"method": method, "bits": bits, "seed": seed, **bench.quality(made, policy)}
             cell |= {
                 "mean_bits": mean_bits(policy, bench.units),
                 "seconds": bench.seconds(made, policy),
@@ -246,7 +248,11 @@ def run(arguments: argparse.Namespace) -> None:
             }
             cells[f"{method} {bits} {seed}"] = cell | {"device": about["device"], "commit": about["commit"]}
             write_atomic(kept, json.dumps({**cells, "setup": about}, indent=1) + "\n")
-            print(f"seed {seed}, {number}/{len(wanted)}: {method} at {bits} bits: {perplexity:.2f}", file=sys.stderr, flush=True)
+            print(
+                f"seed {seed}, {number}/{len(wanted)}: {method} at {bits} bits: {cell['perplexity']:.2f}",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def chosen(bench: Bench, method: str, bits: float) -> tuple[Policy, float]:
@@ -266,6 +272,7 @@ def setup(arguments: argparse.Namespace, bench: Bench) -> dict[str, Any]:
         "heldout": Path(arguments.heldout).name,
         "heldout_sha256": sha256(arguments.heldout),
         "text_sha256": [sha256(path) for path in arguments.text],
+        "also_sha256": [sha256(path) for path in jobs.also_of(arguments)],
         "tokens": int(bench.heldout[:, 1:].size),
         "seeds": arguments.seeds,
         **made_by(bench.net.device),
@@ -329,6 +336,7 @@ def main() -> None:
             continue
         sub.add_argument("--text", nargs="+", type=Path, required=True)
         sub.add_argument("--heldout", type=Path, required=True)
+        sub.add_argument("--also", nargs="+", type=Path, help="further held-out texts")
         sub.add_argument("--model", default="pocket-llama-6m")
         sub.add_argument("--seeds", type=int, default=3)
         sub.add_argument("--windows", type=int, default=0, help="held-out windows to measure on (0: all)")

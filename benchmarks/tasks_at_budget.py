@@ -6,7 +6,8 @@
                                              [--steps 150] [--seeds 3] [--workers 1] [--on cuda] [--precision bf16]
     python benchmarks/tasks_at_budget.py measure --graph GRAPH --device DEVICE --profiles PROFILES --out DIR          on the device
     python benchmarks/tasks_at_budget.py report --graph GRAPH --device DEVICE --profiles PROFILES --out DIR [--results results]
-    python benchmarks/tasks_at_budget.py restore --out DIR [--results results] [--measured]   as `report` kept it: no training needed
+    python benchmarks/tasks_at_budget.py restore --out DIR [--results results] [--measured]   as `report` kept it: no training needed;
+                                                                                              `run` adds what a model has not come to
 
 Policies are chosen under the device's low, medium and high, and under a tight limit on memory alone, a twentieth of the way from the least
 to the most that quantised policies take; less the room that `export` keeps. All methods have the same kernels to choose from.
@@ -208,12 +209,12 @@ def work(arguments: argparse.Namespace, job: str) -> None:
     """Everything of one fine-tuned model."""
     task, _, seed = job.rpartition(" ")
     bench = Bench(arguments, task, int(seed))
-    cells = Cells(bench, jobs.beside(arguments, job, ".part.json"))
-    full = cells.full_precision()
+    about = {"setup": jobs.setup(arguments, job), "task": task, "seed": int(seed)}
+    cells = Cells(bench, jobs.beside(arguments, job, tasks_measured.PART), about, tasks_measured.brought_back(arguments, job))
     untrained(bench, cells)
     for method in SUPERNETS:
         once_for_all(bench, cells, method)
-    jobs.keep(arguments, job, {"task": task, "seed": int(seed), "fp32": full, "cells": cells.found})
+    jobs.keep(arguments, job, about | {"fp32": cells.full, "cells": cells.found})
     cells.path.unlink()
 
 

@@ -192,20 +192,19 @@ def ptq(graph: Graph, way: str, moments: Mapping[str, torch.Tensor]) -> Weights:
 
 
 class Cells:
-    """Method → budget → what it reached there; kept after every method."""
+    """Method → budget → what it reached there; kept after every method, in a file like that of a job that is done.
 
-    def __init__(self, bench: Bench, path: Path) -> None:
-        self.bench, self.path = bench, path
-        self.found: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
+    about: what that file says of the job; earlier: what it begins with where nothing is kept yet, if full precision scores as it did there.
+    full: the headline of the model itself, on the same examples.
+    """
+
+    def __init__(self, bench: Bench, path: Path, about: Mapping[str, Any], earlier: Mapping[str, dict[str, Any]]) -> None:
+        self.bench, self.path, self.about = bench, path, about
         self._scores: dict[tuple[str, Policy], dict[str, float]] = {}
-
-    def full_precision(self) -> float:
-        """The headline of the model itself, on the same examples."""
-        if task_kinds.FULL not in self.found:
-            self.found[task_kinds.FULL] = {
-                "": {"headline": task_kinds.headline(self.bench.score(uniform("fp32", self.bench.units), None))}
-            }
-        return float(self.found[task_kinds.FULL][""]["headline"])
+        self.full = task_kinds.headline(bench.score(uniform("fp32", bench.units), None))
+        kept = json.loads(path.read_text())["cells"] if path.is_file() else earlier
+        same = kept.get(task_kinds.FULL) == (full := {"": {"headline": self.full}})
+        self.found: dict[str, dict[str, Any]] = dict(kept) if same else {task_kinds.FULL: full}
 
     def has(self, method: str, columns: Mapping[str, Any]) -> bool:
         return all(name in self.found.get(method, {}) for name in columns)
@@ -240,4 +239,4 @@ class Cells:
                 "choosing": choosing,
                 **made_by(bench.device),
             }
-        write_atomic(self.path, json.dumps(self.found, indent=1) + "\n")
+        write_atomic(self.path, json.dumps({**self.about, "fp32": self.full, "cells": self.found}, indent=1) + "\n")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import training_jobs as jobs
 from post_training import made_by
 from task_kinds import FULL, NAMES
 
@@ -33,9 +34,13 @@ EVERY = 24
 """Packages between two measurements of fp32, whose middle all others are a fraction of."""
 NO_PACKAGE = "QA-LoRA"
 """Its zero points are fractions: no integer codes hold them, so there is nothing to measure."""
+PART = ".part.json"
+"""Ends the name of what a job keeps while it runs."""
 RESOURCES = ("peak_memory_bytes", "latency_ms")
 HOW = ("steps", "batch", "precision", "lr", "examples")
 """What a report says of a job's set-up."""
+SETUP = (*HOW, "device")
+"""What it keeps of it."""
 PLACE = ("method", "budget", "task", "seed", "measured")
 
 
@@ -106,7 +111,7 @@ def restore(arguments: argparse.Namespace) -> None:
         raise SystemExit(f"expected an empty folder, got {found} in it; type: --out ANOTHER")
     for job in kept["fp32"]:
         ours = [cell for cell in kept["cells"] if (cell["task"], cell["seed"]) == (job["task"], job["seed"])]
-        cells: dict[str, dict[str, Any]] = {FULL: {"": {"headline": job["fp32"]}}}
+        cells: dict[str, dict[str, Any]] = {FULL: {"": {"headline": job["fp32"]}}} | {name: {} for name in job.get("methods", ())}
         for cell in ours:
             row = {name: value for name, value in cell.items() if name not in PLACE} | {"policy": kept["policies"][cell["policy"]]}
             cells.setdefault(cell["method"], {})[cell["budget"]] = row
@@ -114,6 +119,14 @@ def restore(arguments: argparse.Namespace) -> None:
     if arguments.measured:
         measured = [{**row, "policy": kept["policies"][row["policy"]]} for row in kept["measured"]]
         write_atomic(arguments.out / "measured-0.jsonl", "".join(json.dumps(row) + "\n" for row in measured))
+
+
+def brought_back(arguments: argparse.Namespace, job: str) -> dict[str, dict[str, Any]]:
+    """The cells that `restore` put into OUT for a job, as far as they are of this run's set-up; {} where there are none."""
+    path = jobs.place(arguments.out, job)
+    kept = json.loads(path.read_text()) if path.is_file() else {}
+    ours = {name: str(vars(arguments)[name]) for name in SETUP}
+    return dict(kept["cells"]) if kept.get("setup") == ours else {}
 
 
 def key(policy: dict[str, str]) -> str:
@@ -130,9 +143,10 @@ def measured_of(out: Path) -> list[dict[str, Any]]:
 
 
 def jobs_of(out: Path) -> list[dict[str, Any]]:
-    """The jobs that are done: by seed, then by task."""
-    found = [json.loads(path.read_text()) for path in sorted(out.glob("*-[0-9].json"))]
-    return sorted((job for job in found if "cells" in job), key=lambda job: (job["seed"], NAMES.index(job["task"])))
+    """The jobs, by seed, then by task; of one that is not done what it has come to."""
+    read = [json.loads(path.read_text()) for pattern in (f"*{PART}", "*-[0-9].json") for path in sorted(out.glob(pattern))]
+    found = {(job["task"], job["seed"]): job for job in read if "cells" in job}
+    return sorted(found.values(), key=lambda job: (job["seed"], NAMES.index(job["task"])))
 
 
 def cells_of(out: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from post_training import spread
 from task_kinds import FULL, SQUAD
-from tasks_measured import HOW, NO_PACKAGE, RESOURCES, TIGHT, cells_of, columns, jobs_of, key, measured_of
+from tasks_measured import HOW, NO_PACKAGE, RESOURCES, SETUP, TIGHT, cells_of, columns, jobs_of, key, measured_of
 
 from toolchain import hardware
 from toolchain.commands.workflow import Costs, find_costs
@@ -46,12 +46,10 @@ def report(arguments: argparse.Namespace) -> None:
     policies = {name: place for place, name in enumerate(dict.fromkeys(row["policy"] for row in (*short, *kept)))}
     for row in (*short, *kept):
         row["policy"] = policies[row["policy"]]
-    setups = [{name: str(job["setup"][name]) for name in HOW} for job in jobs]
-    data: dict[str, Any] = {
-        "fp32": [
-            {name: job[name] for name in ("task", "seed", "fp32")} | {"setup": how} for job, how in zip(jobs, setups, strict=True)
-        ]
-    }
+    setups = [{name: str(job["setup"][name]) for name in SETUP if name in job["setup"]} for job in jobs]
+    named = [{name: job[name] for name in ("task", "seed", "fp32")} for job in jobs]
+    about = [{**name, "setup": how, "methods": ran(job)} for name, how, job in zip(named, setups, jobs, strict=True)]
+    data: dict[str, Any] = {"fp32": about}
     data["cells"] = short
     data |= {"policies": [json.loads(name) for name in policies], "measured": kept}
     write_atomic(arguments.results / f"{arguments.name}.json", json.dumps(data, indent=1) + "\n")
@@ -88,6 +86,8 @@ def head(costs: CostModel, full: ModelRow, jobs: Sequence[Any], cells: Sequence[
     mean_of = f"; mean {_over_tasks(jobs, 'fp32')}" if len(scores) > 1 else ""
     yield f"fp32: {', '.join(f'{task} {score}' for task, score in scores.items())}{mean_of}{took}"
     yield "; ".join(sorted({f"{cell['device']}, commit {cell['commit']}" for _, _, cell in cells}))
+    if missing := [*not_run(jobs)]:
+        yield f"not run: {'; '.join(missing)}"
     if packages := {(budget, key(cell["policy"])): cell for _, budget, cell in cells if cell["measured"]["verdict"]}:
         ratios = (
             [at_table_speed(cell["measured"], name) / cell["predicted"][name] for cell in packages.values()] for name in RESOURCES
@@ -102,11 +102,24 @@ def head(costs: CostModel, full: ModelRow, jobs: Sequence[Any], cells: Sequence[
         )
 
 
+def ran(job: dict[str, Any]) -> list[str]:
+    """The methods that a job came to, those without a policy for any budget, too."""
+    return [method for method in job["cells"] if method != FULL]
+
+
+def not_run(jobs: Sequence[Any]) -> Iterator[str]:
+    """What is missing of jobs that did not come to their end: "method for models"."""
+    for method in dict.fromkeys(method for job in jobs for method in ran(job)):
+        if models := [f"{job['task']}-{job['seed']}" for job in jobs if method not in job["cells"]]:
+            yield f"{method} for {', '.join(models)}"
+
+
 def tables(
     costs: CostModel, full: ModelRow, jobs: Sequence[Any], cells: Sequence[Any], measured: Sequence[Any]
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """(title, rows): means over tasks, each task, and what the packages cost."""
     methods, names = dict.fromkeys(method for method, _, _ in cells), tuple(columns(costs))
+    seeds = len({job["seed"] for job in jobs})
     of = {(m, b): [cell for method, budget, cell in cells if (method, budget) == (m, b)] for m in methods for b in names}
 
     def beside(method: str) -> dict[str, str]:
@@ -122,7 +135,7 @@ def tables(
         yield title, [{"method": m, **scored[m], **beside(m)} for m in methods]
     if SQUAD in _tasks(jobs):
         asked = {key: [cell for cell in row if cell["task"] == SQUAD] for key, row in of.items()}
-        scored = {m: {name: f1_em(asked[m, name]) for name in names} for m in methods}
+        scored = {m: {name: f1_em(asked[m, name], seeds) for name in names} for m in methods}
         title = "SQuAD, F1 / exact match (in hundredths), the seeds ± half their range"
         yield title, [{"method": m, **scored[m], **beside(m)} for m in methods]
         bits = {m: {name: spread([cell["mean_bits"] for cell in asked[m, name]]) for name in names} for m in methods}
@@ -132,7 +145,10 @@ def tables(
             f"{name}, by task",
             [
                 {"method": method}
-                | {task: spread([100 * cell["headline"] for cell in of[method, name] if cell["task"] == task], 1) for task in glue}
+                | {
+                    task: of_seeds([100 * cell["headline"] for cell in of[method, name] if cell["task"] == task], seeds)
+                    for task in glue
+                }
                 | {"mean bits": spread([cell["mean_bits"] for cell in of[method, name]])}
                 for method in methods
                 if of[method, name]
@@ -166,9 +182,18 @@ def most_of(values: Sequence[float]) -> tuple[float, float]:
     return ordered[len(ordered) // 20], ordered[-1 - len(ordered) // 20]
 
 
-def f1_em(cells: Sequence[Any]) -> str:
+def of_seeds(values: Sequence[float], seeds: int) -> str:
+    """Their `spread`, and how many there are where it is not every seed's."""
+    return spread(list(values), 1) + (f" ({len(values)} of {seeds} seeds)" if 0 < len(values) < seeds else "")
+
+
+def f1_em(cells: Sequence[Any], seeds: int) -> str:
     """ "F1 / exact match", each with its spread; – of nothing."""
-    return " / ".join(spread([100 * cell["scores"][name] for cell in cells], 1) for name in ("f1", "exact_match")) if cells else "–"
+    return (
+        " / ".join(of_seeds([100 * cell["scores"][name] for cell in cells], seeds) for name in ("f1", "exact_match"))
+        if cells
+        else "–"
+    )
 
 
 def _tasks(jobs: Sequence[Any]) -> list[str]:
@@ -181,4 +206,6 @@ def _over_tasks(rows: Sequence[Any], figure: str, jobs: Sequence[Any] = ()) -> s
     by_seed: dict[int, list[float]] = {}
     for row in (row for row in rows if row["task"] != SQUAD):
         by_seed.setdefault(row["seed"], []).append(100 * row[figure])
-    return spread([mean(values) for values in by_seed.values() if len(values) == wanted], 1)
+    return of_seeds(
+        [mean(values) for values in by_seed.values() if len(values) == wanted], len({job["seed"] for job in jobs or rows})
+    )

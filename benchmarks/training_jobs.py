@@ -1,6 +1,6 @@
 """What the benchmarks of training share: jobs in processes of their own, whose results are kept; start, windows and quality of a supernet.
 
-DIR/graph, train.npy, heldout.npy, start-*    made once          DIR/<job>.json    a job's result: a run that was killed goes on
+DIR/graph, *.npy, start-*    made once          DIR/<job>.json    a job's result: a run that was killed goes on
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ def prepare(arguments: argparse.Namespace) -> Graph:
         (out / "graph").mkdir(exist_ok=True)
         build(arguments.model, out / "graph")
     folder = resolve(arguments.model)
-    for name, paths in (("train", arguments.text), ("heldout", [arguments.heldout])):
+    texts_of = {"train": arguments.text, "heldout": [arguments.heldout]}
+    texts_of |= {also_name(path): [path] for path in also_of(arguments)}
+    for name, paths in texts_of.items():
         if not (out / f"{name}.npy").is_file():
             tokenizer, separator = texts.load_tokenizer(folder), texts.separator_id(folder)
             tokens = texts.windows(tokenizer, texts.documents(paths), WINDOW, separator, framed=False)
@@ -147,6 +149,26 @@ def training_windows(arguments: argparse.Namespace) -> np.ndarray:
 
 def heldout_windows(arguments: argparse.Namespace) -> np.ndarray:
     return np.load(arguments.out / "heldout.npy").astype(np.int64)[: arguments.windows or None]
+
+
+def also_windows(arguments: argparse.Namespace) -> dict[str, np.ndarray]:
+    """Of each of the further held-out texts, by its file's name."""
+    return {
+        path.name: np.load(arguments.out / f"{also_name(path)}.npy").astype(np.int64)[: arguments.windows or None]
+        for path in also_of(arguments)
+    }
+
+
+def also_of(arguments: argparse.Namespace) -> list[Path]:
+    """The further held-out texts, which their files' names must tell apart."""
+    paths = vars(arguments).get("also") or []
+    if len({path.name for path in paths}) < len(paths):
+        raise SystemExit(f"expected --also files of different names, got {' '.join(map(str, paths))}")
+    return list(paths)
+
+
+def also_name(path: Path) -> str:
+    return f"also-{sha256(path)[:12]}"
 
 
 @torch.no_grad()
@@ -211,11 +233,12 @@ def setup(arguments: argparse.Namespace, job: str) -> dict[str, Any]:
     """What a job's result depends on; a dedicated run is not polished."""
     named = ["model", "text", "heldout", "steps", "batch", "windows", "precision", "lr", "adapters", "workload", "compile"]
     named += ["polish"] if job.partition(" ")[0] in POLISHED else []
+    named += ["also"] if vars(arguments).get("also") else []
     facts = {name: str(vars(arguments).get(name)) for name in named}
     table, more = vars(arguments).get("table"), {}
     if "profiles" in vars(arguments):  # a task's: what it is trained on and held against
         more = {name: str(vars(arguments)[name]) for name in ("models", "data", "examples", "device")}
-        more |= {path.name: sha256(path) for path in sorted(arguments.profiles.glob(f"*/{TABLE}"))}
+        more |= {f"{path.parent.name}/{TABLE}": sha256(path) for path in sorted(arguments.profiles.glob(f"*/{TABLE}"))}
         more["graph"] = Graph.open(arguments.graph).fingerprint
     return {**facts, **more, "table": sha256(table) if table else None}
 
@@ -240,6 +263,7 @@ def run_all(arguments: argparse.Namespace, jobs: Sequence[str]) -> None:
     if gpus and (given := os.environ.get("CUDA_VISIBLE_DEVICES")):
         gpus = given.split(",")
     wanted = [job for job in jobs if read(arguments, job) is None]
+    failed: list[str] = []
     left = iter(wanted)  # one for all threads
     workers = min(arguments.workers, len(wanted))
 
@@ -262,11 +286,14 @@ def run_all(arguments: argparse.Namespace, jobs: Sequence[str]) -> None:
                         except BrokenPipeError:  # it died after the job before
                             done = False
                         print(f"{job}: {'done' if done else f'failed, see {log}'}", file=sys.stderr)
+                        failed.extend([job] * (not done))
                         job = next(left, None) if done else None  # after a failure the next one gets a new process
 
     if wanted:
         with ThreadPoolExecutor(workers) as pool:
             list(pool.map(attend, range(workers)))
+    if failed:
+        raise SystemExit(f"expected every job to end well, {len(failed)} of {len(wanted)} failed: see {arguments.out}/worker-*.log")
 
 
 def serve(arguments: argparse.Namespace, work: Callable[[argparse.Namespace, str], None]) -> None:

@@ -23,6 +23,19 @@ def some_units(count: int = 12) -> tuple[Unit, ...]:
     return tuple(Unit(f"u{index}", "MatMul", 64, 32 * (1 + index % 3)) for index in range(count))
 
 
+def test_a_mixed_policy_is_what_choices_one_by_one_would_draw() -> None:
+    """A run that was begun before draws were made in one go goes on as it would have. Kernels of equal bits: their shares are known."""
+    units = some_units(9)
+    names = {unit.name: ("w2g32", "w2g128")[: 1 + place % 2] for place, unit in enumerate(units)}
+    sampler, ours, theirs = PolicySampler.of(units, names), np.random.default_rng(7), np.random.default_rng(7)
+    for _ in range(50):
+        drawn = sampler.mixed(2.0, ours)
+        assert dict(drawn) == {
+            unit: kernels[theirs.choice(len(kernels), p=[1 / len(kernels)] * len(kernels))] for unit, kernels in names.items()
+        }
+    assert ours.bit_generator.state == theirs.bit_generator.state
+
+
 def test_mixed_policies_meet_their_target_mean() -> None:
     units = some_units(30)
     sampler = PolicySampler.of(units, {unit.name: KERNELS for unit in units})

@@ -100,3 +100,14 @@ def test_every_method_keeps_every_budget_and_is_scored(
     run("restore", "--results", tmp_path / "results", out="unmeasured")
     run("measure", "--most-seconds", 1, "--packages", 1, out="unmeasured")
     assert len([*(tmp_path / "unmeasured").glob("measured-*.jsonl")]) == 1
+
+    short = tmp_path / "unmeasured" / "sst2-0.json"
+    job = json.loads(short.read_text())
+    (tmp_path / "unmeasured" / "sst2-1.json").write_text(json.dumps({**job, "seed": 1}))
+    del job["cells"]["QA-LoRA"]
+    short.write_text(json.dumps(job))
+    assert "not run: QA-LoRA for sst2-0" in run("report", "--results", tmp_path / "short", out="unmeasured")
+    run("run", *training, *quick, out="unmeasured")  # adds what is missing, and nothing else is done again
+    again = json.loads(short.read_text())["cells"]
+    assert set(again.pop("QA-LoRA")) == set(BUDGETS)
+    assert again == job["cells"]

@@ -5,14 +5,11 @@ Knows tokenizers and numpy, refuses to know models and training. Every result th
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import lzma
-import os
 import re
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +18,7 @@ import numpy as np
 
 from toolchain.errors import DamagedFileError, InputError, require
 from toolchain.files import inside
+from toolchain.quiet import STDERR, to_nowhere
 from toolchain.reading import read_json, xz_of
 
 if TYPE_CHECKING:
@@ -144,7 +142,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         raise InputError(f"expected a tokenizer at {path}, got none", "use a model folder that has tokenizer.json")
     tokenizers = require("tokenizers", "text")
     try:
-        with _no_stderr():
+        with to_nowhere(STDERR):  # a panic of Rust's writes where it was, and the way there
             loaded = tokenizers.Tokenizer.from_file(str(path))
     except BaseException as error:  # what the Rust side raises; its panics are no Exceptions
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
@@ -153,31 +151,6 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     loaded.no_truncation()
     loaded.no_padding()
     return loaded
-
-
-_STDERR = threading.Lock()
-
-
-@contextlib.contextmanager
-def _no_stderr() -> Iterator[None]:
-    """A panic of Rust's writes where it was, and the way there, on the process's stderr, where our one line belongs. One thread at a time:
-    the second would keep the first one's nowhere."""
-    with _STDERR, open(os.devnull, "wb") as nowhere:
-        try:
-            kept = os.dup(2)
-        except OSError:  # closed: nobody reads it
-            kept = None
-        if kept is None:
-            yield
-            return
-        if sys.stderr:
-            sys.stderr.flush()
-        os.dup2(nowhere.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
 
 
 def separator_id(directory: Path) -> int | None:

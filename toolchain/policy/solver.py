@@ -7,12 +7,7 @@ projection gives it negative log-probabilities, the sensitivity baseline gives i
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import os
-import sys
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,6 +16,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
 from toolchain.errors import BittailorError, InfeasibleBudgetError, InputError
+from toolchain.quiet import STDOUT, to_nowhere
 from toolchain.spec import Budget, Policy
 
 if TYPE_CHECKING:
@@ -29,7 +25,6 @@ if TYPE_CHECKING:
 Values = Mapping[str, Mapping[str, float]]
 """unit → kernel → number."""
 
-_STDOUT = threading.Lock()
 _OPTIMAL, _STOPPED, _INFEASIBLE = 0, 1, 2  # scipy's status codes
 _ROOM = 1e-9  # a limit counts as kept up to this relative excess: sums of floats in another order differ by that much
 _HAIR = 1e-6
@@ -112,7 +107,7 @@ class _Programme:
         if relax:
             integrality[-1], upper[-1] = 0, np.inf
         while True:
-            with _stdout_to_nowhere():
+            with to_nowhere(STDOUT):  # HiGHS leaves a debugging line there now and then
                 found = milp(
                     goal * (1000 / scale),  # HiGHS stops at an absolute gap of 1e-6: a billionth of the largest coefficient
                     integrality=integrality,
@@ -140,27 +135,6 @@ class _Programme:
             if unit not in best or value > best[unit][0]:
                 best[unit] = (value, kernel)
         return Policy.of({unit: kernel for unit, (_, kernel) in best.items()})
-
-
-@contextlib.contextmanager
-def _stdout_to_nowhere() -> Iterator[None]:
-    """HiGHS leaves a debugging line on the process's stdout now and then, where commands write their one JSON object.
-
-    C's own buffer is flushed while stdout leads nowhere: its lines would otherwise come out when the process ends. One thread at a time:
-    the second would keep the first one's nowhere, and stdout would stay there.
-    """
-    library = ctypes.CDLL(None)
-    with _STDOUT:
-        sys.stdout.flush()
-        kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1)
-        try:
-            yield
-        finally:
-            library.fflush(None)
-            os.dup2(kept, 1)
-            os.close(kept)
-            os.close(nowhere)
 
 
 def measured_limits(cost_model: CostModel, budget: Budget) -> tuple[dict[str, float], tuple[str, ...]]:
