@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 STDOUT, STDERR = 1, 2
 
+_C = ctypes.CDLL(None) if os.name == "posix" else None  # here, since whoever reads what a stranger wrote is to load no library
 _LOCKS = {STDOUT: threading.Lock(), STDERR: threading.Lock()}
 
 
@@ -24,7 +25,7 @@ def to_nowhere(descriptor: int) -> Iterator[None]:
     C's own buffer is flushed while it leads nowhere: its lines would otherwise come out when the process ends. One thread at a time:
     the second would keep the first one's nowhere, and the descriptor would stay there.
     """
-    library, stream = ctypes.CDLL(None), sys.stdout if descriptor == STDOUT else sys.stderr
+    stream = sys.stdout if descriptor == STDOUT else sys.stderr
     with _LOCKS[descriptor], open(os.devnull, "wb") as nowhere:
         try:
             kept = os.dup(descriptor)
@@ -39,6 +40,7 @@ def to_nowhere(descriptor: int) -> Iterator[None]:
         try:
             yield
         finally:
-            library.fflush(None)
+            if _C:
+                _C.fflush(None)
             os.dup2(kept, descriptor)
             os.close(kept)
