@@ -6,15 +6,20 @@
 # MINILM: the encoder's folder; DATA: books, wikitext2, cnndm and a folder for each task; DEVICE: whose table has the rows of MiniLM with
 # the heads that `finetune.py --epochs 0` draws. Its packages are then measured on it, and the reports written: results/README.md.
 # WORKERS, ON: jobs at a time, and where. Their seconds are of so many at once; MPS=1 lets them share the GPU (NVIDIA's multi-process service).
+# SEEDS, STEPS, TASK_STEPS, EPOCHS, PROFILES: less of it, to see that it runs, or another device's table.
 set -eu
 MINILM=$1 DATA=$2 OUT=$3 DEVICE=${4:-epyc-avx512-2}
-WORKERS=${WORKERS:-12} ON=${ON:-cuda}
 HERE=$(cd "$(dirname "$0")" && pwd)
-TEXT=(--text "$DATA/books/train.txt.xz" --heldout "$DATA/books/heldout.txt" --also "$DATA/wikitext2/valid.txt" --seeds 3 --on "$ON")
-TRAINED=(--steps 120 --on "$ON" --precision bf16 --device "$DEVICE" --profiles "$HERE/../profiles" --models "$OUT/models" --data "$DATA")
+WORKERS=${WORKERS:-12} ON=${ON:-cuda} SEEDS=${SEEDS:-3} STEPS=${STEPS:-400} TASK_STEPS=${TASK_STEPS:-120} EPOCHS=${EPOCHS:-4}
+PROFILES=${PROFILES:-$HERE/../profiles} PRECISION=bf16
+if [ "$ON" = cpu ]; then PRECISION=fp32; fi
+TEXT=(--text "$DATA/books/train.txt.xz" --heldout "$DATA/books/heldout.txt" --also "$DATA/wikitext2/valid.txt" --seeds "$SEEDS" --on "$ON")
+TRAINED=(--steps "$TASK_STEPS" --seeds "$SEEDS" --on "$ON" --precision "$PRECISION" --device "$DEVICE" --profiles "$PROFILES")
+TRAINED+=(--models "$OUT/models" --data "$DATA")
+FITTED=(--data "$DATA" --out "$OUT/models" --seeds "$SEEDS" --epochs "$EPOCHS" --on "$ON")
 mkdir -p "$OUT/logs"
 if [ "${MPS:-}" ]; then nvidia-cuda-mps-control -d || true; fi
-trap 'jobs -p | xargs -r kill 2>/dev/null || true' EXIT
+trap 'for job in $(jobs -p); do pkill -P "$job" || true; kill "$job" || true; done 2>/dev/null' EXIT # what goes on alone would hold the GPU
 
 of() { # NAME COMMAND...: a benchmark, its output in a log of its own
     local name=$1
@@ -39,7 +44,7 @@ tasks() { # HEAD NAME WORKERS THREADS EXAMPLES TASK...
 }
 
 questions() { # the longest of all: it begins as soon as it can
-    of finetune-squad finetune.py "$MINILM" --data "$DATA" --out "$OUT/models" --tasks squad --on "$ON"
+    of finetune-squad finetune.py "$MINILM" "${FITTED[@]}" --tasks squad
     graph squad
     tasks squad squad 3 2 600 squad
 }
@@ -48,17 +53,17 @@ running=()
 of post_training post_training.py run "${TEXT[@]}" --out "$OUT/cells" &
 running+=($!)
 for task in sst2 cola mrpc stsb; do
-    of "finetune-$task" finetune.py "$MINILM" --data "$DATA" --out "$OUT/models" --tasks "$task" --on "$ON" &
+    of "finetune-$task" finetune.py "$MINILM" "${FITTED[@]}" --tasks "$task" &
     running+=($!)
 done
 graph sst2 &
 running+=($!)
 questions &
 questions=$!
-TEXT+=(--out "$OUT/text" --steps 400 --precision bf16 --results "$OUT/results")
+TEXT+=(--out "$OUT/text" --steps "$STEPS" --precision "$PRECISION" --results "$OUT/results")
 of perplexity perplexity_at_bits.py "${TEXT[@]}" --workers "$WORKERS"
 for job in "${running[@]}"; do wait "$job"; done
 of perplexity-report perplexity_at_bits.py "${TEXT[@]}" --report --post-training "$OUT/cells/cells.json"
 tasks sst2 glue "$WORKERS" 1 1000 sst2 cola mrpc stsb
 wait "$questions"
-of summaries summaries.py run --articles "$DATA/cnndm/test.jsonl" --out "$OUT/summaries" --heldout 60 --on "$ON"
+of summaries summaries.py run --articles "$DATA/cnndm/test.jsonl" --out "$OUT/summaries" --heldout "${ARTICLES:-60}" --on "$ON"
