@@ -143,9 +143,11 @@ def measured_of(out: Path) -> list[dict[str, Any]]:
 
 
 def jobs_of(out: Path) -> list[dict[str, Any]]:
-    """The jobs, by seed, then by task; of one that is not done what it has come to."""
+    """The jobs, by seed, then by task; of one that is not done what it has come to, be it more than what was restored."""
     read = [json.loads(path.read_text()) for pattern in (f"*{PART}", "*-[0-9].json") for path in sorted(out.glob(pattern))]
-    found = {(job["task"], job["seed"]): job for job in read if "cells" in job}
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for job in sorted((job for job in read if "cells" in job), key=lambda job: len(job["cells"])):
+        found[job["task"], job["seed"]] = job
     return sorted(found.values(), key=lambda job: (job["seed"], NAMES.index(job["task"])))
 
 

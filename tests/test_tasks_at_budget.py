@@ -107,6 +107,10 @@ def test_every_method_keeps_every_budget_and_is_scored(
     del job["cells"]["QA-LoRA"]
     short.write_text(json.dumps(job))
     assert "not run: QA-LoRA for sst2-0" in run("report", "--results", tmp_path / "short", out="unmeasured")
+    part = tmp_path / "unmeasured" / "sst2-0.cut-off.part.json"  # a run that went on from what was restored, and was killed
+    part.write_text((tmp_path / "out" / "sst2-0.json").read_text())
+    assert "not run" not in run("report", "--results", tmp_path / "short", out="unmeasured")
+    part.unlink()
     run("run", *training, *quick, out="unmeasured")  # adds what is missing, and nothing else is done again
     again = json.loads(short.read_text())["cells"]
     assert set(again.pop("QA-LoRA")) == set(BUDGETS)

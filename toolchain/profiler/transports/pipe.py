@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -57,19 +58,19 @@ class Transport(Protocol):
         """Have the files stored under their digests."""
 
 
-class Pipe:
+class Pipe(ABC):
     """A transport that is a child process here; subclasses say which, and what its failures mean."""
 
     def __init__(self, device: Device) -> None:
         self.device = device
 
+    @abstractmethod
     def words(self) -> list[str]:
         """The child process's arguments."""
-        raise NotImplementedError
 
+    @abstractmethod
     def failure(self, code: int, said: str) -> UnreachableError:
         """What an exit code and the lines on stderr mean."""
-        raise NotImplementedError
 
     @property
     def python(self) -> str:
