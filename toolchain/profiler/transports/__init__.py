@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from toolchain.profiler.transports.pipe import Transport
 from toolchain.spec import Device
 
@@ -12,4 +14,5 @@ def transport_of(device: Device) -> Transport:
     from toolchain.profiler.transports.local import Local
     from toolchain.profiler.transports.ssh import Ssh
 
-    return {"local": Local, "ssh": Ssh, "adb": Adb}[device.transport](device)
+    ways: dict[str, Callable[[Device], Transport]] = {"local": Local, "ssh": Ssh, "adb": Adb}
+    return ways[device.transport](device)
