@@ -16,6 +16,7 @@ if [ "$ON" = cpu ]; then PRECISION=fp32; fi
 TEXT=(--text "$DATA/books/train.txt.xz" --heldout "$DATA/books/heldout.txt" --also "$DATA/wikitext2/valid.txt" --seeds "$SEEDS" --on "$ON")
 TRAINED=(--steps "$TASK_STEPS" --seeds "$SEEDS" --on "$ON" --precision "$PRECISION" --device "$DEVICE" --profiles "$PROFILES")
 TRAINED+=(--models "$OUT/models" --data "$DATA")
+WRITTEN=(--articles "$DATA/cnndm/test.jsonl" --out "$OUT/summaries" --heldout "${ARTICLES:-60}" --threads 4 --on "$ON")
 FITTED=(--data "$DATA" --out "$OUT/models" --seeds "$SEEDS" --epochs "$EPOCHS" --on "$ON")
 mkdir -p "$OUT/logs"
 if [ "${MPS:-}" ]; then nvidia-cuda-mps-control -d || true; fi
@@ -64,6 +65,10 @@ TEXT+=(--out "$OUT/text" --steps "$STEPS" --precision "$PRECISION" --results "$O
 of perplexity perplexity_at_bits.py "${TEXT[@]}" --workers "$WORKERS"
 for job in "${running[@]}"; do wait "$job"; done
 of perplexity-report perplexity_at_bits.py "${TEXT[@]}" --report --post-training "$OUT/cells/cells.json"
+running=("$questions")
+for ((seed = 0; seed < SEEDS; seed++)); do
+    of "summaries-$seed" summaries.py run "${WRITTEN[@]}" --seeds "$seed" &
+    running+=($!)
+done
 tasks sst2 glue "$WORKERS" 1 1000 sst2 cola mrpc stsb
-wait "$questions"
-of summaries summaries.py run --articles "$DATA/cnndm/test.jsonl" --out "$OUT/summaries" --heldout "${ARTICLES:-60}" --on "$ON"
+for job in "${running[@]}"; do wait "$job"; done
