@@ -163,11 +163,13 @@ def work(arguments: argparse.Namespace, job: str) -> None:
     seen: dict[str, Sequence[float | None]] = dict(jobs.quality(supernet, columns, jobs.heldout_windows(arguments)))
     also = {text: jobs.quality(supernet, columns, windows) for text, windows in jobs.also_windows(arguments).items()}
     others = {text: {column: perplexity for column, (perplexity, _) in of.items()} for text, of in also.items()}
+    apart = {text: {column: distance for column, (_, distance) in of.items()} for text, of in also.items()}
     if name == HALF:  # what its distance is to is itself
-        seen = {column: (perplexity, None) for column, (perplexity, _) in seen.items()}
+        seen, apart = {column: (perplexity, None) for column, (perplexity, _) in seen.items()}, {}
     bits = {column: mean_bits(policy, supernet.units) for column, policy in columns.items()}
     made = post_training.made_by(supernet.device)
-    jobs.keep(arguments, job, {"quality": seen, "also": others, "bits": bits, "seconds": seconds, "made": made})
+    result = {"quality": seen, "also": others, "also_kl": apart, "bits": bits, "seconds": seconds, "made": made}
+    jobs.keep(arguments, job, result)
 
 
 Trained = tuple[Supernet, dict[str, Policy], dict[str, float]]
@@ -301,7 +303,7 @@ def rows_of(arguments: argparse.Namespace) -> list[tuple[str, Callable[[str], li
                 {
                     "perplexity": row["quality"][place][0],
                     "kl": row["quality"][place][1],
-                    "also": {text: of[place] for text, of in row.get("also", {}).items()},
+                    **{key: {text: of[place] for text, of in row.get(key, {}).items()} for key in ("also", "also_kl")},
                     "bits": row["bits"][place],
                     "training": row["seconds"]["training"],
                     "choosing": row["seconds"].get(key, 0.0),
@@ -335,8 +337,9 @@ def report(arguments: argparse.Namespace) -> None:
         "perplexity": (2, lambda cell: cell["perplexity"]),
         "kl": (3, lambda cell: cell["kl"]),
     }
-    for text in dict.fromkeys(text for _, _, cell in cells for text in cell.get("also", ())):
-        figures[f"perplexity on {text}"] = (2, lambda cell, text=text: cell.get("also", {}).get(text))
+    for title, key, digits in (("perplexity", "also", 2), ("kl", "also_kl", 3)):
+        for text in dict.fromkeys(text for _, _, cell in cells for text in cell.get(key, ())):
+            figures[f"{title} on {text}"] = (digits, lambda cell, key=key, text=text: cell.get(key, {}).get(text))
     made: Mapping[str, list[dict[str, str]]] = {figure: [] for figure in figures}
     for method in dict.fromkeys(method for method, _, _ in cells if method != "fp32"):
         mine = [(column, cell) for of, column, cell in cells if of == method]
@@ -360,7 +363,7 @@ def report(arguments: argparse.Namespace) -> None:
         if method != "fp32":
             made_on.setdefault(f"{cell['device']}, commit {cell['commit']}", {})[method] = None
     whence = "; ".join(f"{made}: {', '.join(of) if len(of) < 4 else f'{len(of)} rows'}" for made, of in made_on.items())
-    full = "; ".join(f"{figure} {value:.2f}" for figure, value in unquantised.items() if value and figure != "kl")
+    full = "; ".join(f"{figure} {value:.2f}" for figure, value in unquantised.items() if value and not figure.startswith("kl"))
     text = f"{how}; fp32: {full or 'not measured'}\n{whence}\n"
     for figure, rows in made.items():
         if rows:

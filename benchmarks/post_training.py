@@ -150,11 +150,12 @@ class Bench:
         return sum(self._made[key][1] for key in used if key in self._made)
 
     def quality(self, method: str, policy: Policy) -> dict[str, Any]:
-        """Perplexity, KL to fp32 in nats per token; perplexity on each further text."""
+        """Perplexity, KL to fp32 in nats per token; both on each further text."""
         weights = {"": self.weights(method, policy)}
         perplexity, distance = jobs.quality(self.net, {"": policy}, self.heldout, weights)[""]
-        also = {text: jobs.quality(self.net, {"": policy}, windows, weights)[""][0] for text, windows in self.also.items()}
-        return {"perplexity": perplexity, "kl": distance, "also": also}
+        also = {text: jobs.quality(self.net, {"": policy}, windows, weights)[""] for text, windows in self.also.items()}
+        others = {key: {text: of[place] for text, of in also.items()} for place, key in enumerate(("also", "also_kl"))}
+        return {"perplexity": perplexity, "kl": distance, **others}
 
     def losses(self, kind: str) -> tuple[dict[str, dict[str, float]], float]:
         """(unit → kernel → loss with this unit alone in GPTQ's weights, seconds). kind: "trials", KL on calibration windows; "Hessian"."""

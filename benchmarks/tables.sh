@@ -65,10 +65,10 @@ TEXT+=(--out "$OUT/text" --steps "$STEPS" --precision "$PRECISION" --results "$O
 of perplexity perplexity_at_bits.py "${TEXT[@]}" --workers "$WORKERS"
 for job in "${running[@]}"; do wait "$job"; done
 of perplexity-report perplexity_at_bits.py "${TEXT[@]}" --report --post-training "$OUT/cells/cells.json"
+tasks sst2 glue "$WORKERS" 1 1000 sst2 cola mrpc stsb
 running=("$questions")
 for ((seed = 0; seed < SEEDS; seed++)); do
-    of "summaries-$seed" summaries.py run "${WRITTEN[@]}" --seeds "$seed" &
+    OMP_NUM_THREADS=4 of "summaries-$seed" summaries.py run "${WRITTEN[@]}" --seeds "$seed" &
     running+=($!)
 done
-tasks sst2 glue "$WORKERS" 1 1000 sst2 cola mrpc stsb
 for job in "${running[@]}"; do wait "$job"; done

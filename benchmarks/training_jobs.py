@@ -152,19 +152,24 @@ def heldout_windows(arguments: argparse.Namespace) -> np.ndarray:
 
 
 def also_windows(arguments: argparse.Namespace) -> dict[str, np.ndarray]:
-    """Of each of the further held-out texts, by its file's name."""
+    """Of each of the further held-out texts, by its name."""
     return {
-        path.name: np.load(arguments.out / f"{also_name(path)}.npy").astype(np.int64)[: arguments.windows or None]
+        named(path): np.load(arguments.out / f"{also_name(path)}.npy").astype(np.int64)[: arguments.windows or None]
         for path in also_of(arguments)
     }
 
 
 def also_of(arguments: argparse.Namespace) -> list[Path]:
-    """The further held-out texts, which their files' names must tell apart."""
+    """The further held-out texts, which their names must tell apart."""
     paths = vars(arguments).get("also") or []
-    if len({path.name for path in paths}) < len(paths):
-        raise SystemExit(f"expected --also files of different names, got {' '.join(map(str, paths))}")
+    if len({named(path) for path in paths}) < len(paths):
+        raise SystemExit(f"expected --also files of different folders or names, got {' '.join(map(str, paths))}")
     return list(paths)
+
+
+def named(path: Path) -> str:
+    """A text as reports name it: FOLDER/FILE, since many a data set's file is a "valid.txt"."""
+    return "/".join(path.resolve().parts[-2:])
 
 
 def also_name(path: Path) -> str:

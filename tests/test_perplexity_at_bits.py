@@ -36,7 +36,9 @@ def test_every_method_has_its_columns_and_keeps_to_their_bits(tmp_path: Path) ->
         shutil.copyfile(path, model / path.name)
     text = ROOT / "LICENSE"
     words = ["--model", model, "--text", text, "--heldout", text, "--out", tmp_path / "out", "--results", tmp_path / "results"]
-    other = tmp_path / "other.txt"
+    other = tmp_path / "reversed" / "valid.txt"
+    other.parent.mkdir()
+    name = "reversed/valid.txt"
     other.write_text(" ".join(reversed(text.read_text().split())))
     words += ["--also", other, "--steps", 2, "--batch", 1, "--windows", 1, "--seeds", 1, "--on", "cpu"]
 
@@ -52,11 +54,14 @@ def test_every_method_has_its_columns_and_keeps_to_their_bits(tmp_path: Path) ->
         seen[cell["method"]] = (*seen.get(cell["method"], ()), cell["column"])
         assert math.isfinite(cell["perplexity"])
         assert cell["perplexity"] > 1
-        assert cell["also"]["other.txt"] > 1
-        assert cell["also"]["other.txt"] != cell["perplexity"]
+        assert cell["also"][name] > 1
+        assert cell["also"][name] != cell["perplexity"]
+        assert (name in cell["also_kl"]) == (cell["method"] != "half depth")
         assert cell["bits"] <= float(cell["column"]) + 1e-9
         assert cell["training"] > 0
     assert {"2", "8"} <= set(seen.pop("uniform OFA"))  # random draws may meet no mean between what a small model's units allow
     assert seen == COLUMNS
     assert run("--report") == cells
-    assert "perplexity on other.txt" in (tmp_path / "results" / "perplexity_at_bits.md").read_text()
+    page = (tmp_path / "results" / "perplexity_at_bits.md").read_text()
+    assert f"\nperplexity on {name}\n" in page
+    assert f"\nkl on {name}\n" in page
