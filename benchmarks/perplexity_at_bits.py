@@ -71,6 +71,8 @@ NAMES = tuple(KERNELS.values())
 Q8BERT = "w8a8"
 DEDICATED = {"QAT, uniform": KERNELS, "QAT, solver": (2.5, 3, 3.5, 4), "Q8BERT": (8,), "Q-BERT": MEANS, "QA-LoRA": KERNELS}
 """Method → the columns that it has a run for."""
+LOSSES = {"QAT, solver": "trials", "Q-BERT": "Hessian"}
+"""Method → which losses of units, measured before anything is trained, tell it its policy."""
 META = "MetaQuantLLM"
 SUPERNETS: dict[str, tuple[str, dict[str, Any]]] = {
     META: ("own", {}),
@@ -105,7 +107,8 @@ def main() -> None:
         parser.error(f"expected methods among {', '.join((*SUPERNETS, HALF, *DEDICATED))}; got {unknown[0]!r}")
     if not arguments.report:
         jobs.prepare(arguments)
-        untrained_losses(arguments)
+        if any(method in (arguments.only or LOSSES) for method in LOSSES):
+            untrained_losses(arguments)  # before the jobs, each of which would measure them
         jobs.run_all(arguments, job_names(arguments))
     report(arguments)
 
@@ -188,10 +191,9 @@ def dedicated(arguments: argparse.Namespace, name: str, run: Run) -> Trained:
     elif method == "Q-BERT":
         gptq = False
     supernet = jobs.started(arguments, names, run.seed, gptq=gptq, adapters=adapters)
-    chosen, losses = time.monotonic(), untrained_losses(arguments)
     spent = 0.0
-    if method in ("QAT, solver", "Q-BERT"):
-        kind = "Hessian" if method == "Q-BERT" else "trials"
+    if method in LOSSES:
+        chosen, kind, losses = time.monotonic(), LOSSES[method], untrained_losses(arguments)
         policy = solved(supernet.units, kernels_of(supernet.units), losses[kind], float(column))
         spent = losses[f"{kind} seconds"][""][""] + time.monotonic() - chosen
     else:

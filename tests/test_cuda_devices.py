@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import pkgutil
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,13 +21,8 @@ from toolchain.errors import InputError, PolicyError
 from toolchain.graph.model import Graph
 from toolchain.graph.oneunit import random_weights, write_one_unit
 from toolchain.hardware import has_provider, load
-from toolchain.kernels import (
-    CATALOGUE,
-    candidates,
-    full_precision,
-    legal,
-    offered,
-)
+from toolchain.kernels import CATALOGUE, candidates, full_precision, legal, offered
+from toolchain.package.manifest import open_package
 from toolchain.profiler import agent, measure, model_rows, probe
 from toolchain.profiler.phases import UNTIMED
 from toolchain.profiler.subjects import SUBJECTS
@@ -116,6 +113,23 @@ def test_a_gpus_package_is_scored_on_the_cpu_where_there_is_none_and_says_so(
     assert cli("export", graphs("llama").directory, *words).code == 0
     assert serving_provider(tmp_path / "p") == CPU
     assert "made for CUDAExecutionProvider, runs on the CPU instead" in capfd.readouterr().err
+
+
+def test_a_gpus_package_tells_onnxruntime_genai_to_take_the_gpu(cli: Callable[..., Result], graphs: Any, tmp_path: Path) -> None:
+    """Its file named no provider, which is the CPU: an fp16 package ran there, and nothing said so."""
+    if has_provider(CUDA).usable:
+        pytest.skip("there is a GPU here")
+    words = ("--policy", "w4g32-fp16", "--profiles", tmp_path, "--out", tmp_path / "p")
+    assert cli("export", graphs("llama").directory, "--device", "local-cuda", *words).code == 0
+    config = json.loads((tmp_path / "p" / "genai_config.json").read_text())
+    (options,) = config["model"]["decoder"]["session_options"]["provider_options"]
+    assert options == {"cuda": open_package(tmp_path / "p").data["provider_options"]}
+    if importlib.util.find_spec("onnxruntime_genai") is None:
+        pytest.skip("onnxruntime-genai is not installed")
+    opened = [sys.executable, "-c", "import sys, onnxruntime_genai as og; og.Model(sys.argv[1])", str(tmp_path / "p")]
+    done = subprocess.run(opened, capture_output=True, text=True, check=False)
+    assert "cuda" in done.stderr.lower(), done.stderr  # this build has no part for a GPU, and looks for it
+    assert done.returncode != 0
 
 
 def test_units_shows_the_kernels_of_the_device_that_is_named(cli: Callable[..., Result], graphs: Any) -> None:

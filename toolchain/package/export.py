@@ -6,19 +6,24 @@ inputs give the same bytes: no date, no path, no random name is in a package. Re
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import toolchain
+from toolchain.errors import DamagedFileError
 from toolchain.files import replace_folder
 from toolchain.graph.assemble import Weights, assemble
 from toolchain.graph.model import Graph
 from toolchain.kernels import mean_bits
 from toolchain.package.manifest import FILE_NAME, Package, open_package, write_manifest
+from toolchain.reading import read_json
 from toolchain.session import PROVIDER_OPTIONS, SESSION_OPTIONS
-from toolchain.spec import Budget, Cost, Policy, Workload
+from toolchain.spec import CUDA, Budget, Cost, Policy, Workload
+
+_GENAI, _GENAI_PROVIDERS = "genai_config.json", {CUDA: "cuda"}
 
 
 def export_package(
@@ -44,6 +49,7 @@ def export_package(
         assemble(graph, policy, weights, folder)
         for path in graph.companions():
             shutil.copyfile(path, folder / path.name)
+        _tell_genai(folder / _GENAI, provider)
         manifest = {
             "model": {
                 "source": Path(graph.source).name,
@@ -68,3 +74,16 @@ def export_package(
         }
         write_manifest(folder, manifest, graph.units)
     return open_package(out)
+
+
+def _tell_genai(path: Path, provider: str) -> None:
+    """onnxruntime-genai runs a package on the providers that its own file names; a graph's names none, which is the CPU."""
+    if provider not in _GENAI_PROVIDERS or not path.is_file():
+        return
+    try:
+        config = read_json(path)
+        options = {_GENAI_PROVIDERS[provider]: PROVIDER_OPTIONS.get(provider, {})}
+        config["model"]["decoder"].setdefault("session_options", {})["provider_options"] = [options]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedFileError(f"expected a decoder's session options in {path.name} of the graph, got: {error!r}") from error
+    path.write_text(json.dumps(config, indent=4) + "\n")
