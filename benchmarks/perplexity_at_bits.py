@@ -305,7 +305,7 @@ def rows_of(arguments: argparse.Namespace) -> list[tuple[str, Callable[[str], li
                 {
                     "perplexity": row["quality"][place][0],
                     "kl": row["quality"][place][1],
-                    **{key: {text: of[place] for text, of in row.get(key, {}).items()} for key in ("also", "also_kl")},
+                    **{name: {text: of[place] for text, of in row.get(name, {}).items()} for name in ("also", "also_kl")},
                     "bits": row["bits"][place],
                     "training": row["seconds"]["training"],
                     "choosing": row["seconds"].get(key, 0.0),

@@ -102,7 +102,7 @@ SCALED = ", and γ"
 UNIFORM = [f"{method}{more}" for method in PLAIN for more in ("", SCALED)]
 CALIBRATED = ("γ", "GPTQ")
 MIXED = ("closed form", "solver", "Hessian")
-SETUP = ("model", "heldout_sha256", "also_sha256", "text_sha256", "tokens")
+SETUP = ("model", "heldout_sha256", "also", "text_sha256", "tokens")
 """What all cells of a folder have in common."""
 
 
@@ -273,7 +273,7 @@ def setup(arguments: argparse.Namespace, bench: Bench) -> dict[str, Any]:
         "heldout": Path(arguments.heldout).name,
         "heldout_sha256": sha256(arguments.heldout),
         "text_sha256": [sha256(path) for path in arguments.text],
-        "also_sha256": [sha256(path) for path in jobs.also_of(arguments)],
+        "also": {jobs.text_name(path): sha256(path) for path in jobs.also_of(arguments)},
         "tokens": int(bench.heldout[:, 1:].size),
         "seeds": arguments.seeds,
         **made_by(bench.net.device),

@@ -154,7 +154,7 @@ def heldout_windows(arguments: argparse.Namespace) -> np.ndarray:
 def also_windows(arguments: argparse.Namespace) -> dict[str, np.ndarray]:
     """Of each of the further held-out texts, by its name."""
     return {
-        named(path): np.load(arguments.out / f"{also_name(path)}.npy").astype(np.int64)[: arguments.windows or None]
+        text_name(path): np.load(arguments.out / f"{also_name(path)}.npy").astype(np.int64)[: arguments.windows or None]
         for path in also_of(arguments)
     }
 
@@ -162,12 +162,12 @@ def also_windows(arguments: argparse.Namespace) -> dict[str, np.ndarray]:
 def also_of(arguments: argparse.Namespace) -> list[Path]:
     """The further held-out texts, which their names must tell apart."""
     paths = vars(arguments).get("also") or []
-    if len({named(path) for path in paths}) < len(paths):
+    if len({text_name(path) for path in paths}) < len(paths):
         raise SystemExit(f"expected --also files of different folders or names, got {' '.join(map(str, paths))}")
     return list(paths)
 
 
-def named(path: Path) -> str:
+def text_name(path: Path) -> str:
     """A text as reports name it: FOLDER/FILE, since many a data set's file is a "valid.txt"."""
     return "/".join(path.resolve().parts[-2:])
 
@@ -238,11 +238,12 @@ def setup(arguments: argparse.Namespace, job: str) -> dict[str, Any]:
     """What a job's result depends on; a dedicated run is not polished."""
     named = ["model", "text", "heldout", "steps", "batch", "windows", "precision", "lr", "adapters", "workload", "compile"]
     named += ["polish"] if job.partition(" ")[0] in POLISHED else []
-    named += ["also"] if vars(arguments).get("also") else []
     facts = {name: str(vars(arguments).get(name)) for name in named}
     table, more = vars(arguments).get("table"), {}
+    if further := also_of(arguments):
+        more["also"] = {text_name(path): sha256(path) for path in further}
     if "profiles" in vars(arguments):  # a task's: what it is trained on and held against
-        more = {name: str(vars(arguments)[name]) for name in ("models", "data", "examples", "device")}
+        more |= {name: str(vars(arguments)[name]) for name in ("models", "data", "examples", "device")}
         more |= {f"{path.parent.name}/{TABLE}": sha256(path) for path in sorted(arguments.profiles.glob(f"*/{TABLE}"))}
         more["graph"] = Graph.open(arguments.graph).fingerprint
     return {**facts, **more, "table": sha256(table) if table else None}

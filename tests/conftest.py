@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from cables import board  # noqa: F401 - a fixture of several files
@@ -25,6 +25,9 @@ from toolchain.profiler import ask
 from toolchain.profiler.ask import Host
 from toolchain.spec import Kernel
 
+if TYPE_CHECKING:
+    from report_fleet import Fleet
+
 ROOT = Path(__file__).parent.parent
 
 # A busy 2-core machine is no reason to fail; in CI the examples are the same in every run.
@@ -34,8 +37,16 @@ settings.load_profile("here")
 
 LONGEST = ("test_profile", "test_energy", "test_journey", "test_train_export", "test_bad_input", "test_train_kinds", "test_jobs")
 """Files that take a minute begin first: one that begins last leaves the other worker idle."""
-SHARING = {"test_profile.py", "test_energy.py", "test_journey.py"}
-"""Files of `profiled`: one worker runs them, so that it is measured once."""
+SHARING = {
+    "test_profile.py": "profiled",
+    "test_energy.py": "profiled",
+    "test_journey.py": "profiled",
+    "test_html_report.py": "fleet",
+    "test_html_report_missing.py": "fleet",
+    "test_html_report_strangers.py": "fleet",
+    "test_report_browser.py": "fleet",
+}
+"""Files of a fixture that takes long: one worker runs them, so that it is made once."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -50,7 +61,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
     class Sharing(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
-            return "profiled" if Path(file).name in SHARING else file
+            return SHARING.get(Path(file).name, file)
 
     if config.getoption("dist") != "loadfile":
         return None
@@ -262,6 +273,20 @@ def strangers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from fuzz_seeds import make
 
     return make(tmp_path_factory.mktemp("strangers") / "seeds")
+
+
+@pytest.fixture
+def place(strangers: Path, tmp_path: Path) -> Path:
+    """Folders of `strangers` that a test may damage."""
+    return copied(strangers, tmp_path / "place")
+
+
+@pytest.fixture(scope="session")
+def fleet(models: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Fleet:
+    """Packages, their supernet and cost table, and reports of each (`report_fleet.py`). Shared: copy what you change."""
+    from report_fleet import make
+
+    return make(models("llama", vocab_size=4096), tmp_path_factory.mktemp("fleet"))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
     python tests/fuzz.py --cases 100000 [--seed 0] [--only READER] [--work DIR]
 
 Valid inputs are made first (`fuzz_seeds.py`), mutated by structure (`fuzz_mutation.py`), and given to the readers in a sandbox, with time
-and memory bounded (`fuzz_readers.py`). Each reader has a process of its own: one that dies is a crash, and the next case goes on.
+and memory bounded (`fuzz_sandbox.py`). Each reader has a process of its own: one that dies is a crash, and the next case goes on.
 Guided: atheris (not among the project's dependencies: pip install atheris) chooses which cases to mutate further by the lines of ours
 that they reached; one case in two begins anew, from a valid file. Without atheris, or with --plain, all do, and a seed then names its
 cases for good. Resumable: the same --work DIR goes on where it was stopped; crashes/ there holds one case of each kind, for --replay.
@@ -48,6 +48,7 @@ def main() -> int:
     work.mkdir(parents=True, exist_ok=True)
     guide = None if words.plain else _guide()
     seeds = _seeds(work)
+    import fuzz_cases  # noqa: F401 - as below
     import fuzz_readers
     import torch
 
@@ -161,14 +162,15 @@ def _keep(work: Path, name: str, state: dict[str, Any], what: str, case: bytes) 
 
 def _child(work: Path, reader: Any, cases: int, seed: int, guide: Any) -> None:
     """Run a reader's cases from where it was until there are so many; the state is written after each."""
-    import fuzz_readers
+    import fuzz_cases
+    import fuzz_sandbox
 
     name, seeds = _file_name(reader.name), work / "seeds"
     log = os.open(work / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1), os.dup2(log, 2)
     box_root = work / "box" / name
     shutil.rmtree(box_root, ignore_errors=True)
-    box = fuzz_readers.Sandbox(box_root, seeds, reader)
+    box = fuzz_sandbox.Sandbox(box_root, seeds, reader)
     if (valid := box.valid()) != "accepted":
         print(f"the valid input: {valid}", file=sys.stderr)
         os._exit(BAD_SEED)
@@ -193,11 +195,11 @@ def _child(work: Path, reader: Any, cases: int, seed: int, guide: Any) -> None:
 
     def next_case(data: bytes, most: int, number: int) -> bytes:
         rng = random.Random(f"{name} {seed} {begun} {number}")
-        return fuzz_readers.case(reader, seeds, rng, data if rng.random() < 0.5 else b"")[:most]
+        return fuzz_cases.case(reader, seeds, rng, data if rng.random() < 0.5 else b"")[:most]
 
-    with fuzz_readers.limited():
+    with fuzz_sandbox.limited():
         if guide is None:
-            for case in fuzz_readers.cases(reader, seeds, seed, state["cases"], cases - state["cases"]):
+            for case in fuzz_cases.cases(reader, seeds, seed, state["cases"], cases - state["cases"]):
                 one(case)
             return
         corpus = work / "corpus" / name
@@ -219,12 +221,12 @@ def _child(work: Path, reader: Any, cases: int, seed: int, guide: Any) -> None:
 
 
 def _replay(work: Path, reader: Any, case: Path) -> int:
-    import fuzz_readers
+    import fuzz_sandbox
 
     box = work / "box" / "replay"
     shutil.rmtree(box, ignore_errors=True)
-    with fuzz_readers.limited():
-        print(fuzz_readers.Sandbox(box, work / "seeds", reader).run(case.read_bytes(), show=True))
+    with fuzz_sandbox.limited():
+        print(fuzz_sandbox.Sandbox(box, work / "seeds", reader).run(case.read_bytes(), show=True))
     return 0
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Result
+from conftest import Result, copied
 
 from toolchain.decoding import check_cache
 from toolchain.errors import InputError, PolicyError
@@ -124,12 +124,22 @@ def test_a_gpus_package_tells_onnxruntime_genai_to_take_the_gpu(cli: Callable[..
     config = json.loads((tmp_path / "p" / "genai_config.json").read_text())
     (options,) = config["model"]["decoder"]["session_options"]["provider_options"]
     assert options == {"cuda": open_package(tmp_path / "p").data["provider_options"]}
-    if importlib.util.find_spec("onnxruntime_genai") is None:
-        pytest.skip("onnxruntime-genai is not installed")
-    opened = [sys.executable, "-c", "import sys, onnxruntime_genai as og; og.Model(sys.argv[1])", str(tmp_path / "p")]
-    done = subprocess.run(opened, capture_output=True, text=True, check=False)
-    assert "cuda" in done.stderr.lower(), done.stderr  # this build has no part for a GPU, and looks for it
-    assert done.returncode != 0
+    if importlib.util.find_spec("onnxruntime_genai"):  # a build that has no part for a GPU looks for it
+        opened = [sys.executable, "-c", "import sys, onnxruntime_genai as og; og.Model(sys.argv[1])", str(tmp_path / "p")]
+        done = subprocess.run(opened, capture_output=True, text=True, check=False)
+        assert done.returncode != 0
+        assert "cuda" in done.stderr.lower()
+
+
+def test_a_graph_whose_genai_config_is_none_makes_no_gpus_package(cli: Callable[..., Result], graphs: Any, tmp_path: Path) -> None:
+    if has_provider(CUDA).usable:
+        pytest.skip("there is a GPU here")
+    graph = copied(graphs("llama").directory, tmp_path / "graph")
+    (graph / "genai_config.json").write_text('{"model": []}')
+    made = cli("export", graph, "--device", "local-cuda", "--policy", "w4g32-fp16", "--profiles", tmp_path, "--out", tmp_path / "p")
+    assert made.code == 2
+    assert "session options in genai_config.json" in made.error
+    assert not (tmp_path / "p").exists()
 
 
 def test_units_shows_the_kernels_of_the_device_that_is_named(cli: Callable[..., Result], graphs: Any) -> None:

@@ -10,7 +10,11 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("onnx")
 
+import fuzz_cases
 import fuzz_readers
+import fuzz_sandbox
+
+from toolchain.errors import BittailorError
 
 NAMES = tuple(reader.name for reader in fuzz_readers.EVERY)
 
@@ -18,11 +22,11 @@ NAMES = tuple(reader.name for reader in fuzz_readers.EVERY)
 def _crashes(name: str, seeds: Path, root: Path, seed: int, count: int) -> dict[str, int]:
     """How it crashed → the number of the first case that did."""
     reader = fuzz_readers.readers(seeds)[name]
-    box = fuzz_readers.Sandbox(root / "box", seeds, reader)
+    box = fuzz_sandbox.Sandbox(root / "box", seeds, reader)
     assert box.valid() == "accepted"
     found: dict[str, int] = {}
-    with fuzz_readers.limited():
-        for number, case in enumerate(fuzz_readers.cases(reader, seeds, seed, 0, count)):
+    with fuzz_sandbox.limited():
+        for number, case in enumerate(fuzz_cases.cases(reader, seeds, seed, 0, count)):
             outcome = box.run(case)
             if outcome not in ("accepted", "refused"):
                 found.setdefault(outcome, number)
@@ -50,11 +54,11 @@ def test_the_sandbox_sees_what_it_is_there_for(strangers: Path, tmp_path: Path) 
         "writes": lambda folder: (folder.parent.parent / "mark").write_text(""),
         "too slow": lambda folder: [None for _ in iter(int, 1)],
         "MemoryError": lambda folder: bytes(1 << 36),
-        "refuses": lambda folder: (_ for _ in ()).throw(fuzz_readers.BittailorError("")),
+        "refuses": lambda folder: (_ for _ in ()).throw(BittailorError("")),
         "MB more": lambda folder: len(b"x" * (500 << 20)),
     }
     for number, (word, call) in enumerate(faults.items()):
-        reader = fuzz_readers.Reader(word, "other", ("budget.yaml",), call)
-        box = fuzz_readers.Sandbox(tmp_path / str(number), strangers, reader, most_seconds=1.0)
-        with fuzz_readers.limited():
+        reader = fuzz_sandbox.Reader(word, "other", ("budget.yaml",), call)
+        box = fuzz_sandbox.Sandbox(tmp_path / str(number), strangers, reader, most_seconds=1.0)
+        with fuzz_sandbox.limited():
             assert word in box.run(b"budget.yaml\nx")

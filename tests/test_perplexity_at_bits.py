@@ -29,39 +29,63 @@ COLUMNS = {
 }
 
 
-def test_every_method_has_its_columns_and_keeps_to_their_bits(tmp_path: Path) -> None:
-    model = random_models.save_random_model("llama", tmp_path / "model", vocab_size=4096, num_hidden_layers=2)
-    pocket = ROOT / "toolchain" / "models" / "pocket-llama-6m"
-    for path in pocket.glob("*token*"):
+OTHER = "reversed/valid.txt"
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """Words of both commands: a model, its texts, as little of them as there can be."""
+    folder = tmp_path_factory.mktemp("texts")
+    model = random_models.save_random_model("llama", folder / "model", vocab_size=4096, num_hidden_layers=2)
+    for path in (ROOT / "toolchain" / "models" / "pocket-llama-6m").glob("*token*"):
         shutil.copyfile(path, model / path.name)
-    text = ROOT / "LICENSE"
-    words = ["--model", model, "--text", text, "--heldout", text, "--out", tmp_path / "out", "--results", tmp_path / "results"]
-    other = tmp_path / "reversed" / "valid.txt"
+    text, other = ROOT / "LICENSE", folder / OTHER
     other.parent.mkdir()
-    name = "reversed/valid.txt"
     other.write_text(" ".join(reversed(text.read_text().split())))
-    words += ["--also", other, "--steps", 2, "--batch", 1, "--windows", 1, "--seeds", 1, "--on", "cpu"]
+    words = ["--model", model, "--text", text, "--heldout", text, "--also", other]
+    return [*words, "--windows", 1, "--seeds", 1, "--on", "cpu"]
 
-    def run(*more: str) -> list[dict[str, Any]]:
-        command = [sys.executable, ROOT / "benchmarks" / "perplexity_at_bits.py", *words, *more]
-        done = subprocess.run(list(map(str, command)), env=environment(), capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return json.loads((tmp_path / "results" / "perplexity_at_bits.json").read_text())["cells"]
 
-    cells = run("--only", "QA-LoRA", "Q8BERT", "Q-BERT", "half depth", "MetaQuantLLM", "uniform OFA")
+def ran(name: str, *words: Any) -> None:
+    command = [sys.executable, ROOT / "benchmarks" / name, *words]
+    done = subprocess.run(list(map(str, command)), env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def reported(folder: Path, words: list[Any], *more: Any) -> tuple[list[dict[str, Any]], str]:
+    """(cells, page) of perplexity_at_bits.py."""
+    trained = ("--out", folder / "out", "--results", folder / "results", "--steps", 2, "--batch", 1)
+    ran("perplexity_at_bits.py", *words, *trained, *more)
+    made = folder / "results" / "perplexity_at_bits"
+    return json.loads(made.with_suffix(".json").read_text())["cells"], made.with_suffix(".md").read_text()
+
+
+def test_every_method_has_its_columns_and_keeps_to_their_bits(texts: list[Any], tmp_path: Path) -> None:
+    methods = ("QA-LoRA", "Q8BERT", "Q-BERT", "half depth", "MetaQuantLLM", "uniform OFA")
+    cells, page = reported(tmp_path, texts, "--only", *methods)
     seen: dict[str, tuple[str, ...]] = {}
     for cell in cells:
         seen[cell["method"]] = (*seen.get(cell["method"], ()), cell["column"])
         assert math.isfinite(cell["perplexity"])
         assert cell["perplexity"] > 1
-        assert cell["also"][name] > 1
-        assert cell["also"][name] != cell["perplexity"]
-        assert (name in cell["also_kl"]) == (cell["method"] != "half depth")
+        assert cell["also"][OTHER] > 1
+        assert cell["also"][OTHER] != cell["perplexity"]
+        assert (OTHER in cell["also_kl"]) == (cell["method"] != "half depth")
         assert cell["bits"] <= float(cell["column"]) + 1e-9
         assert cell["training"] > 0
     assert {"2", "8"} <= set(seen.pop("uniform OFA"))  # random draws may meet no mean between what a small model's units allow
     assert seen == COLUMNS
-    assert run("--report") == cells
-    page = (tmp_path / "results" / "perplexity_at_bits.md").read_text()
-    assert f"\nperplexity on {name}\n" in page
-    assert f"\nkl on {name}\n" in page
+    assert f"\nperplexity on {OTHER}\n" in page
+    assert f"\nkl on {OTHER}\n" in page
+    assert reported(tmp_path, texts, "--report") == (cells, page)
+
+
+def test_what_nobody_trained_stands_in_the_same_tables(texts: list[Any], tmp_path: Path) -> None:
+    ran("post_training.py", "run", *texts, "--out", tmp_path / "cells")
+    cells, page = reported(tmp_path, texts, "--report", "--post-training", tmp_path / "cells" / "cells.json")
+    assert {cell["column"] for cell in cells if cell["method"] == "solver"} == set(ALL)
+    assert {cell["column"] for cell in cells if cell["method"] == "PTQ, min-max, and γ"} == {"2", "3", "4", "8"}
+    for cell in cells:
+        assert cell["also"][OTHER] not in (cell["perplexity"], 0)
+        assert (cell["also_kl"][OTHER] > 0) == (cell["method"] != "fp32")
+    assert f"\nkl on {OTHER}\n" in page

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_html_report import HOSTILE, NAMES, Fleet, few_points, fleet  # noqa: F401 - the fixtures of that module
+from report_fleet import HOSTILE, NAMES, Fleet, few_points  # noqa: F401 - a fixture that every test here uses
 
 from toolchain.cli import main
 
@@ -71,7 +71,7 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def pages(fleet: Fleet, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:  # noqa: F811
+def pages(fleet: Fleet, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Everything measured; nothing measured; names that are markup and long, and every verdict."""
     folder = tmp_path_factory.mktemp("pages")
     full, bare, odd = (folder / f"{name}.html" for name in ("full", "bare", "odd"))
