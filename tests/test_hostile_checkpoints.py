@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import copied
 from onnx import TensorProto
+from refusals import external
 
 pytest.importorskip("random_models")
 
@@ -29,8 +30,7 @@ def test_external_data_outside_the_folder_is_refused(tmp_path: Path, location: s
     folder.mkdir()
     (tmp_path / "secret").write_bytes(b"\0" * 4096)
     (folder / "link").symlink_to(tmp_path / "secret")
-    tensor = TensorProto(name="w", dims=[16, 16], data_type=TensorProto.FLOAT, data_location=TensorProto.EXTERNAL)
-    tensor.external_data.add(key="location", value=location)
+    tensor = external([16, 16], location=location)
     with pytest.raises(InputError, match="inside"):
         load_array(tensor, folder)
 
