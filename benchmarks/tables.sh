@@ -6,11 +6,12 @@
 # MINILM: the encoder's folder; DATA: books, wikitext2, cnndm and a folder for each task; DEVICE: whose table has the rows of MiniLM with
 # the heads that `finetune.py --epochs 0` draws. Its packages are then measured on it, and the reports written: results/README.md.
 # WORKERS, ON: jobs at a time, and where. Their seconds are of so many at once; MPS=1 lets them share the GPU (NVIDIA's multi-process service).
+# AT_ONCE=1: GLUE's jobs do not wait for the perplexity table, with THREADS each (four GPUs and 64 cores: WORKERS=15 THREADS=3).
 # SEEDS, STEPS, TASK_STEPS, EPOCHS, PROFILES: less of it, to see that it runs, or another device's table.
 set -eu
 MINILM=$1 DATA=$2 OUT=$3 DEVICE=${4:-epyc-avx512-2}
 HERE=$(cd "$(dirname "$0")" && pwd)
-WORKERS=${WORKERS:-12} ON=${ON:-cuda} SEEDS=${SEEDS:-3} STEPS=${STEPS:-400} TASK_STEPS=${TASK_STEPS:-120} EPOCHS=${EPOCHS:-4}
+WORKERS=${WORKERS:-12} ON=${ON:-cuda} SEEDS=${SEEDS:-3} STEPS=${STEPS:-400} TASK_STEPS=${TASK_STEPS:-120} EPOCHS=${EPOCHS:-4} THREADS=${THREADS:-1}
 PROFILES=${PROFILES:-$HERE/../profiles} PRECISION=bf16
 if [ "$ON" = cpu ]; then PRECISION=fp32; fi
 TEXT=(--text "$DATA/books/train.txt.xz" --heldout "$DATA/books/heldout.txt" --also "$DATA/wikitext2/valid.txt" --seeds "$SEEDS" --on "$ON")
@@ -40,6 +41,16 @@ graph() { # TASK: what a device is profiled with
     fi
 }
 
+fitted() { # what GLUE's jobs begin with
+    local task running=()
+    for task in sst2 cola mrpc stsb; do
+        of "finetune-$task" finetune.py "$MINILM" "${FITTED[@]}" --tasks "$task" &
+        running+=($!)
+    done
+    graph sst2
+    for job in "${running[@]}"; do wait "$job"; done
+}
+
 tasks() { # HEAD NAME WORKERS THREADS EXAMPLES TASK...
     of "$2" tasks_at_budget.py run --graph "$OUT/graph-$1" --out "$OUT/$2" "${TRAINED[@]}" --workers "$3" --threads "$4" --examples "$5" --tasks "${@:6}"
 }
@@ -47,26 +58,34 @@ tasks() { # HEAD NAME WORKERS THREADS EXAMPLES TASK...
 questions() { # the longest of all: it begins as soon as it can
     of finetune-squad finetune.py "$MINILM" "${FITTED[@]}" --tasks squad
     graph squad
-    tasks squad squad 3 2 600 squad
+    tasks squad squad 3 $((THREADS + 1)) 600 squad
 }
 
-running=()
+glue() {
+    tasks sst2 glue "$WORKERS" "$THREADS" 1000 sst2 cola mrpc stsb
+}
+
 of post_training post_training.py run "${TEXT[@]}" --out "$OUT/cells" &
-running+=($!)
-for task in sst2 cola mrpc stsb; do
-    of "finetune-$task" finetune.py "$MINILM" "${FITTED[@]}" --tasks "$task" &
-    running+=($!)
-done
-graph sst2 &
-running+=($!)
+cells=$!
+if [ "${AT_ONCE:-}" ]; then
+    { fitted; glue; } &
+else
+    fitted &
+fi
+fitted=$!
 questions &
 questions=$!
 TEXT+=(--out "$OUT/text" --steps "$STEPS" --precision "$PRECISION" --results "$OUT/results")
 of perplexity perplexity_at_bits.py "${TEXT[@]}" --workers "$WORKERS"
-for job in "${running[@]}"; do wait "$job"; done
+wait "$cells"
 of perplexity-report perplexity_at_bits.py "${TEXT[@]}" --report --post-training "$OUT/cells/cells.json"
-tasks sst2 glue "$WORKERS" 1 1000 sst2 cola mrpc stsb
 running=("$questions")
+if [ "${AT_ONCE:-}" ]; then
+    running+=("$fitted")
+else
+    wait "$fitted"
+    glue
+fi
 for ((seed = 0; seed < SEEDS; seed++)); do
     OMP_NUM_THREADS=4 of "summaries-$seed" summaries.py run "${WRITTEN[@]}" --seeds "$seed" &
     running+=($!)
