@@ -116,14 +116,16 @@ def test_a_gpus_package_is_scored_on_the_cpu_where_there_is_none_and_says_so(
 
 
 def test_a_gpus_package_tells_onnxruntime_genai_to_take_the_gpu(cli: Callable[..., Result], graphs: Any, tmp_path: Path) -> None:
-    """Its file named no provider, which is the CPU: an fp16 package ran there, and nothing said so."""
+    """Its file named no provider, which is the CPU: an fp16 package ran there, and nothing said so. Then it named the arena's growth as
+    onnxruntime does, and onnxruntime-genai's build for GPUs, which reads a number there, did not open it (`RuntimeError: stoll`)."""
     if has_provider(CUDA).usable:
         pytest.skip("there is a GPU here")
     words = ("--policy", "w4g32-fp16", "--profiles", tmp_path, "--out", tmp_path / "p")
     assert cli("export", graphs("llama").directory, "--device", "local-cuda", *words).code == 0
     config = json.loads((tmp_path / "p" / "genai_config.json").read_text())
     (options,) = config["model"]["decoder"]["session_options"]["provider_options"]
-    assert options == {"cuda": open_package(tmp_path / "p").data["provider_options"]}
+    assert open_package(tmp_path / "p").data["provider_options"] == {"arena_extend_strategy": "kSameAsRequested"}
+    assert options == {"cuda": {"arena_extend_strategy": "1"}}
     if importlib.util.find_spec("onnxruntime_genai"):  # a build that has no part for a GPU looks for it
         opened = [sys.executable, "-c", "import sys, onnxruntime_genai as og; og.Model(sys.argv[1])", str(tmp_path / "p")]
         done = subprocess.run(opened, capture_output=True, text=True, check=False)

@@ -24,6 +24,7 @@ from toolchain.session import PROVIDER_OPTIONS, SESSION_OPTIONS
 from toolchain.spec import CUDA, Budget, Cost, Policy, Workload
 
 _GENAI, _GENAI_PROVIDERS = "genai_config.json", {CUDA: "cuda"}
+_GENAI_NUMBERS = {"kNextPowerOfTwo": "0", "kSameAsRequested": "1"}  # onnxruntime takes these names alone, onnxruntime-genai numbers alone
 
 
 def export_package(
@@ -82,8 +83,8 @@ def _tell_genai(path: Path, provider: str) -> None:
         return
     try:
         config = read_json(path)
-        options = {_GENAI_PROVIDERS[provider]: PROVIDER_OPTIONS.get(provider, {})}
-        config["model"]["decoder"].setdefault("session_options", {})["provider_options"] = [options]
+        options = {name: _GENAI_NUMBERS.get(value, value) for name, value in PROVIDER_OPTIONS.get(provider, {}).items()}
+        config["model"]["decoder"].setdefault("session_options", {})["provider_options"] = [{_GENAI_PROVIDERS[provider]: options}]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedFileError(f"expected a decoder's session options in {path.name} of the graph, got: {error!r}") from error
     path.write_text(json.dumps(config, indent=4) + "\n")
