@@ -19,6 +19,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -34,6 +35,7 @@ from toolchain.files import scratch, write_atomic
 from toolchain.graph.assemble import Weights, assemble
 from toolchain.graph.build import build, resolve
 from toolchain.graph.model import Graph
+from toolchain.hardware import cpu_count
 from toolchain.kernels import uniform
 from toolchain.package.generate import generate
 from toolchain.report import table
@@ -137,7 +139,8 @@ class Bench:
             )
             for path in self.graph.companions():
                 shutil.copyfile(path, folder / path.name)
-            return rouge((generate(folder, prompt, WRITTEN, self.arguments.threads).text for prompt in self.asked), self.wanted)
+            with ThreadPoolExecutor(self.arguments.threads or cpu_count()) as pool:
+                return rouge(pool.map(lambda prompt: generate(folder, prompt, WRITTEN, threads=1).text, self.asked), self.wanted)
 
     @staticmethod
     def _none(unit: Any) -> Any:
@@ -252,7 +255,7 @@ def main() -> None:
         sub.add_argument("--epochs", type=int, default=60)
         sub.add_argument("--steps", type=int, default=150, help="S, policy-steps of QAT")
         sub.add_argument("--heldout", type=int, default=100, help="articles that nothing is trained on")
-        sub.add_argument("--threads", type=int, default=0, help="of onnxruntime while a package writes (0: its own choice)")
+        sub.add_argument("--threads", type=int, default=0, help="articles that a package writes of at a time (0: one a core)")
         sub.add_argument("--on", default="auto")
     arguments = parser.parse_args()
     arguments.act(arguments)

@@ -85,8 +85,11 @@ def thread_count(device: Device) -> int:
 
     Of a device that is not at hand only its file's word counts: how many CPUs it has, `profiler.ask.Host.of` asks it.
     """
-    if device.threads:
-        return device.threads
+    return device.threads or cpu_count()
+
+
+def cpu_count() -> int:
+    """CPUs that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)  # Linux only
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from toolchain.errors import InputError
 from toolchain.evaluate.spans import span
+from toolchain.hardware import cpu_count
 from toolchain.progress import track
 from toolchain.session import cache_slots, open_session, token_feeds
 from toolchain.spec import CPU
 from toolchain.text import load_tokenizer
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 
 def token_ids(directory: Path, sentences: Sequence[tuple[str, str]], most: int = 128) -> list[list[int]]:
@@ -27,21 +33,19 @@ def token_ids(directory: Path, sentences: Sequence[tuple[str, str]], most: int =
 def outputs(
     directory: Path, sentences: Sequence[tuple[str, str]], most: int = 128, threads: int = 0, provider: str = CPU
 ) -> np.ndarray:
-    """float64 [n, L]: the folder's first output for each sentence or pair, each alone and at its own length.
+    """float64 [n, L]: the folder's first output for each sentence or pair, each alone and at its own length; `threads` of them at a time
+    on a CPU (0: one on each).
 
     Raises InputError for a decoder, and for an encoder that answers for every token: it has no head for sentences.
     """
-    session = open_session(directory, threads, provider)
+    session = open_session(directory, 1, provider)
     if cache_slots(session):
         raise InputError(f"expected an encoder with a head in {directory}, got a decoder (it has a cache)")
     answer = session.get_outputs()[0].shape
     if len(answer) != 2 or not isinstance(answer[1], int):
         raise InputError(f"expected one answer a sentence from {directory}, got {answer}: it has no head for sentences")
     every = token_ids(directory, sentences, most)
-    made = [
-        session.run(None, token_feeds(session, np.asarray([ids], np.int64)))[0][0].astype(np.float64)
-        for ids in track(every, len(every), "sentences")
-    ]
+    made = [said[0][0].astype(np.float64) for said in track(_each(session, every, threads), len(every), "sentences")]
     return np.stack(made) if made else np.zeros((0, answer[1]))
 
 
@@ -85,16 +89,24 @@ def asked(directory: Path, questions: Sequence[tuple[str, str]], most: int = 256
 def answers(
     directory: Path, questions: Sequence[tuple[str, str]], most: int = 256, threads: int = 0, provider: str = CPU
 ) -> list[str]:
-    """What the folder answers to each (question, context), in the context's own words, each question alone.
+    """What the folder answers to each (question, context), in the context's own words, each question alone; `threads` as in `outputs`.
 
     Raises InputError for a folder without a head for spans."""
-    session = open_session(directory, threads, provider)
+    session = open_session(directory, 1, provider)
     names = [output.name for output in session.get_outputs()]
     if names[:2] != ["start_logits", "end_logits"]:
         raise InputError(f"expected an encoder with a head for spans in {directory}, got one that says {', '.join(names)}")
     every = asked(directory, questions, most)
     found = []
-    for one in track(every, len(every), "questions"):
-        starts, ends = session.run(names[:2], token_feeds(session, np.asarray([one.ids], np.int64)))
+    said = _each(session, [one.ids for one in every], threads)
+    for one, (starts, ends, *_) in zip(every, track(said, len(every), "questions"), strict=True):
         found.append(one.answer(starts[0].astype(np.float64), ends[0].astype(np.float64)))
     return found
+
+
+def _each(session: onnxruntime.InferenceSession, rows: Sequence[Sequence[int]], threads: int) -> Iterator[list[np.ndarray]]:
+    """The outputs of each row of ids alone, in their order. On a CPU rows run side by side, one core each, and give what they give one
+    after the other: a sentence is too little work for several cores."""
+    at_once = (threads or cpu_count()) if CPU in session.get_providers()[:1] else 1
+    with ThreadPoolExecutor(at_once) as pool:
+        yield from pool.map(lambda ids: session.run(None, token_feeds(session, np.asarray([ids], np.int64))), rows)

@@ -24,7 +24,10 @@ from toolchain.session import PROVIDER_OPTIONS, SESSION_OPTIONS
 from toolchain.spec import CUDA, Budget, Cost, Policy, Workload
 
 _GENAI, _GENAI_PROVIDERS = "genai_config.json", {CUDA: "cuda"}
-_GENAI_NUMBERS = {"kNextPowerOfTwo": "0", "kSameAsRequested": "1"}  # onnxruntime takes these names alone, onnxruntime-genai numbers alone
+_GENAI_NUMBERS = {
+    "kNextPowerOfTwo": "0",
+    "kSameAsRequested": "1",
+}  # onnxruntime takes these names alone, onnxruntime-genai numbers alone
 
 
 def export_package(
