@@ -255,7 +255,7 @@ def main() -> None:
         sub.add_argument("--epochs", type=int, default=60)
         sub.add_argument("--steps", type=int, default=150, help="S, policy-steps of QAT")
         sub.add_argument("--heldout", type=int, default=100, help="articles that nothing is trained on")
-        sub.add_argument("--threads", type=int, default=0, help="articles that a package writes of at a time (0: one a core)")
+        sub.add_argument("--threads", type=int, default=0, help="articles summarised at a time (0: as many as there are CPUs)")
         sub.add_argument("--on", default="auto")
     arguments = parser.parse_args()
     arguments.act(arguments)

@@ -6,7 +6,8 @@
 # MINILM: the encoder's folder; DATA: books, wikitext2, cnndm and a folder for each task; DEVICE: whose table has the rows of MiniLM with
 # the heads that `finetune.py --epochs 0` draws. Its packages are then measured on it, and the reports written: results/README.md.
 # WORKERS, ON: jobs at a time, and where. Their seconds are of so many at once; MPS=1 lets them share the GPU (NVIDIA's multi-process service).
-# AT_ONCE=1: GLUE's jobs do not wait for the perplexity table, with THREADS each (four GPUs and 64 cores: WORKERS=15 THREADS=3).
+# AT_ONCE=1: GLUE's jobs do not wait for the perplexity table (three GPUs and 64 cores: WORKERS=15 THREADS=3). THREADS: sentences that a job
+# of GLUE scores a package on at a time; SQuAD's take one more.
 # SEEDS, STEPS, TASK_STEPS, EPOCHS, PROFILES: less of it, to see that it runs, or another device's table.
 set -eu
 MINILM=$1 DATA=$2 OUT=$3 DEVICE=${4:-epyc-avx512-2}
@@ -21,7 +22,9 @@ WRITTEN=(--articles "$DATA/cnndm/test.jsonl" --out "$OUT/summaries" --heldout "$
 FITTED=(--data "$DATA" --out "$OUT/models" --seeds "$SEEDS" --epochs "$EPOCHS" --on "$ON")
 mkdir -p "$OUT/logs"
 if [ "${MPS:-}" ]; then nvidia-cuda-mps-control -d || true; fi
-trap 'for job in $(jobs -p); do pkill -P "$job" || true; kill "$job" || true; done 2>/dev/null' EXIT # what goes on alone would hold the GPU
+set -m # a job's process group is its own: ending that ends all that the job has started, which would hold the GPU
+groups=()
+trap 'for group in "${groups[@]}"; do kill -- "-$group" || true; done 2>/dev/null' EXIT
 
 of() { # NAME COMMAND...: a benchmark, its output in a log of its own
     local name=$1
@@ -42,7 +45,7 @@ graph() { # TASK: what a device is profiled with
 }
 
 fitted() { # what GLUE's jobs begin with
-    local task running=()
+    local task job running=()
     for task in sst2 cola mrpc stsb; do
         of "finetune-$task" finetune.py "$MINILM" "${FITTED[@]}" --tasks "$task" &
         running+=($!)
@@ -72,22 +75,23 @@ if [ "${AT_ONCE:-}" ]; then
 else
     fitted &
 fi
-fitted=$!
+models=$!
 questions &
 questions=$!
+groups+=("$cells" "$models" "$questions")
 TEXT+=(--out "$OUT/text" --steps "$STEPS" --precision "$PRECISION" --results "$OUT/results")
 of perplexity perplexity_at_bits.py "${TEXT[@]}" --workers "$WORKERS"
 wait "$cells"
 of perplexity-report perplexity_at_bits.py "${TEXT[@]}" --report --post-training "$OUT/cells/cells.json"
 running=("$questions")
 if [ "${AT_ONCE:-}" ]; then
-    running+=("$fitted")
+    running+=("$models")
 else
-    wait "$fitted"
+    wait "$models"
     glue
 fi
 for ((seed = 0; seed < SEEDS; seed++)); do
     OMP_NUM_THREADS=4 of "summaries-$seed" summaries.py run "${WRITTEN[@]}" --seeds "$seed" &
-    running+=($!)
+    running+=($!) groups+=($!)
 done
 for job in "${running[@]}"; do wait "$job"; done

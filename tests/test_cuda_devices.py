@@ -365,3 +365,27 @@ def test_the_gpus_memory_grows_by_what_a_unit_weighs(tmp_path: Path) -> None:
     seen = Host(load("local-cuda"), 1).peak({"name": "x", "kind": "unit", "folder": str(tmp_path), "tokens": 1, "rows": 1})
     assert seen["peak_bytes"] == pytest.approx(8 * 2 * 4096**2, rel=0.1)
     assert candidates(unit, KERNELS)
+
+
+@gpu
+def test_onnxruntime_genai_writes_on_the_gpu_what_we_write(cli: Callable[..., Result], tmp_path: Path) -> None:
+    from toolchain.package.generate import generate
+    from toolchain.text import load_tokenizer
+
+    genai = pytest.importorskip("onnxruntime_genai")
+    if not genai.is_cuda_available():
+        pytest.skip("needs onnxruntime-genai-cuda")
+    words = ("--device", "local-cuda", "--policy", "w4g32-fp16", "--profiles", tmp_path / "none", "--out", tmp_path / "p")
+    assert cli("export", "pocket-llama-6m", *words).code == 0
+    model, prompt, written = genai.Model(str(tmp_path / "p")), "The sea was", []  # which the model continues for longer than that
+    assert model.device_type.lower() == "cuda"
+    ids = load_tokenizer(tmp_path / "p").encode(prompt).ids
+    wanted = genai.GeneratorParams(model)
+    wanted.set_search_options(do_sample=False, max_length=len(ids) + 48)
+    generator = genai.Generator(model, wanted)
+    generator.append_tokens(np.array(ids, np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+        written.append(int(generator.get_next_tokens()[0]))
+    # Both run the same graph on the same provider, so not even the sums' order differs.
+    assert tuple(written) == generate(tmp_path / "p", prompt, 48, provider=CUDA).tokens

@@ -134,7 +134,7 @@ def test_a_folder_answers_with_the_models_own_span(reader: Path, models: Callabl
     expected = [
         one.answer(*(x[0].numpy() for x in (out.start_logits, out.end_logits))) for one, out in zip(read, said, strict=True)
     ]
-    assert answers(reader, QUESTIONS, most=16) == expected
+    assert answers(reader, QUESTIONS, most=16, threads=1) == answers(reader, QUESTIONS, most=16, threads=3) == expected
     assert all(answer and answer in context for answer, (_, context) in zip(expected, QUESTIONS, strict=True))
     assert read[0].token_of(4) == 6  # [CLS] a b [SEP] c d e
     assert read[1].token_of(55) is None  # cut away

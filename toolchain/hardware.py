@@ -89,7 +89,7 @@ def thread_count(device: Device) -> int:
 
 
 def cpu_count() -> int:
-    """CPUs that this process may use."""
+    """CPUs that this process may use. (The agent has its own, `profiler/contention.py`: it does without YAML.)"""
     affinity = getattr(os, "sched_getaffinity", None)  # Linux only
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 

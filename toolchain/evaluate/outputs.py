@@ -33,19 +33,21 @@ def token_ids(directory: Path, sentences: Sequence[tuple[str, str]], most: int =
 def outputs(
     directory: Path, sentences: Sequence[tuple[str, str]], most: int = 128, threads: int = 0, provider: str = CPU
 ) -> np.ndarray:
-    """float64 [n, L]: the folder's first output for each sentence or pair, each alone and at its own length; `threads` of them at a time
-    on a CPU (0: one on each).
+    """float64 [n, L]: the folder's first output for each sentence or pair, each alone and at its own length.
+
+    threads: on CPUs so many sentences at a time, one core each (0: as many as there are CPUs); beside a GPU, of onnxruntime.
 
     Raises InputError for a decoder, and for an encoder that answers for every token: it has no head for sentences.
     """
-    session = open_session(directory, 1, provider)
+    session = open_session(directory, _threads_of_a_run(threads, provider), provider)
     if cache_slots(session):
         raise InputError(f"expected an encoder with a head in {directory}, got a decoder (it has a cache)")
     answer = session.get_outputs()[0].shape
     if len(answer) != 2 or not isinstance(answer[1], int):
         raise InputError(f"expected one answer a sentence from {directory}, got {answer}: it has no head for sentences")
     every = token_ids(directory, sentences, most)
-    made = [said[0][0].astype(np.float64) for said in track(_each(session, every, threads), len(every), "sentences")]
+    said = _each(session, [session.get_outputs()[0].name], every, threads)
+    made = [first[0].astype(np.float64) for (first,) in track(said, len(every), "sentences")]
     return np.stack(made) if made else np.zeros((0, answer[1]))
 
 
@@ -92,21 +94,27 @@ def answers(
     """What the folder answers to each (question, context), in the context's own words, each question alone; `threads` as in `outputs`.
 
     Raises InputError for a folder without a head for spans."""
-    session = open_session(directory, 1, provider)
+    session = open_session(directory, _threads_of_a_run(threads, provider), provider)
     names = [output.name for output in session.get_outputs()]
     if names[:2] != ["start_logits", "end_logits"]:
         raise InputError(f"expected an encoder with a head for spans in {directory}, got one that says {', '.join(names)}")
     every = asked(directory, questions, most)
-    found = []
-    said = _each(session, [one.ids for one in every], threads)
-    for one, (starts, ends, *_) in zip(every, track(said, len(every), "questions"), strict=True):
-        found.append(one.answer(starts[0].astype(np.float64), ends[0].astype(np.float64)))
-    return found
+    said = track(_each(session, names[:2], [one.ids for one in every], threads), len(every), "questions")
+    return [
+        one.answer(starts[0].astype(np.float64), ends[0].astype(np.float64))
+        for one, (starts, ends) in zip(every, said, strict=True)
+    ]
 
 
-def _each(session: onnxruntime.InferenceSession, rows: Sequence[Sequence[int]], threads: int) -> Iterator[list[np.ndarray]]:
-    """The outputs of each row of ids alone, in their order. On a CPU rows run side by side, one core each, and give what they give one
-    after the other: a sentence is too little work for several cores."""
-    at_once = (threads or cpu_count()) if CPU in session.get_providers()[:1] else 1
+def _threads_of_a_run(threads: int, provider: str) -> int:
+    return 1 if provider == CPU else threads
+
+
+def _each(
+    session: onnxruntime.InferenceSession, names: Sequence[str], rows: Sequence[Sequence[int]], threads: int
+) -> Iterator[list[np.ndarray]]:
+    """The outputs `names` of each row of ids alone, in the rows' order. On CPUs rows run side by side, one core each, and give what they
+    give one after the other."""
+    at_once = (threads or cpu_count()) if session.get_providers()[0] == CPU else 1
     with ThreadPoolExecutor(at_once) as pool:
-        yield from pool.map(lambda ids: session.run(None, token_feeds(session, np.asarray([ids], np.int64))), rows)
+        yield from pool.map(lambda ids: session.run(names, token_feeds(session, np.asarray([ids], np.int64))), rows)

@@ -24,10 +24,8 @@ from toolchain.session import PROVIDER_OPTIONS, SESSION_OPTIONS
 from toolchain.spec import CUDA, Budget, Cost, Policy, Workload
 
 _GENAI, _GENAI_PROVIDERS = "genai_config.json", {CUDA: "cuda"}
-_GENAI_NUMBERS = {
-    "kNextPowerOfTwo": "0",
-    "kSameAsRequested": "1",
-}  # onnxruntime takes these names alone, onnxruntime-genai numbers alone
+# What onnxruntime takes by name alone and onnxruntime-genai by number alone.
+_GENAI_NUMBERS = {("arena_extend_strategy", "kSameAsRequested"): "1"}
 
 
 def export_package(
@@ -86,7 +84,7 @@ def _tell_genai(path: Path, provider: str) -> None:
         return
     try:
         config = read_json(path)
-        options = {name: _GENAI_NUMBERS.get(value, value) for name, value in PROVIDER_OPTIONS.get(provider, {}).items()}
+        options = {name: _GENAI_NUMBERS.get((name, value), value) for name, value in PROVIDER_OPTIONS.get(provider, {}).items()}
         config["model"]["decoder"].setdefault("session_options", {})["provider_options"] = [{_GENAI_PROVIDERS[provider]: options}]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedFileError(f"expected a decoder's session options in {path.name} of the graph, got: {error!r}") from error
