@@ -35,9 +35,9 @@ from toolchain.files import scratch, write_atomic
 from toolchain.graph.assemble import Weights, assemble
 from toolchain.graph.build import build, resolve
 from toolchain.graph.model import Graph
-from toolchain.hardware import cpu_count
 from toolchain.kernels import uniform
 from toolchain.package.generate import generate
+from toolchain.profiler.contention import cpu_count
 from toolchain.report import table
 from toolchain.supernet.loading import load_model
 from toolchain.supernet.model import Supernet

@@ -85,11 +85,8 @@ def thread_count(device: Device) -> int:
 
     Of a device that is not at hand only its file's word counts: how many CPUs it has, `profiler.ask.Host.of` asks it.
     """
-    return device.threads or cpu_count()
-
-
-def cpu_count() -> int:
-    """CPUs that this process may use. (The agent has its own, `profiler/contention.py`: it does without YAML.)"""
+    if device.threads:
+        return device.threads
     affinity = getattr(os, "sched_getaffinity", None)  # Linux only
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 

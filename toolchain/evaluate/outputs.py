@@ -12,7 +12,7 @@ import numpy as np
 
 from toolchain.errors import InputError
 from toolchain.evaluate.spans import span
-from toolchain.hardware import cpu_count
+from toolchain.profiler.contention import cpu_count
 from toolchain.progress import track
 from toolchain.session import cache_slots, open_session, token_feeds
 from toolchain.spec import CPU
