@@ -19,6 +19,12 @@ REPLY_LOST = "{command} | (head -c 1; kill -9 0)"
 REPLY_HALVED = "{command} | (head -c 40; kill -9 0)"
 WAITING_CUT = "(flock {folder}/busy sh -c 'until grep -qs peak {folder}/journal.txt; do sleep 0.02; done'; kill -9 0) & {command}"
 """The device is busy until the job was started: it has no answer before the cut."""
+STARTING_CUT = (
+    "(while :; do for caller in {folder}/jobs/*/caller; do"
+    ' read -r job 2>/dev/null < "${{caller%caller}}request.json"; case $job in *peak*) kill -9 0;; esac;'
+    " done; done) & {command}"
+)
+"""The doorkeeper dies as soon as it says whose the job is."""
 SENDING_CUT = "(head -c 200000; sleep 0.4; kill -9 0) | {command}"
 """Half a second more than the bytes: so that what was sent is written."""
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cables import REPLY_HALVED, REPLY_LOST, SENDING_CUT, WAITING_CUT, WHOLE, asking_for_peak, kept, linked, started
+from cables import REPLY_HALVED, REPLY_LOST, SENDING_CUT, STARTING_CUT, WAITING_CUT, WHOLE, asking_for_peak, kept, linked, started
 from conftest import environment
 
 import toolchain
@@ -36,7 +36,13 @@ def subject(tmp_path: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("place", "cuts"),
-    [*((place, [REPLY_LOST] * 2) for place in range(7)), (4, [REPLY_HALVED] * 2), (6, [REPLY_HALVED] * 2), (6, [WAITING_CUT])],
+    [
+        *((place, [REPLY_LOST] * 2) for place in range(7)),
+        (4, [REPLY_HALVED] * 2),
+        (6, [REPLY_HALVED] * 2),
+        (6, [WAITING_CUT]),
+        (6, [STARTING_CUT]),
+    ],
 )
 def test_a_job_runs_once_wherever_the_link_is_cut(board: Device, subject: dict[str, Any], place: int, cuts: list[str]) -> None:
     """Exchanges, from 0 on: hello, identify, its agent sent, identify, the job, its files sent, the job. Two in a row are cut."""

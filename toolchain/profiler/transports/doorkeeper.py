@@ -229,10 +229,6 @@ def _start(root: Path, place: Path, header: dict[str, Any], alive: int) -> None:
         _place(root / "files" / digest, place / name)
     (place / "tmp").mkdir(exist_ok=True)
     (place / "request.json").write_text(json.dumps(header["request"]))
-    (place / "caller").write_text(header["caller"])
-    with open(root / "journal.txt", "a") as journal:
-        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        journal.write(f"{now} {place.name} {header['request'].get('action')}\n")
     with open(place / "stderr.txt", "wb") as errors:
         subprocess.Popen(
             [str(_from_home(python)) if "/" in python else python, str(agent), "request.json", "answer.json"],
@@ -244,6 +240,11 @@ def _start(root: Path, place: Path, header: dict[str, Any], alive: int) -> None:
             start_new_session=True,
             pass_fds=(alive,),
         )
+    # Only now: a doorkeeper that dies sooner has started nothing, and the job is started when it is asked for again.
+    (place / "caller").write_text(header["caller"])
+    with open(root / "journal.txt", "a") as journal:
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        journal.write(f"{now} {place.name} {header['request'].get('action')}\n")
 
 
 def _agent(root: Path, agent: dict[str, str]) -> Path:
