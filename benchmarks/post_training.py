@@ -47,7 +47,7 @@ from toolchain.graph.model import Graph
 from toolchain.kernels import CATALOGUE, candidates, mean_bits, uniform
 from toolchain.policy import sensitivity
 from toolchain.policy.solver import Values
-from toolchain.profiler.agent import cpu_name
+from toolchain.profiler.machine import cpu_name
 from toolchain.quantize.allocation import allocate, rounded
 from toolchain.quantize.fake import fake_quantise
 from toolchain.quantize.gptq import compensated

@@ -50,8 +50,8 @@ from roofline_subjects import (
 from threadpoolctl import threadpool_limits
 from two_phases import cell, llama, opened_graph, table
 
-from toolchain.profiler.agent import cpu_name, last_level_cache_bytes
 from toolchain.profiler.contention import Watch
+from toolchain.profiler.machine import cpu_name, last_level_cache_bytes
 
 RUNS, QUIET, SMALL = 9, 0.1, 0.005
 IDLE = "idle nodes"

@@ -30,7 +30,7 @@ from toolchain.graph.external import read_model
 from toolchain.graph.model import Graph
 from toolchain.graph.oneunit import drawn, random_weights, write_one_unit
 from toolchain.kernels import CATALOGUE, uniform
-from toolchain.profiler.agent import last_level_cache_bytes
+from toolchain.profiler.machine import last_level_cache_bytes
 from toolchain.quantize.packing import packed_bytes
 from toolchain.session import MODEL, SESSION_OPTIONS, open_session
 from toolchain.spec import Unit

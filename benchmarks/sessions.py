@@ -26,8 +26,8 @@ from toolchain.graph.model import Graph
 from toolchain.graph.oneunit import drawn
 from toolchain.hardware import thread_count
 from toolchain.kernels import uniform
-from toolchain.profiler.agent import last_level_cache_bytes
 from toolchain.profiler.ask import Host
+from toolchain.profiler.machine import last_level_cache_bytes
 from toolchain.profiler.measure import latencies, levelled, subject
 from toolchain.spec import Measurement, Workload
 

@@ -18,6 +18,7 @@ from toolchain.errors import BittailorError, InputError
 from toolchain.hardware import load
 from toolchain.profiler import agent, ask, contention, subjects
 from toolchain.profiler.ask import Host
+from toolchain.profiler.machine import cpu_name
 
 HOST = Host(load("local"), 1)
 
@@ -57,9 +58,9 @@ def test_cpus_that_run_other_kernels_have_other_names(
 ) -> None:
     """Two boards of one name would share a cost table."""
     monkeypatch.setattr("platform.machine", lambda: machine)
-    monkeypatch.setattr(agent, "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr("toolchain.profiler.machine._CPUINFO", tmp_path / "cpuinfo")
     (tmp_path / "cpuinfo").write_text(lines)
-    assert agent.cpu_name() == expected
+    assert cpu_name() == expected
 
 
 def test_the_agent_is_this_version_whatever_the_working_directory_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,6 @@ import contextlib
 import fcntl
 import json
 import os
-import platform
 import sys
 import threading
 import time
@@ -41,6 +40,7 @@ from toolchain.errors import BittailorError, DamagedFileError, InputError, Meter
 from toolchain.files import inside, write_atomic
 from toolchain.profiler import energy, gpu, meters, requests, state
 from toolchain.profiler.contention import Watch, cpu_count
+from toolchain.profiler.machine import cpu_name, last_level_cache_bytes
 from toolchain.profiler.subjects import GRAPHS, SUBJECTS, References, Subject, Unit, singles_of
 from toolchain.session import open_session
 from toolchain.spec import CPU, CUDA
@@ -53,9 +53,6 @@ VALID_WINDOWS = 5
 SETTLE_SECONDS = 10.0
 WARM_UP_SECONDS = {CUDA: 5.0}
 """Where twice is not enough: steps of small decoders, timed one after the other on an H200, went from 1.1 to 0.5 ms within four seconds."""
-_INSTRUCTION_SETS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8", "asimddp", "i8mm", "sme")
-_ARM = ("aarch", "arm")
-_CPUINFO = Path("/proc/cpuinfo")
 _PIECE = 1 << 16
 _FIRST = -20
 _AUTOGROUP = Path("/proc/self/autogroup")
@@ -164,38 +161,6 @@ def outputs(request: dict[str, Any]) -> dict[str, Any]:
         except Exception as error:  # onnxruntime's exceptions share no other base class
             raise InputError(f"expected inputs that {subject['name']!r} runs on, got: {reason_of(error)}") from error
     return {"outputs": made}
-
-
-def cpu_name() -> str:
-    """Model, family and the instruction sets that decide which kernels run, as the system names them; of ARM, which has no such names,
-    maker and part of every kind of core. Lines of another architecture's CPU are an emulator's host: said, and its sets are not ours."""
-    machine = platform.machine()
-    try:
-        blocks = _CPUINFO.read_text().split("\n\n")
-    except OSError:
-        return platform.processor() or machine
-    cores = [
-        {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in block.splitlines())} for block in blocks
-    ]
-    fields = cores[0]
-    name = fields.get("model name", machine)
-    if ("Features" in fields) != machine.startswith(_ARM):
-        return f"{machine} emulated on {name}"
-    flags = fields.get("flags", fields.get("Features", "")).split()
-    sets = " ".join(known for known in _INSTRUCTION_SETS if known in flags)
-    if "Features" in fields:
-        kinds = dict.fromkeys((core["CPU implementer"], core["CPU part"]) for core in cores if "CPU part" in core)
-        return f"{machine} {', '.join(f'implementer {maker} part {part}' for maker, part in kinds)} ({sets})"
-    return f"{name} family {fields.get('cpu family', '?')} model {fields.get('model', '?')} ({sets})"
-
-
-def last_level_cache_bytes() -> int:
-    """Size of the largest cache that CPU 0 sees; 32 MiB where the system does not tell."""
-    sizes = []
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = path.read_text().strip()
-        sizes.append(int(text[:-1]) * {"K": 1024, "M": 1024**2}.get(text[-1], 1))
-    return max(sizes, default=32 * 1024**2)
 
 
 def time_subjects(request: dict[str, Any]) -> dict[str, Any]:
