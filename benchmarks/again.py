@@ -67,7 +67,8 @@ def line(found: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     ranges = [[(min(run), max(run)) for run in zip(*both, strict=True)] for both in sets.values()]
     apart = sum(first[1] < second[0] or second[1] < first[0] for first, second in ranges)
     alike = sum(all(first == second for first, second in both) for both in sets.values())
-    most = max(means, key=lambda where: abs(means[where]), default=None)
+    where = max(means, key=lambda one: abs(means[one]), default=("", ""))
+    farthest = f"{means[where]:+.2f} ({', '.join(where)})" if means.get(where) else "0" if means else "–"
     return {
         "models": str(len(models)),
         "same score in fp32": str(sum(model["first"] == model["second"] for model in models)),
@@ -75,11 +76,7 @@ def line(found: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         "same score": str(sum(cell["first"] == cell["second"] for cell in cells)),
         "same policy": str(sum(cell["same_policy"] for cell in cells)),
         "a cell differs by at most": f"{max(100 * abs(cell['second'] - cell['first']) for cell in cells):.2f}",
-        "a mean over the seeds by at most": f"{means[most]:+.2f} ({', '.join(most)})"
-        if most and means[most]
-        else "0"
-        if most
-        else "–",
+        "a mean over the seeds by at most": farthest,
         "half of the means by at most": f"{sorted(map(abs, means.values()))[(len(means) - 1) // 2]:.2f}" if means else "–",
         "sets of seeds": str(len(sets)),
         "all the same": str(alike),

@@ -95,12 +95,7 @@ def main() -> None:
         sub.add_argument("--batch", type=int, default=32)
         sub.add_argument("--seeds", type=int, default=3)
         sub.add_argument("--workers", type=int, default=1)
-        sub.add_argument(
-            "--threads",
-            type=int,
-            default=1,
-            help="sentences that a worker scores a package on at a time (0: as many as there are CPUs)",
-        )
+        sub.add_argument("--threads", type=int, default=1, help="sentences that a worker scores a package on at a time")
         sub.add_argument("--on", default="auto")
         sub.add_argument("--precision", choices=PRECISIONS, default="fp32")
         sub.add_argument("--lr", type=float, default=TUNED.lr / 4, help="32 sentences are a small batch: a quarter of the usual")

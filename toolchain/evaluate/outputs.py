@@ -12,10 +12,8 @@ import numpy as np
 
 from toolchain.errors import InputError
 from toolchain.evaluate.spans import span
-from toolchain.profiler.contention import cpu_count
 from toolchain.progress import track
 from toolchain.session import cache_slots, open_session, token_feeds
-from toolchain.spec import CPU
 from toolchain.text import load_tokenizer
 
 if TYPE_CHECKING:
@@ -30,16 +28,14 @@ def token_ids(directory: Path, sentences: Sequence[tuple[str, str]], most: int =
     return [tokenizer.encode(text, pair or None).ids for text, pair in sentences]
 
 
-def outputs(
-    directory: Path, sentences: Sequence[tuple[str, str]], most: int = 128, threads: int = 0, provider: str = CPU
-) -> np.ndarray:
+def outputs(directory: Path, sentences: Sequence[tuple[str, str]], most: int = 128, threads: int = 1) -> np.ndarray:
     """float64 [n, L]: the folder's first output for each sentence or pair, each alone and at its own length.
 
-    threads: on CPUs so many sentences at a time, one core each (0: as many as there are CPUs); beside a GPU, of onnxruntime.
+    threads: so many sentences at a time, one core each.
 
     Raises InputError for a decoder, and for an encoder that answers for every token: it has no head for sentences.
     """
-    session = open_session(directory, _threads_of_a_run(threads, provider), provider)
+    session = open_session(directory, threads=1)
     if cache_slots(session):
         raise InputError(f"expected an encoder with a head in {directory}, got a decoder (it has a cache)")
     answer = session.get_outputs()[0].shape
@@ -88,13 +84,11 @@ def asked(directory: Path, questions: Sequence[tuple[str, str]], most: int = 256
     return made
 
 
-def answers(
-    directory: Path, questions: Sequence[tuple[str, str]], most: int = 256, threads: int = 0, provider: str = CPU
-) -> list[str]:
+def answers(directory: Path, questions: Sequence[tuple[str, str]], most: int = 256, threads: int = 1) -> list[str]:
     """What the folder answers to each (question, context), in the context's own words, each question alone; `threads` as in `outputs`.
 
     Raises InputError for a folder without a head for spans."""
-    session = open_session(directory, _threads_of_a_run(threads, provider), provider)
+    session = open_session(directory, threads=1)
     names = [output.name for output in session.get_outputs()]
     if names[:2] != ["start_logits", "end_logits"]:
         raise InputError(f"expected an encoder with a head for spans in {directory}, got one that says {', '.join(names)}")
@@ -106,15 +100,9 @@ def answers(
     ]
 
 
-def _threads_of_a_run(threads: int, provider: str) -> int:
-    return 1 if provider == CPU else threads
-
-
 def _each(
     session: onnxruntime.InferenceSession, names: Sequence[str], rows: Sequence[Sequence[int]], threads: int
 ) -> Iterator[list[np.ndarray]]:
-    """The outputs `names` of each row of ids alone, in the rows' order. On CPUs rows run side by side, one core each, and give what they
-    give one after the other."""
-    at_once = (threads or cpu_count()) if session.get_providers()[0] == CPU else 1
-    with ThreadPoolExecutor(at_once) as pool:
+    """The outputs `names` of each row of ids alone, in the rows' order. Side by side they give what they give one after the other."""
+    with ThreadPoolExecutor(threads) as pool:
         yield from pool.map(lambda ids: session.run(names, token_feeds(session, np.asarray([ids], np.int64))), rows)

@@ -240,7 +240,7 @@ def _start(root: Path, place: Path, header: dict[str, Any], alive: int) -> None:
             start_new_session=True,
             pass_fds=(alive,),
         )
-    # Only now: a doorkeeper that dies sooner has started nothing, and the job is started when it is asked for again.
+    # Only now: where a doorkeeper dies sooner, the job is started when it is asked for again, unless its agent lives (`alive` tells).
     (place / "caller").write_text(header["caller"])
     with open(root / "journal.txt", "a") as journal:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
