@@ -10,7 +10,7 @@
 # of GLUE scores a package on at a time; SQuAD's take one more.
 # SEEDS, STEPS, TASK_STEPS, EPOCHS, PROFILES: less of it, to see that it runs, or another device's table.
 set -eu
-MINILM=$1 DATA=$2 OUT=$3 DEVICE=${4:-epyc-avx512-2}
+MINILM=$1 DATA=$2 OUT=$3 DEVICE=${4:-epyc-zen5-2}
 HERE=$(cd "$(dirname "$0")" && pwd)
 WORKERS=${WORKERS:-12} ON=${ON:-cuda} SEEDS=${SEEDS:-3} STEPS=${STEPS:-400} TASK_STEPS=${TASK_STEPS:-120} EPOCHS=${EPOCHS:-4} THREADS=${THREADS:-1}
 PROFILES=${PROFILES:-$HERE/../profiles} PRECISION=bf16
