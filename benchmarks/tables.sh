@@ -6,7 +6,7 @@
 # MINILM: the encoder's folder; DATA: books, wikitext2, cnndm and a folder for each task; DEVICE: whose table has the rows of MiniLM with
 # the heads that `finetune.py --epochs 0` draws. Its packages are then measured on it, and the reports written: results/README.md.
 # WORKERS, ON: jobs at a time, and where. Their seconds are of so many at once; MPS=1 lets them share the GPU (NVIDIA's multi-process service).
-# AT_ONCE=1: GLUE's jobs do not wait for the perplexity table (three GPUs and 64 cores: WORKERS=15 THREADS=3). THREADS: sentences that a job
+# AT_ONCE=1: GLUE's jobs do not wait for the perplexity table (four GPUs and 64 cores: WORKERS=16 THREADS=3). THREADS: sentences that a job
 # of GLUE scores a package on at a time; SQuAD's take one more.
 # SEEDS, STEPS, TASK_STEPS, EPOCHS, PROFILES: less of it, to see that it runs, or another device's table.
 set -eu
@@ -20,6 +20,13 @@ TRAINED=(--steps "$TASK_STEPS" --seeds "$SEEDS" --on "$ON" --precision "$PRECISI
 TRAINED+=(--models "$OUT/models" --data "$DATA")
 WRITTEN=(--articles "$DATA/cnndm/test.jsonl" --out "$OUT/summaries" --heldout "${ARTICLES:-60}" --threads 4 --on "$ON")
 FITTED=(--data "$DATA" --out "$OUT/models" --seeds "$SEEDS" --epochs "$EPOCHS" --on "$ON")
+# Asked now, not when a job comes to it a quarter of an hour later.
+for module in onnxruntime_genai optimum.exporters.onnx rouge_score; do
+    why=$(python -c "import $module" 2>&1) || {
+        echo "expected a Python that imports $module, got: ${why##*$'\n'}; type: pip install 'bittailor[train,summaries]'" >&2
+        exit 2
+    }
+done
 mkdir -p "$OUT/logs"
 if [ "${MPS:-}" ]; then nvidia-cuda-mps-control -d || true; fi
 set -m # a job's process group is its own: ending that ends all that the job has started, which would hold the GPU

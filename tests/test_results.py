@@ -35,7 +35,7 @@ def test_a_table_is_made_from_what_was_measured(name: str, tmp_path: Path, monke
     assert (tmp_path / f"{name}.md").read_text() == (ROOT / "results" / f"{name}.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["again", "dense", "summaries"])
+@pytest.mark.parametrize("name", ["dense", "summaries"])
 def test_a_page_shows_the_measurements_beside_it(name: str) -> None:
     found = json.loads((ROOT / "results" / f"{name}.json").read_text())
     assert importlib.import_module(name).page(found) == (ROOT / "results" / f"{name}.md").read_text()
