@@ -32,6 +32,7 @@ if [ "${MPS:-}" ]; then nvidia-cuda-mps-control -d || true; fi
 set -m # a job's process group is its own: ending that ends all that the job has started, which would hold the GPU
 groups=()
 trap 'for group in "${groups[@]}"; do kill -- "-$group" || true; done 2>/dev/null' EXIT
+trap 'exit 143' TERM # which bash hears while it waits for a job, not while one runs before it: `held`
 
 of() { # NAME COMMAND...: a benchmark, its output in a log of its own
     local name=$1
@@ -41,6 +42,12 @@ of() { # NAME COMMAND...: a benchmark, its output in a log of its own
         echo "$name failed, see $OUT/logs/$name.log" >&2
         return 1
     }
+}
+
+held() { # COMMAND...: a job to wait for
+    "$@" &
+    groups+=("$!")
+    wait "$!"
 }
 
 graph() { # TASK: what a device is profiled with
@@ -87,7 +94,7 @@ questions &
 questions=$!
 groups+=("$cells" "$models" "$questions")
 TEXT+=(--out "$OUT/text" --steps "$STEPS" --precision "$PRECISION" --results "$OUT/results")
-of perplexity perplexity_at_bits.py "${TEXT[@]}" --workers "$WORKERS"
+held of perplexity perplexity_at_bits.py "${TEXT[@]}" --workers "$WORKERS"
 wait "$cells"
 of perplexity-report perplexity_at_bits.py "${TEXT[@]}" --report --post-training "$OUT/cells/cells.json"
 running=("$questions")
@@ -95,7 +102,7 @@ if [ "${AT_ONCE:-}" ]; then
     running+=("$models")
 else
     wait "$models"
-    glue
+    held glue
 fi
 for ((seed = 0; seed < SEEDS; seed++)); do
     OMP_NUM_THREADS=4 of "summaries-$seed" summaries.py run "${WRITTEN[@]}" --seeds "$seed" &
