@@ -2,12 +2,13 @@
 bits save in energy. Measures nothing.
 
     python benchmarks/from_results.py ablation [--results results]
-    python benchmarks/from_results.py radar --graph GRAPH --table TABLE [--results results]
+    python benchmarks/from_results.py radar --graph GRAPH --table TABLE [OTHER_DEVICES_TABLE ...] [--results results]
     python benchmarks/from_results.py energy --table TABLE --model FINGERPRINT [--results results]
 
 ablation: ablation.md. The meta-network system and what it loses without each part, beside the systems that the source's table names, as far
 as they are methods here: on text at a mean of so many bits, on tasks at a device's budgets.
 radar: radar.svg and radar.md (arXiv:2411.06084, figure 2). GRAPH: the embedded model's; TABLE: a device's, where the model was measured.
+Below, the same kernels' ms per token on other devices, if they were measured there.
 
     accuracy retention   perplexity of full precision over the method's      perplexity_at_bits.json
     size reduction       1 − bytes of the package over full precision's      counted, not measured
@@ -34,7 +35,7 @@ from matplotlib.figure import Figure
 from post_training import spread
 
 from toolchain.costs.rows import ModelEnergyRow, ModelRow, ModelShapeRow, UnitEnergyRow
-from toolchain.costs.table import open_table
+from toolchain.costs.table import CostTable, open_table
 from toolchain.files import write_atomic
 from toolchain.graph.assemble import package_bytes
 from toolchain.graph.model import Graph
@@ -66,6 +67,7 @@ SHOWN = (
     ("QAT, uniform", "w2g32", 2.0),
 )
 """(method, its kernel, bits) of the radar's shapes."""
+KERNELS = tuple(dict.fromkeys(kernel for _, kernel, _ in SHOWN))
 AXES = ("accuracy retention", "size reduction", "latency reduction")
 _LABELS = ((0.5, 1.04, "bottom"), (0.0, 0.0, "top"), (1.0, 0.0, "top"))
 """Where the axes' names stand beside a shape."""
@@ -119,16 +121,13 @@ def by_seed(cells: Iterable[Mapping[str, Any]]) -> list[float]:
 
 
 def radar(arguments: argparse.Namespace) -> None:
-    graph, costs = Graph.open(arguments.graph), open_table(arguments.table)
+    graph, tables = Graph.open(arguments.graph), [open_table(path) for path in arguments.table]
     cells = cells_of(arguments.results / TEXT)
-    phase = default_workload(graph).phases[-1]
-    at = (graph.fingerprint, phase.name, phase.tokens, phase.past, graph.layers)
-    rows_of_it = [row for row in costs.of(ModelRow) if (row.model, row.phase, row.tokens, row.past, row.layers) == at and row.valid]
-    measured = {row.policy: row for row in rows_of_it}
-    if missing := [kernel for _, kernel, _ in SHOWN if kernel not in measured]:
-        raise SystemExit(
-            f"expected the model of {arguments.graph} with {missing[0]} on all units in {arguments.table}, found no row"
-        )
+    times = [whole_model(costs, graph) for costs in tables]
+    for path, found in zip(arguments.table, times, strict=True):
+        if missing := [kernel for kernel in KERNELS if kernel not in found]:
+            raise SystemExit(f"expected the model of {arguments.graph} with {missing[0]} on all units in {path}, found no row")
+    (costs, *others), (measured, *elsewhere) = tables, times
     sizes = {kernel: package_bytes(graph, uniform(kernel, graph.units)) for _, kernel, _ in SHOWN}
     full = mean(cell["perplexity"] for cell in cells if cell["method"] == "fp32")
     shapes = []
@@ -147,16 +146,38 @@ def radar(arguments: argparse.Namespace) -> None:
         | {"ms per token": f"{measured[kernel].latency_ms:.3f} ± {measured[kernel].spread_ms:.3f}", "training s": f"{seconds:.0f}"}
         for name, kernel, values, seconds in shapes
     ]
-    about = costs.header
     said = (
         f"{graph.source} against full precision: perplexity of `{TEXT}`, bytes of the package (counted), ms per token in rotation in three "
-        f"processes at the table's speed, on {about.device} ({about.cpu}, {about.runtime}); ±: half from the 10th to the 90th percentile; "
-        "s: training and choosing"
+        f"processes at the table's speed, on {named(costs)}; ±: half from the 10th to the 90th percentile; s: training and choosing"
     )
-    picture = draw([(name, values) for name, _, values, _ in shapes])
-    write_atomic(arguments.results / "radar.svg", picture)
+    write_atomic(arguments.results / "radar.svg", draw([(name, values) for name, _, values, _ in shapes]))
     text = f"{said}\n\n![Radar: the table below, drawn](radar.svg)\n\n{table(rows, list(rows[0]), markdown=True)}\n"
+    if others:
+        rows = [
+            {"device": named(costs)} | {kernel: shown(found[kernel], found["fp32"]) for kernel in KERNELS}
+            for costs, found in zip(others, elsewhere, strict=True)
+        ]
+        text += "\nMs per token on other devices, by their own tables, and the share of fp32's:\n\n"
+        text += f"{table(rows, list(rows[0]), markdown=True)}\n"
     write_atomic(arguments.results / "radar.md", text)
+
+
+def whole_model(costs: CostTable, graph: Graph) -> dict[str, ModelRow]:
+    """Policy → what the model took for one more token, as its default workload ends."""
+    phase = default_workload(graph).phases[-1]
+    at = (graph.fingerprint, phase.name, phase.tokens, phase.past, graph.layers)
+    rows = [row for row in costs.of(ModelRow) if (row.model, row.phase, row.tokens, row.past, row.layers) == at and row.valid]
+    return {row.policy: row for row in rows}
+
+
+def named(costs: CostTable) -> str:
+    about = costs.header
+    return f"{about.device} ({about.cpu}, {about.runtime}, {about.date})"
+
+
+def shown(row: ModelRow, full: ModelRow) -> str:
+    share = "" if row is full else f" ({row.latency_ms / full.latency_ms:.0%})"
+    return f"{row.latency_ms:.3f} ± {row.spread_ms:.3f}{share}"
 
 
 def energy(arguments: argparse.Namespace) -> None:
@@ -228,7 +249,7 @@ def main() -> None:
         sub.set_defaults(act=act)
         sub.add_argument("--results", type=Path, default=Path("results"))
         if act is not ablation:
-            sub.add_argument("--table", type=Path, required=True)
+            sub.add_argument("--table", type=Path, required=True, nargs="+" if act is radar else None)
         if act is radar:
             sub.add_argument("--graph", type=Path, required=True)
         if act is energy:

@@ -15,9 +15,14 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("torch")
 
 
+def tables(*devices: str) -> list[str]:
+    return ["--table", *(str(ROOT / "profiles" / device / "table.jsonl") for device in devices)]
+
+
 MADE = {
     "ablation": [],
-    "energy": ["--table", str(ROOT / "profiles" / "h200" / "table.jsonl"), "--model", "4842ffe6"],
+    "energy": [*tables("h200"), "--model", "4842ffe6"],
+    "radar": [*tables("epyc-zen5-2", "epyc-avx512-2", "epyc-avx2-2", "xeon-amx-16"), "--graph"],
 }
 
 
@@ -30,9 +35,19 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_table_is_made_from_what_was_measured(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path in (ROOT / "results").glob("*.json"):
         shutil.copyfile(path, tmp_path / path.name)
-    monkeypatch.setattr(sys, "argv", ["from_results.py", name, *MADE[name], "--results", str(tmp_path)])
+    arguments = [*MADE[name], *([str(_graph(tmp_path))] if name == "radar" else [])]
+    monkeypatch.setattr(sys, "argv", ["from_results.py", name, *arguments, "--results", str(tmp_path)])
     importlib.import_module("from_results").main()
     assert (tmp_path / f"{name}.md").read_text() == (ROOT / "results" / f"{name}.md").read_text()
+
+
+def _graph(folder: Path) -> Path:
+    """The embedded model's: what the radar counts the bytes of packages with."""
+    from toolchain.graph.build import build
+
+    (folder / "graph").mkdir()
+    build("pocket-llama-6m", folder / "graph")
+    return folder / "graph"
 
 
 @pytest.mark.parametrize("name", ["dense", "summaries"])
