@@ -7,10 +7,10 @@ A model is a chain of layers y = relu(W x), all of one width, weights drawn so t
 kernel on all layers:
 
     file, memory      bytes of the files; what a fresh process takes at most over a bare runtime: resident, on a GPU of its memory
-    latency           of one token and of 64, all kernels of a model in rotation, on a CPU those of 1B one at a time with fp32, of
-                      which the table has the least and the most; throughput is 64 tokens over their time
-    energy            of the same runs, idle power included, by the device's meter; without one null, with the reason. W: energy
-                      over latency
+    latency           of one token and of 64, all kernels of a model in rotation; on a CPU those of 1B each in a process with fp32,
+                      whose least and most the table shows. Throughput is 64 tokens over their time
+    energy            of such runs, a kernel's one after the other, idle power included, by the device's meter; without one null,
+                      with the reason. mJ/ms, in watts: of two measurements
     C_q / C_f         the study's cost, b_w b_a / (32 · 32), beside latency over fp32's: what is measured and what the formula says
     error             ‖y − ŷ‖ / ‖y‖ at the chain's end for 64 random inputs, in torch, with the kernel's codes and its int8 or fp16
                       activations; with γ: every layer's outputs scaled to their second moment (equation 18), on 256 other inputs
@@ -237,28 +237,32 @@ def lines_of(model: dict[str, Any]) -> list[dict[str, str]]:
         line = {"model": model["model"], "kernel": name, "file MB": f"{row['file_bytes'] / 1e6:.1f}"}
         line |= {"of fp32": f"{row['file_bytes'] / full['file_bytes']:.1%}", "memory MB": f"{row['peak_bytes'] / 1e6:.0f}"}
         line |= {"ms, 1 token": shown(one, 3), "ms, 64": shown(many, 2), "tokens/s": f"{TOKENS / many['value'] * 1e3:.0f}"}
-        if name == "fp32" and (span := by_process(model["rows"], 1)):
-            line["ms, 1 token"], longest = "{:.3f} to {:.3f}".format(*span), by_process(model["rows"], TOKENS)
-            line["ms, 64"] = "{:.2f} to {:.2f}".format(*longest)
-            line["tokens/s"] = "{:.0f} to {:.0f}".format(*(TOKENS / ms * 1e3 for ms in reversed(longest)))
+        apart = name == "fp32" and by_process(model["rows"])
+        if apart:
+            line |= {"ms, 1 token": ranged(apart[1], 3), "ms, 64": ranged(apart[TOKENS], 2)}
+            line["tokens/s"] = ranged([TOKENS / ms * 1e3 for ms in apart[TOKENS]], 0)
         line["C_q/C_f"] = f"{kernel.weight_bits * activation_bits / 32**2:.3f}"
         line |= {f"{tokens} measured": f"{row[f'of_fp32_{tokens}']:.3f}" for tokens in (1, TOKENS)}
         for tokens in (1, TOKENS) if not model["energy_reason"] else ():
             energy, whole = (one.get(f"mj_{tokens}") or {"value": None} for one in (row, full))
             share = f"{energy['value'] / whole['value']:.1%}" if energy["value"] and whole["value"] else "–"
-            watts = f"{energy['value'] / row[f'ms_{tokens}']['value']:.0f}" if energy["value"] else "–"
-            line |= {f"mJ, {tokens}": shown(energy, 2), f"mJ, {tokens}, of fp32": share, f"W, {tokens}": watts}
+            watts = f"{energy['value'] / row[f'ms_{tokens}']['value']:.0f}" if energy["value"] and not apart else "–"
+            line |= {f"mJ, {tokens}": shown(energy, 2), f"mJ, {tokens}, of fp32": share, f"mJ/ms, {tokens}": watts}
         for head, key in (("error", "error"), ("with γ", "error_gamma"), ("bound", "bound")):
             line[head] = f"{row[key]:.3g}" if key in row else "–"
         lines.append(line)
     return lines
 
 
-def by_process(rows: dict[str, Any], tokens: int) -> tuple[float, ...]:
-    """fp32's least and most ms of the processes that ran it, a kernel beside it in each; () if all kernels ran in one."""
-    times = [row[f"ms_{tokens}"]["value"] / row[f"of_fp32_{tokens}"] for name, row in rows.items() if name != "fp32"]
-    span = (min(times, default=0.0), max(times, default=0.0))
-    return () if math.isclose(*span, rel_tol=1e-9) else span
+def by_process(rows: dict[str, Any]) -> dict[int, list[float]]:
+    """Tokens → fp32's ms in each process that ran it, a kernel beside it in each; {} if all kernels ran in one."""
+    others = [row for name, row in rows.items() if name != "fp32"]
+    times = {tokens: [row[f"ms_{tokens}"]["value"] / row[f"of_fp32_{tokens}"] for row in others] for tokens in (1, TOKENS)}
+    return times if any(not math.isclose(ms, times[1][0]) for ms in times[1]) else {}
+
+
+def ranged(values: list[float], digits: int) -> str:
+    return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
 
 
 def shown(found: dict[str, Any], digits: int) -> str:

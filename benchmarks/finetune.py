@@ -5,8 +5,8 @@
 
 OUT/<task>-<seed>/ is a model folder (safetensors, tokenizer) that every command takes, and says its scores in scores.json; what is there
 is not made again. With --epochs 0 its head is as it was drawn: a model to profile a device with before any is trained. Rows are fed as a
-package feeds them (`task_kinds.py`). AdamW, a tenth of the steps up, then down to 0. A seed's model is the same each time, on a
-GPU too (seen on two hosts; of eleven models of STS-B one had scores 0.000002 from the others').
+package feeds them (`task_kinds.py`). AdamW, a tenth of the steps up, then down to 0. A seed's model is meant to be the same each
+time, on a GPU too: it was (two of each task, ten of STS-B on two hosts) but for an eleventh of STS-B, 0.000002 off in its scores.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ bits save in energy. Measures nothing.
 ablation: ablation.md. The meta-network system and what it loses without each part, beside the systems that the source's table names, as far
 as they are methods here: on text at a mean of so many bits, on tasks at a device's budgets.
 radar: radar.svg and radar.md (arXiv:2411.06084, figure 2). GRAPH: the embedded model's; TABLE: a device's, where the model was measured.
-Below, the same kernels' ms per token on other devices, if they were measured there.
+Below, ms per token of these kernels and of w8a8 on every device, whose tables all have that.
 
     accuracy retention   perplexity of full precision over the method's      perplexity_at_bits.json
     size reduction       1 − bytes of the package over full precision's      counted, not measured
@@ -68,6 +68,8 @@ SHOWN = (
 )
 """(method, its kernel, bits) of the radar's shapes."""
 KERNELS = tuple(dict.fromkeys(kernel for _, kernel, _ in SHOWN))
+TIMED = (*KERNELS, "w8a8")
+"""What is timed on every device: the radar's kernels, and the INT8 that the study means."""
 AXES = ("accuracy retention", "size reduction", "latency reduction")
 _LABELS = ((0.5, 1.04, "bottom"), (0.0, 0.0, "top"), (1.0, 0.0, "top"))
 """Where the axes' names stand beside a shape."""
@@ -125,10 +127,10 @@ def radar(arguments: argparse.Namespace) -> None:
     cells = cells_of(arguments.results / TEXT)
     times = [whole_model(costs, graph) for costs in tables]
     for path, found in zip(arguments.table, times, strict=True):
-        if missing := [kernel for kernel in KERNELS if kernel not in found]:
+        if missing := [kernel for kernel in TIMED if kernel not in found]:
             raise SystemExit(f"expected the model of {arguments.graph} with {missing[0]} on all units in {path}, found no row")
-    (costs, *others), (measured, *elsewhere) = tables, times
-    sizes = {kernel: package_bytes(graph, uniform(kernel, graph.units)) for _, kernel, _ in SHOWN}
+    measured = times[0]
+    sizes = {kernel: package_bytes(graph, uniform(kernel, graph.units)) for kernel in KERNELS}
     full = mean(cell["perplexity"] for cell in cells if cell["method"] == "fp32")
     shapes = []
     for method, kernel, bits in SHOWN:
@@ -143,22 +145,21 @@ def radar(arguments: argparse.Namespace) -> None:
     rows = [
         {"configuration": name, "kernel": kernel}
         | {axis: f"{value:.1%}" for axis, value in zip(AXES, values, strict=True)}
-        | {"ms per token": f"{measured[kernel].latency_ms:.3f} ± {measured[kernel].spread_ms:.3f}", "training s": f"{seconds:.0f}"}
+        | {"ms per token": shown(measured[kernel]), "training s": f"{seconds:.0f}"}
         for name, kernel, values, seconds in shapes
     ]
     said = (
         f"{graph.source} against full precision: perplexity of `{TEXT}`, bytes of the package (counted), ms per token in rotation in three "
-        f"processes at the table's speed, on {named(costs)}; ±: half from the 10th to the 90th percentile; s: training and choosing"
+        f"processes at the table's speed, on {named(tables[0])}; ±: half from the 10th to the 90th percentile; s: training and choosing"
     )
     write_atomic(arguments.results / "radar.svg", draw([(name, values) for name, _, values, _ in shapes]))
     text = f"{said}\n\n![Radar: the table below, drawn](radar.svg)\n\n{table(rows, list(rows[0]), markdown=True)}\n"
-    if others:
-        rows = [
-            {"device": named(costs)} | {kernel: shown(found[kernel], found["fp32"]) for kernel in KERNELS}
-            for costs, found in zip(others, elsewhere, strict=True)
-        ]
-        text += "\nMs per token on other devices, by their own tables, and the share of fp32's:\n\n"
-        text += f"{table(rows, list(rows[0]), markdown=True)}\n"
+    rows = [
+        {"device": named(costs)}
+        | {kernel: f"{shown(found[kernel])}, {found[kernel].latency_ms / found['fp32'].latency_ms:.0%}" for kernel in TIMED}
+        for costs, found in zip(tables, times, strict=True)
+    ]
+    text += f"\nMs per token by device, and the share of fp32's:\n\n{table(rows, list(rows[0]), markdown=True)}\n"
     write_atomic(arguments.results / "radar.md", text)
 
 
@@ -175,9 +176,8 @@ def named(costs: CostTable) -> str:
     return f"{about.device} ({about.cpu}, {about.runtime}, {about.date})"
 
 
-def shown(row: ModelRow, full: ModelRow) -> str:
-    share = "" if row is full else f" ({row.latency_ms / full.latency_ms:.0%})"
-    return f"{row.latency_ms:.3f} ± {row.spread_ms:.3f}{share}"
+def shown(row: ModelRow) -> str:
+    return f"{row.latency_ms:.3f} ± {row.spread_ms:.3f}"
 
 
 def energy(arguments: argparse.Namespace) -> None:
