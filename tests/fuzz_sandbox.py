@@ -210,7 +210,7 @@ class Sandbox:
         if self._offence:
             return self._offence
         self.risen = _peak_bytes() - before
-        return f"{self.risen >> 29 << 9} MB more" if self.risen > MOST_BYTES else outcome
+        return f"{max(self.risen >> 29 << 9, MOST_BYTES >> 20)} MB more" if self.risen > MOST_BYTES else outcome
 
 
 def _peak_bytes(anew: bool = False) -> int:
