@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import yaml
 from cables import board  # noqa: F401 - a fixture of several files
 from fast_host import FastHost
 from hypothesis import HealthCheck, settings
 
 from toolchain.costs.table import CostTable
 from toolchain.graph.model import Graph
+from toolchain.package.manifest import manifest_text
 from toolchain.profiler import ask
 from toolchain.profiler.ask import Host
 from toolchain.spec import Kernel
@@ -255,6 +257,12 @@ def listing(folder: Path) -> set[str]:
 def copied(folder: Path, to: Path) -> Path:
     """A copy of a shared folder that a test may damage."""
     return Path(shutil.copytree(folder, to))
+
+
+def edited(package: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """What somebody does who changes the manifest and its digest."""
+    data = yaml.safe_load((package / "manifest.yaml").read_text())
+    (package / "manifest.yaml").write_bytes(manifest_text(change(data)))
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -16,18 +16,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
-from conftest import FEWER_PROCESSES, copied, environment, listing
+from conftest import FEWER_PROCESSES, copied, edited, environment, listing
 from fast_host import FastHost
 
 pytest.importorskip("random_models")
 
 from toolchain.commands import deciding
 from toolchain.decoding import Decoder
-from toolchain.errors import DamagedFileError, InputError
 from toolchain.files import sha256
 from toolchain.hardware import load, thread_count
-from toolchain.package.manifest import manifest_text, open_package
+from toolchain.package.manifest import open_package
 from toolchain.profiler.ask import Host
 from toolchain.profiler.measure import subject
 from toolchain.session import open_session
@@ -183,90 +181,6 @@ def test_a_package_is_told_the_finest_reference_that_its_table_has(graphs: Any, 
     assert (speed.work, speed.ns) == ("model tokens", 2e5)
 
 
-# ---- damage
-
-
-def _edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Somebody who changes the manifest and its digest."""
-    data = yaml.safe_load((folder / "manifest.yaml").read_text())
-    (folder / "manifest.yaml").write_bytes(manifest_text(change(data)))
-
-
-def _flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(bytes(data))
-
-
-DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a bit of the weights": (lambda folder: _flip(folder / "model.onnx.data"), "model.onnx.data"),
-    "a bit of the graph": (lambda folder: _flip(folder / "model.onnx"), "model.onnx"),
-    "a file gone": (lambda folder: (folder / "config.json").unlink(), "config.json"),
-    "the manifest gone": (lambda folder: (folder / "manifest.yaml").unlink(), "manifest.yaml"),
-    "the manifest not YAML": (lambda folder: (folder / "manifest.yaml").write_text("a: [b"), "manifest.yaml"),
-    "the manifest not text": (lambda folder: (folder / "manifest.yaml").write_bytes(b"\xff\xfe\x00"), "manifest.yaml"),
-    "the manifest a list": (lambda folder: (folder / "manifest.yaml").write_text("[1]"), "manifest.yaml"),
-    "another format": (lambda folder: _edit(folder, lambda data: {**data, "format": "x"}), "format"),
-    "no policy": (lambda folder: _edit(folder, lambda data: {**data, "policy": None}), "manifest.yaml"),
-    "no files": (lambda folder: _edit(folder, lambda data: {key: data[key] for key in data if key != "files"}), "manifest.yaml"),
-    "no model among the files": (lambda folder: _edit(folder, lambda data: {**data, "files": {}}), "manifest.yaml"),
-    "a budget of words": (lambda folder: _edit(folder, lambda data: {**data, "budget": {"latency_ms": "low"}}), "latency_ms"),
-    "a budget below zero": (lambda folder: _edit(folder, lambda data: {**data, "budget": {"latency_ms": -1}}), "latency_ms"),
-    "a workload of words": (lambda folder: _edit(folder, lambda data: {**data, "workload": "all of it"}), "workload"),
-    "no prediction": (lambda folder: _edit(folder, lambda data: {key: data[key] for key in data if key != "predicted"}), "predicted"),
-    "a share of words": (
-        lambda folder: _edit(folder, lambda data: {**data, "follows": {"latency_ms": {"share": "all", "unknown": 0.1}}}),
-        "follows",
-    ),
-    "a share that nobody doubts": (
-        lambda folder: _edit(folder, lambda data: {**data, "follows": {"latency_ms": {"share": 1.0, "unknown": 1e-200}}}),
-        "follows",
-    ),
-    "a share as no machine shows it": (
-        lambda folder: _edit(folder, lambda data: {**data, "follows": {"latency_ms": {"share": 3.9, "unknown": 0.1}}}),
-        "follows",
-    ),
-    "a share of no reference": (
-        lambda folder: _edit(folder, lambda data: {**data, "follows": {"latency": {"share": 1.0, "unknown": 0.1}}}),
-        "follows",
-    ),
-    "a reference of words": (lambda folder: _edit(folder, lambda data: {**data, "reference_ns": "fast"}), "reference_ns"),
-    "a reference of no known work": (
-        lambda folder: _edit(folder, lambda data: {**data, "reference_ns": {"latency_ms": {"hard": 1.0}}}),
-        "reference_ns",
-    ),
-    "a path that leaves": (lambda folder: _edit(folder, lambda data: {**data, "files": {**data["files"], "../secret": "0"}}), "inside"),
-    "an absolute path": (lambda folder: _edit(folder, lambda data: {**data, "files": {**data["files"], "/etc/hostname": "0"}}), "inside"),
-    "a name that is a number": (lambda folder: _edit(folder, lambda data: {**data, "files": {**data["files"], 5: "0"}}), "expected 5 in"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", DAMAGES)
-def test_a_damaged_package_is_refused_in_one_line(packages: Any, tmp_path: Path, cli: Cli, fast: FastHost, name: str) -> None:
-    damage, word = DAMAGES[name]
-    folder = copied(packages("bert"), tmp_path / "package")
-    (tmp_path / "secret").write_text("secret")
-    damage(folder)
-    assert word in cli("check", folder).error
-    assert fast.timed == []
-
-
-def test_a_file_that_is_a_link_out_of_the_package_is_refused(packages: Any, tmp_path: Path) -> None:
-    folder = copied(packages("bert"), tmp_path / "package")
-    (folder / "config.json").rename(tmp_path / "config.json")
-    (folder / "config.json").symlink_to(tmp_path / "config.json")
-    with pytest.raises(InputError, match="inside"):
-        open_package(folder)
-
-
-def test_not_verifying_is_possible_and_not_the_default(packages: Any, tmp_path: Path) -> None:
-    folder = copied(packages("bert"), tmp_path / "package")
-    _flip(folder / "model.onnx.data")
-    assert open_package(folder, verify=False).directory == folder
-    with pytest.raises(DamagedFileError):
-        open_package(folder)
-
-
 # ---- check
 
 
@@ -300,11 +214,11 @@ def test_check_holds_a_package_against_its_own_budget(packages: Any, tmp_path: P
 def test_a_latency_over_its_limit_on_a_slower_machine_is_not_told(packages: Any, tmp_path: Path, cli: Cli, fast: FastHost) -> None:
     """The reference takes 0.1 ms now; the table says it took 0.05."""
     folder = copied(packages("bert"), tmp_path / "package")
-    _edit(folder, lambda data: {**data, "budget": {"latency_ms": 0.5}, "reference_ns": {"latency_ms": {"tokens": 5e4}}})
+    edited(folder, lambda data: {**data, "budget": {"latency_ms": 0.5}, "reference_ns": {"latency_ms": {"tokens": 5e4}}})
     result = cli("check", folder, "--json")
     assert (result.code, result.json["limits"][0]["verdict"]) == (3, "could not tell")
     assert "2.00 times as long" in result.json["limits"][0]["reason"]
-    _edit(folder, lambda data: {**data, "reference_ns": {"latency_ms": {"tokens": 1e5}}})
+    edited(folder, lambda data: {**data, "reference_ns": {"latency_ms": {"tokens": 1e5}}})
     assert cli("check", folder).code == 1
 
 

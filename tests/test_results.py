@@ -6,6 +6,7 @@ import importlib
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,21 @@ def tables(*devices: str) -> list[str]:
     return ["--table", *(str(ROOT / "profiles" / device / "table.jsonl") for device in devices)]
 
 
-MADE = {
-    "ablation": [],
-    "energy": [*tables("h200"), "--model", "4842ffe6"],
-    "radar": [*tables("epyc-zen5-2", "epyc-avx512-2", "epyc-avx2-2", "xeon-amx-16"), "--graph"],
+def graph(folder: Path) -> list[str]:
+    """The embedded model's: what the radar counts the bytes of packages with."""
+    from toolchain.graph.build import build
+
+    (folder / "graph").mkdir()
+    build("pocket-llama-6m", folder / "graph")
+    return ["--graph", str(folder / "graph")]
+
+
+MADE: dict[str, Callable[[Path], list[str]]] = {
+    "ablation": lambda _: [],
+    "energy": lambda _: [*tables("h200"), "--model", "4842ffe6"],
+    "radar": lambda folder: [*tables("epyc-zen5-2", "epyc-avx512-2", "epyc-avx2-2", "xeon-amx-16"), *graph(folder)],
 }
+"""Page → what `from_results.py` is asked for it."""
 
 
 @pytest.fixture(autouse=True)
@@ -35,19 +46,9 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_table_is_made_from_what_was_measured(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path in (ROOT / "results").glob("*.json"):
         shutil.copyfile(path, tmp_path / path.name)
-    arguments = [*MADE[name], *([str(_graph(tmp_path))] if name == "radar" else [])]
-    monkeypatch.setattr(sys, "argv", ["from_results.py", name, *arguments, "--results", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["from_results.py", name, *MADE[name](tmp_path), "--results", str(tmp_path)])
     importlib.import_module("from_results").main()
     assert (tmp_path / f"{name}.md").read_text() == (ROOT / "results" / f"{name}.md").read_text()
-
-
-def _graph(folder: Path) -> Path:
-    """The embedded model's: what the radar counts the bytes of packages with."""
-    from toolchain.graph.build import build
-
-    (folder / "graph").mkdir()
-    build("pocket-llama-6m", folder / "graph")
-    return folder / "graph"
 
 
 @pytest.mark.parametrize("name", ["dense", "summaries"])
